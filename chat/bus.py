@@ -1,0 +1,346 @@
+"""Redis as a bus: pub/sub that comes back by itself, and a few pipelined commands beside it.
+
+`RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which goes deaf for ever after one
+dropped connection. One connection listens, one commands. Both reconnect with backoff (50 ms → 2 s); a new listening
+connection subscribes again to everything wanted and then puts one gap marker on every channel, upon which every room
+reads its logs again. `next_published` never raises and `subscribe` never fails: a Redis that is away is a state.
+
+Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
+one round trip and one wake-up carry many of them. RESP is parsed and packed by hiredis.
+Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import hiredis
+from broadcaster import BroadcastBackend, Event
+
+from .errors import StartupError
+
+log = logging.getLogger("parley.bus")
+
+GAP = "gap"  # the message a room gets when something may have been lost
+BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
+ANSWER_TIMEOUT = 5.0  # seconds without any answer after which a command connection counts as dead
+IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
+
+
+class RelayUnavailable(Exception):
+    """Redis is away or did not answer in time. What was sent may have arrived all the same."""
+
+
+class Address:
+    """Where Redis is, from a redis://, rediss:// or unix:// URL. `repr` carries no password."""
+
+    def __init__(self, url: str, verify: bool = True) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            raise StartupError("REDIS_URL must start with redis://, rediss:// or unix://")
+        query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        try:
+            self.host, self.port = parts.hostname or "localhost", parts.port or 6379
+            self.db = int(parts.path.strip("/") or 0) if parts.scheme != "unix" else int(query.get("db", 0))
+        except ValueError:
+            raise StartupError("REDIS_URL has a port or database that is not a number") from None
+        self.path = unquote(parts.path) if parts.scheme == "unix" else None
+        self.username = unquote(parts.username or "")
+        self.password = unquote(parts.password or "")
+        self.tls = _tls(verify and query.get("ssl_cert_reqs", "required") != "none", query.get("ssl_ca_certs")) if (
+            parts.scheme == "rediss"
+        ) else None  # fmt: skip
+
+    def __repr__(self) -> str:
+        return self.path or f"{self.host}:{self.port}/{self.db}"
+
+    def greeting(self) -> list[tuple[Any, ...]]:
+        """The commands every new connection starts with."""
+        commands: list[tuple[Any, ...]] = []
+        if self.password:
+            commands.append(("AUTH", self.username, self.password) if self.username else ("AUTH", self.password))
+        if self.db:
+            commands.append(("SELECT", self.db))
+        return [*commands, ("PING",)]
+
+
+def _tls(verify: bool, authority: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=authority)
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Wire(asyncio.Protocol):
+    """One connection. Answers resolve futures in order; what pub/sub pushes goes to `pushed`, a batch at a time."""
+
+    def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
+        self._reader = hiredis.Reader()
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._pushed = pushed
+        self._transport: asyncio.Transport | None = None
+        self.writable = True  # False while a stalled Redis takes nothing: what is sent then would fill our memory
+        self.lost = asyncio.get_running_loop().create_future()
+        self.heard_at = 0.0  # loop time
+
+    @classmethod
+    async def open(cls, address: Address, pushed: Callable[[list[Any]], None] | None = None) -> Wire:
+        """Connect and greet. Raises `OSError` or `TimeoutError`; a refused greeting is an `OSError` too."""
+        loop = asyncio.get_running_loop()
+        wire = cls()
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            if address.path:
+                await loop.create_unix_connection(lambda: wire, address.path)
+            else:
+                await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
+            try:
+                await asyncio.gather(*[wire.send(*command) for command in address.greeting()])
+            except hiredis.HiredisError as refusal:
+                wire.close()
+                raise OSError(str(refusal)) from None
+            except asyncio.CancelledError:
+                wire.close()
+                raise
+        wire._pushed = pushed
+        return wire
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.heard_at = asyncio.get_running_loop().time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        while self._waiting:
+            _settle(self._waiting.popleft(), RelayUnavailable("the connection to Redis was lost"))
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = asyncio.get_running_loop().time()
+        self._reader.feed(data)
+        pushed = []
+        try:
+            while (answer := self._reader.gets()) is not False:
+                if self._pushed is not None:
+                    pushed.append(answer)
+                elif self._waiting:
+                    _settle(self._waiting.popleft(), answer)
+        except hiredis.ProtocolError as problem:
+            log.warning("redis spoke no RESP: %s", problem)
+            self.close()
+        if pushed and self._pushed is not None:
+            self._pushed(pushed)
+
+    def send(self, *command: Any) -> asyncio.Future[Any]:
+        """Write one command; the future has its answer. With pub/sub on this wire nothing resolves it."""
+        future = asyncio.get_running_loop().create_future()
+        self.write(hiredis.pack_command(command), [future])
+        return future
+
+    def write(self, data: bytes, waiting: list[asyncio.Future[Any]]) -> None:
+        if self._transport is None or self._transport.is_closing():
+            for future in waiting:
+                _settle(future, RelayUnavailable("not connected to Redis"))
+            return
+        if not self.busy:
+            self.heard_at = asyncio.get_running_loop().time()  # the wait for an answer starts now
+        if self._pushed is None:
+            self._waiting.extend(waiting)
+        self._transport.write(data)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _settle(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer if isinstance(answer, RelayUnavailable) else RelayUnavailable(str(answer)))
+        future.exception()  # a caller that stopped waiting would otherwise be reported as never having looked
+    else:
+        future.set_result(answer)
+
+
+class RedisBus(BroadcastBackend):
+    """Broadcaster's backend over Redis, and the commands the relay and the limits need."""
+
+    def __init__(self, url: str, *, verify: bool = True, origin: str = "") -> None:
+        self.address = Address(url, verify)
+        self.origin = origin  # messages that start with it are our own echo
+        self.connected = False  # the command connection answers
+        self.gaps = 0
+        self.foreign = 0  # payloads that are not ours
+        self.on_return: Callable[[], None] = lambda: None  # called when commands work again
+        self._wanted: set[str] = set()
+        self._confirmed: dict[str, asyncio.Future[None]] = {}
+        self._published: asyncio.Queue[Event] = asyncio.Queue()
+        self._commands: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._listener: Wire | None = None
+        self._wire: Wire | None = None
+        self._first_try = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # -- what broadcaster calls
+
+    async def connect(self) -> None:
+        """Start both connections' keepers and give them one moment; a Redis that is away is not an error."""
+        self._tasks = [asyncio.create_task(self._keep(self._listen)), asyncio.create_task(self._keep(self._command))]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._first_try.wait()
+
+    async def disconnect(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def subscribe(self, group: str) -> None:
+        """Wish for a channel; returns when Redis confirmed it, or at once while Redis is away."""
+        self._wanted.add(group)
+        if self._listener is None:
+            return
+        confirmed = self._confirmed.setdefault(group, asyncio.get_running_loop().create_future())
+        self._listener.send("SUBSCRIBE", group)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):  # a Redis that stalls: the gap marker comes when it is back
+                await asyncio.shield(confirmed)
+
+    async def unsubscribe(self, group: str) -> None:
+        self._wanted.discard(group)
+        if self._listener is not None:
+            self._listener.send("UNSUBSCRIBE", group)
+
+    async def publish(self, channel: str, message: Any) -> None:
+        await self.command("PUBLISH", channel, message)
+
+    async def next_published(self) -> Event:
+        return await self._published.get()
+
+    # -- what the relay and the limits call
+
+    def command(self, *command: Any) -> asyncio.Future[Any]:
+        """Send one command with whatever else this turn of the loop sends. The future raises `RelayUnavailable`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        if self._wire is None or not self._wire.writable:
+            _settle(future, RelayUnavailable("Redis is away"))
+            return future
+        if not self._commands:
+            loop.call_soon(self._flush)
+        self._commands.append((hiredis.pack_command(command), future))
+        return future
+
+    def append(self, key: str, channel: str, payload: bytes, lifetime: float) -> asyncio.Future[Any]:
+        """Add `payload` to the list `key` and tell `channel`, in one round trip; resolves when both are done."""
+        self.command("RPUSH", key, payload)
+        self.command("EXPIRE", key, int(lifetime))
+        return self.command("PUBLISH", channel, self.origin.encode() + payload)
+
+    def _flush(self) -> None:
+        commands, self._commands = self._commands, []
+        if self._wire is None:
+            for _, future in commands:
+                _settle(future, RelayUnavailable("Redis is away"))
+        else:
+            self._wire.write(b"".join(data for data, _ in commands), [future for _, future in commands])
+
+    # -- the two connections
+
+    async def _keep(self, serve: Callable[[], Any]) -> None:
+        """Run one connection again and again until cancelled."""
+        wait = BACKOFF[0]
+        while True:
+            started = asyncio.get_running_loop().time()
+            try:
+                await serve()
+            except (OSError, TimeoutError, hiredis.HiredisError) as problem:
+                log.debug("redis %r: %s", self.address, problem)
+            self._first_try.set()
+            if asyncio.get_running_loop().time() - started > BACKOFF[1]:
+                wait = BACKOFF[0]
+            await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
+            wait = min(wait * 2, BACKOFF[1])
+
+    async def _command(self) -> None:
+        wire = await Wire.open(self.address)
+        self._wire = wire
+        self._set_connected(True)
+        try:
+            while not wire.lost.done():
+                await asyncio.wait({wire.lost}, timeout=1.0)
+                if wire.busy and asyncio.get_running_loop().time() - wire.heard_at > ANSWER_TIMEOUT:
+                    raise TimeoutError("no answer")
+        finally:
+            self._wire = None
+            wire.close()
+            self._set_connected(False)
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected != self.connected:
+            self.connected = connected
+            log.warning("redis %r is %s", self.address, "connected" if connected else "away")
+            if connected:
+                self._first_try.set()
+                self.on_return()
+
+    async def _listen(self) -> None:
+        wire = await Wire.open(self.address, self._read)
+        try:
+            self._listener = wire
+            for channel in self._wanted:
+                wire.send("SUBSCRIBE", channel)
+                self._published.put_nowait(Event(channel, GAP))
+            self.gaps += 1
+            while not wire.lost.done():
+                await asyncio.wait({wire.lost}, timeout=IDLE_PING)
+                silent = asyncio.get_running_loop().time() - wire.heard_at
+                if silent > 2 * IDLE_PING:
+                    raise TimeoutError("the listening connection is silent")
+                if silent > IDLE_PING / 2:
+                    wire.send("PING")
+        finally:
+            self._listener = None
+            wire.close()
+            for confirmed in self._confirmed.values():
+                if not confirmed.done():
+                    confirmed.set_result(None)
+            self._confirmed.clear()
+
+    def _read(self, pushed: list[Any]) -> None:
+        origin = self.origin.encode()
+        for push in pushed:
+            if not isinstance(push, list) or len(push) != 3:
+                continue  # the answer to our PING
+            kind, channel, payload = push
+            if kind == b"message":
+                if origin and payload.startswith(origin):
+                    continue
+                try:
+                    self._published.put_nowait(Event(channel.decode(), payload.decode()))
+                except UnicodeDecodeError:
+                    self.foreign += 1
+            elif kind == b"subscribe":
+                confirmed = self._confirmed.pop(channel.decode(), None)
+                if confirmed is not None and not confirmed.done():
+                    confirmed.set_result(None)

@@ -1,0 +1,352 @@
+"""The one door to storage: SQL with named values in, dictionaries out, on SQLite and PostgreSQL alike.
+
+`databases` opens the connections, the pool and the transactions. Statements go to the driver underneath it with our
+own `:name` translation: its text path %-formats the statement, compiles it anew for every call and hands out records
+whose values depend on how they are read.
+
+Every public call runs in a task of its own behind a shield: a cancellation inside a transaction (a tab that closes)
+leaks the pool's connection for ever otherwise. It knows nothing of what is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+import databases
+
+from .errors import ChatError, StartupError
+
+log = logging.getLogger("parley.database")
+logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines print every value, prompts included
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Values = dict[str, Any]
+UNREACHABLE = (OSError, sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+OUR_FAULT = (asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError, asyncpg.DataError,
+             sqlite3.IntegrityError, sqlite3.ProgrammingError)  # fmt: skip
+SQLITE_READERS = 2
+NAME = re.compile(r":([a-z_][a-z0-9_]*)")
+
+
+class StorageUnavailable(ChatError):
+    """The database cannot be reached or does not answer in time; the same request may succeed later."""
+
+    def __init__(self) -> None:
+        super().__init__("storage_unavailable", "Storage is not reachable right now. Please try again.", retry_after=2)
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562 §5.7): 48 bits of Unix milliseconds, then random; text order is time order."""
+    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+class Query:
+    """Statements on one connection: what `Database` hands out and what a transaction works with."""
+
+    def __init__(self, connection: Any, postgres: bool) -> None:
+        self._connection = connection
+        self._postgres = postgres
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        raw = self._connection.raw_connection
+        if self._postgres:
+            statement, names = _numbered(sql)
+            return [dict(row) for row in await raw.fetch(statement, *[(values or {})[name] for name in names])]
+        async with raw.execute(sql, values or {}) as cursor:
+            rows = await cursor.fetchall()
+            return [dict(zip([column[0] for column in cursor.description], row, strict=True)) for row in rows]
+
+    async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
+        rows = await self.fetch_all(sql, values)
+        return rows[0] if rows else None
+
+    async def execute(self, sql: str, values: Values | None = None) -> None:
+        raw = self._connection.raw_connection
+        if self._postgres:
+            statement, names = _numbered(sql)
+            await raw.execute(statement, *[(values or {})[name] for name in names])
+        else:
+            async with raw.execute(sql, values or {}):
+                pass
+
+    async def execute_many(self, sql: str, values: list[Values]) -> None:
+        raw = self._connection.raw_connection
+        if self._postgres:
+            statement, names = _numbered(sql)
+            await raw.executemany(statement, [[each[name] for name in names] for each in values])
+        else:
+            async with raw.executemany(sql, values):
+                pass
+
+
+class Database:
+    """Storage as the rest of the service sees it. All methods raise `StorageUnavailable` when it is away."""
+
+    def __init__(self, url: str, *, pool_size: int = 5, timeout: float = 5.0, exclusive: bool = False) -> None:
+        self.url = _checked_url(url)
+        self.postgres = self.url.startswith("postgres")
+        self.timeout = timeout
+        self.failed_at = 0.0  # monotonic: when a call last found the database away
+        self._exclusive = exclusive
+        self._lock_file: int | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._readers: asyncio.Queue[Any] = asyncio.Queue()
+        self._writer_lock = asyncio.Lock()
+        self._writer: Any = None
+        self._clock_offset = 0.0
+        if self.postgres:
+            options: dict[str, Any] = {
+                "min_size": 1,
+                "max_size": pool_size,
+                "command_timeout": 10,
+                "timeout": timeout,
+                # what a worker that is frozen in the middle of a transaction may hold
+                "server_settings": {"idle_in_transaction_session_timeout": "10000", "application_name": "parley"},
+            }
+        else:
+            options = {"timeout": 30}  # seconds: SQLite's busy timeout
+        self._database = databases.Database(self.url, **options)
+
+    # -- opening and closing
+
+    async def connect(self) -> None:
+        """Open the connections. Raises `StartupError` with one line that carries no password."""
+        try:
+            async with asyncio.timeout(10):
+                if not self.postgres:
+                    await self._open_sqlite()
+                else:
+                    await self._database.connect()
+                await self.set_clock()
+        except (*UNREACHABLE, ValueError) as problem:
+            raise StartupError(f"cannot open the database {self._place()}: {_reason(problem)}") from None
+
+    async def _open_sqlite(self) -> None:
+        path = Path(urlsplit(self.url).path[1:])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._exclusive:
+            self._lock_file = _take_lock(path.with_name(path.name + ".lock"))
+        await self._database.connect()
+        # A connection of `databases` belongs to the task that asks for it: each is made in a task of its own and kept.
+        self._writer = await asyncio.create_task(self._sqlite_connection())
+        for _ in range(SQLITE_READERS):
+            self._readers.put_nowait(await asyncio.create_task(self._sqlite_connection()))
+
+    async def _sqlite_connection(self) -> Any:
+        connection = self._database.connection()
+        await connection.__aenter__()
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+            await connection.raw_connection.execute_fetchall(f"PRAGMA {pragma}")
+        return connection
+
+    async def disconnect(self) -> None:
+        """Wait for running calls, then close. Never raises."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.timeout)
+        with contextlib.suppress(*UNREACHABLE, AssertionError):
+            if self._writer is not None:
+                await self._writer.__aexit__()
+            while not self._readers.empty():
+                await self._readers.get_nowait().__aexit__()
+            async with asyncio.timeout(5):
+                await self._database.disconnect()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+
+    async def set_clock(self) -> None:
+        """Learn how far this machine's clock is from the database's: leases compare times of many machines."""
+        sql = (
+            "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) AS now"
+            if self.postgres
+            else "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) AS now"
+        )
+        row = await self.fetch_one(sql)
+        self._clock_offset = (row or {})["now"] - time.time() * 1000
+
+    def now(self) -> int:
+        """Milliseconds since 1970 by the database's clock."""
+        return int(time.time() * 1000 + self._clock_offset)
+
+    # -- statements
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        return await self._shielded(lambda: self._once(lambda query: query.fetch_all(sql, values), _reads(sql)))
+
+    async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
+        return await self._shielded(lambda: self._once(lambda query: query.fetch_one(sql, values), _reads(sql)))
+
+    async def execute(self, sql: str, values: Values | None = None) -> None:
+        await self._shielded(lambda: self._once(lambda query: query.execute(sql, values), False))
+
+    async def transaction(self, work: Callable[[Query], Awaitable[T]], *, timeout: float | None = None) -> T:
+        """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile."""
+
+        async def run() -> T:
+            async with self._connection(reading=False) as connection, connection.transaction():
+                return await work(Query(connection, self.postgres))
+
+        return await self._shielded(run, timeout)
+
+    async def _once(self, ask: Callable[[Query], Awaitable[T]], reading: bool) -> T:
+        async with self._connection(reading) as connection:
+            return await ask(Query(connection, self.postgres))
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, reading: bool) -> AsyncIterator[Any]:
+        if self.postgres:
+            async with self._database.connection() as connection:
+                yield connection
+        elif reading:
+            connection = await self._readers.get()
+            try:
+                yield connection
+            finally:
+                self._readers.put_nowait(connection)
+        else:
+            async with self._writer_lock:
+                yield self._writer
+
+    async def _shielded(self, call: Callable[[], Awaitable[T]], timeout: float | None = None) -> T:
+        """Await `call` in its own task. A caller that is cancelled or tired of waiting leaves; the call goes on."""
+        task = asyncio.ensure_future(_awaited(call))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        try:
+            async with asyncio.timeout(timeout or self.timeout):
+                return await asyncio.shield(task)
+        except UNREACHABLE as problem:
+            if isinstance(problem, OUR_FAULT):
+                raise
+            self.failed_at = time.monotonic()
+            log.warning("database: %s", _reason(problem))
+            raise StorageUnavailable from problem
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # read it: a call nobody waits for any more would be reported as never retrieved
+
+    # -- schema
+
+    async def migrate(self, schema: str) -> int:
+        """Apply the steps of `schema` not applied yet, once, under a lock; return how many."""
+
+        async def apply(query: Query) -> int:
+            if self.postgres:
+                await query.execute("SELECT pg_advisory_xact_lock(7051959)")
+            await query.execute(
+                "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER PRIMARY KEY, applied_at BIGINT NOT NULL)"
+            )
+            done = {row["step"] for row in await query.fetch_all("SELECT step FROM schema_steps")}
+            todo = [(number, steps) for number, steps in schema_steps(schema) if number not in done]
+            for number, statements in todo:
+                for statement in statements:
+                    await query.execute(statement)
+                values = {"step": number, "now": self.now()}
+                await query.execute("INSERT INTO schema_steps (step, applied_at) VALUES (:step, :now)", values)
+            return len(todo)
+
+        if not self.postgres and await self._is_current(schema):
+            return 0  # two workers starting together would otherwise wait for each other's write lock
+        return await self.transaction(apply, timeout=60)
+
+    async def _is_current(self, schema: str) -> bool:
+        if not await self.fetch_all("SELECT name FROM sqlite_master WHERE name = 'schema_steps'"):
+            return False
+        rows = await self.fetch_all("SELECT step FROM schema_steps")
+        return {row["step"] for row in rows} >= {number for number, _ in schema_steps(schema)}
+
+    def _place(self) -> str:
+        parts = urlsplit(self.url)
+        return f"at {parts.hostname}:{parts.port or 5432}{parts.path}" if self.postgres else parts.path[1:]
+
+
+def schema_steps(schema: str) -> list[tuple[int, list[str]]]:
+    """Split `models.sql` at its `-- step N` lines; the drivers take one statement a call."""
+    parts = re.split(r"^-- step (\d+)$", schema, flags=re.MULTILINE)
+    return [
+        (int(number), [one for each in re.split(r";\s*$", body, flags=re.MULTILINE) if (one := _bare(each))])
+        for number, body in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _bare(statement: str) -> str:
+    return "\n".join(line for line in statement.splitlines() if not line.startswith("--")).strip()
+
+
+@functools.cache
+def _numbered(sql: str) -> tuple[str, list[str]]:
+    """`:name` → `$1`, as asyncpg wants it, and the names in order. Statement texts hold no other colon."""
+    names = list(dict.fromkeys(NAME.findall(sql)))
+    return NAME.sub(lambda match: f"${names.index(match[1]) + 1}", sql), names
+
+
+@functools.cache
+def _reads(sql: str) -> bool:
+    return sql.lstrip().startswith("SELECT")
+
+
+async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
+
+
+def _reason(problem: BaseException) -> str:
+    """What happened in a few words; the drivers' own sentences name hosts and users but no passwords."""
+    return f"{type(problem).__name__} {problem}".strip().splitlines()[0]
+
+
+def _take_lock(path: Path) -> int:
+    """Keep a second process from serving this SQLite file without Redis: its readers would hear nothing of ours."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartupError(
+            f"another process is serving {path.name.removesuffix('.lock')} already; more than one worker needs REDIS_URL"
+        ) from None
+    return descriptor
+
+
+SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
+
+
+def _checked_url(url: str) -> str:
+    """The URL as `databases` wants it. It ignores `sslmode` without a word and would connect unencrypted."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("sqlite", "postgres", "postgresql"):
+        raise StartupError("DATABASE_URL must start with sqlite:/// or postgresql://")
+    if parts.scheme == "sqlite":
+        if parts.query or len(parts.path) < 2:
+            raise StartupError("DATABASE_URL of SQLite must be sqlite:///<file>, without options")
+        return url
+    options = dict(parse_qsl(parts.query))
+    mode = options.pop("sslmode", None) or ("require" if os.environ.get("DYNO") else None)
+    if mode is not None and mode not in SSL_MODES:
+        raise StartupError(f"DATABASE_URL has an unknown sslmode: {mode}")
+    if mode is not None:
+        options["ssl"] = mode
+    try:
+        _ = parts.port  # a bad one raises here; later its text would carry the password
+    except ValueError:
+        raise StartupError("DATABASE_URL has a port that is not a number") from None
+    return urlunsplit(parts._replace(query=urlencode(options)))

@@ -1,0 +1,275 @@
+"""What the service says: the numbered events of a turn, the log that keeps them, and their JSON. Pure.
+
+The turn log (README, "How a token travels"): a turn has one writer, who numbers its events 0, 1, 2, …; every reader
+holds a cursor `<turn_id>.<seq>`, the last event it applied. An event at or below the cursor is a duplicate; one that
+starts beyond cursor + 1 is a gap. Nothing else writes JSON for sockets.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from .errors import RETRYABLE, ChatError
+
+encode = msgspec.json.encode
+
+
+Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
+
+
+class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One event of a turn's log, or a run of merged ones: it covers `from_seq` … `seq`.
+
+    kind: `created` and `complete` carry `body`, the JSON of their fields; `chunk` carries `text`; `end` nothing.
+    """
+
+    seq: int
+    from_seq: int
+    kind: str
+    participant: str = ""
+    message_id: str = ""
+    text: str = ""
+    body: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Said(msgspec.Struct, array_like=True, tag="turn", frozen=True):
+    """On the bus: events of a turn."""
+
+    turn_id: str
+    entries: list[Entry]
+
+
+class Notice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
+    """On the bus: an event of the session itself, JSON as readers get it. `account_id` is not sent it."""
+
+    json: str
+    account_id: str = ""
+
+
+class Stop(msgspec.Struct, array_like=True, tag="stop", frozen=True):
+    """On the bus: the owner of this turn is to end it."""
+
+    turn_id: str
+
+
+decode_bus = msgspec.json.Decoder(Said | Notice | Stop).decode
+
+
+class TurnLog:
+    """The events of one turn, in order and without gaps; readers see those up to `shown`.
+
+    An owner appends first and shows when Redis has it too; on every other worker the two are one. Logs of a room
+    form a list: `next` is the turn after this one.
+    """
+
+    def __init__(self, turn_id: str) -> None:
+        self.id = turn_id
+        self.next: TurnLog | None = None
+        self.entries: list[Entry] = []
+        self._ends: list[int] = []  # entries[i].seq, for bisection
+        self.shown = -1
+        self._visible = 0  # how many entries are shown
+        self._texts: dict[str, list[str]] = {}
+        self.bodies: dict[str, dict[str, Any]] = {}  # message id → Message as last said, without running text
+        self.ended_at = 0.0  # monotonic, when `end` was shown
+        self.heard_at = time.monotonic()
+        self._frames: dict[tuple[int, int, str], list[bytes]] = {}  # what followers in step share
+
+    @property
+    def last(self) -> int:
+        return self.entries[-1].seq if self.entries else -1
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.entries) and self.entries[-1].kind == "end"
+
+    def append(self, entries: Iterable[Entry]) -> bool:
+        """Take what is new of `entries`. False at a gap: what comes after it is not taken."""
+        for entry in entries:
+            if entry.seq <= self.last or self.ended:
+                continue
+            if entry.from_seq != self.last + 1 and (entry.from_seq > self.last or entry.kind == "chunk"):
+                return False
+            self.entries.append(entry)
+            self._ends.append(entry.seq)
+        return True
+
+    def catch_up(self, messages: list[dict[str, Any]], seq: int, ended: bool) -> None:
+        """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
+
+        seq: the last event the stored text covers. The numbers meet the real ones there; inside the one chunk a side
+        that is made here no cursor can be served.
+        """
+        if seq <= self.last and not ended:
+            return
+        replies = [message for message in messages if message["role"] == "assistant"]
+        known = {(entry.kind, entry.message_id) for entry in self.entries}
+        parts = [("created", message, "") for message in messages if ("created", message["id"]) not in known]
+        said = {message["id"]: self._said(message["id"]) for message in replies}
+        for message in replies:
+            rest = message["content"].removeprefix(said[message["id"]])
+            if rest and message["content"].startswith(said[message["id"]]) and ("complete", message["id"]) not in known:
+                parts.append(("chunk", message, rest))
+        if ended:
+            parts += [("complete", message, "") for message in replies if ("complete", message["id"]) not in known]
+            parts.append(("end", {"id": "", "participant": ""}, ""))
+        stretch = max(0, seq - self.last - len(parts))
+        chunks = [place for place, part in enumerate(parts) if part[0] == "chunk"]
+        for place, (kind, message, text) in enumerate(parts):
+            start = self.last + 1
+            number = start + (stretch if chunks[-1:] == [place] else 0)
+            self.append([_made(start, number, kind, message, text)])
+
+    def _said(self, message_id: str) -> str:
+        """All text of a reply in this log, shown or not."""
+        return "".join(entry.text for entry in self.entries if entry.kind == "chunk" and entry.message_id == message_id)
+
+    def show(self) -> bool:
+        """Let readers see everything appended; whether that is more than before."""
+        fresh = self.entries[self._visible :]
+        for entry in fresh:
+            if entry.kind == "chunk":
+                self._texts.setdefault(entry.message_id, []).append(entry.text)
+            elif entry.kind in ("created", "complete"):
+                body = msgspec.json.decode(entry.body)
+                self.bodies[entry.message_id] = body["message"]
+                if entry.kind == "complete":
+                    self._texts[entry.message_id] = [body["message"]["content"]]
+            elif entry.kind == "end":
+                self.ended_at = time.monotonic()
+        self._visible = len(self.entries)
+        self.shown = self.last
+        self.heard_at = time.monotonic()
+        return bool(fresh)
+
+    def text(self, message_id: str) -> str:
+        """The text of a reply as far as `shown`."""
+        pieces = self._texts.get(message_id, [])
+        if len(pieces) > 1:
+            pieces[:] = ["".join(pieces)]
+        return pieces[0] if pieces else ""
+
+    def serves(self, seq: int) -> bool:
+        """Whether a reader that has applied `seq` can go on from here: not beyond the end, nor inside a merged run."""
+        if seq == -1:
+            return True
+        place = bisect_right(self._ends, seq)
+        return place > 0 and self._ends[place - 1] == seq
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The turn's messages as they stand at `shown`."""
+        return [
+            body | ({"content": self.text(id), "status": "streaming"} if body["status"] == "pending" else {})
+            for id, body in self.bodies.items()
+        ]
+
+    def after(self, seq: int) -> list[Entry]:
+        """The shown events after `seq`, runs of one side's chunks merged into one each.
+
+        Only neighbours are merged. Reordering `a b a b` to `a b` would leave a reader that is cut between the two
+        with a cursor that claims text of the other side which it never got.
+        """
+        start = bisect_right(self._ends, seq)
+        merged: list[Entry] = []
+        run: list[Entry] = []
+        for entry in self.entries[start : self._visible]:
+            if run and (entry.kind != "chunk" or entry.message_id != run[0].message_id):
+                merged.append(_joined(run))
+                run = []
+            if entry.kind == "chunk":
+                run.append(entry)
+            else:
+                merged.append(entry)
+        if run:
+            merged.append(_joined(run))
+        return merged
+
+    def frames(self, seq: int, dialect: Dialect) -> list[bytes]:
+        """What is shown after `seq`, in a dialect: encoded once for all who ask for the same span."""
+        key = (seq, self.shown, dialect.__name__)
+        if key not in self._frames:
+            if len(self._frames) > 8:  # spans move on: only the newest are asked for again
+                self._frames.clear()
+            self._frames[key] = dialect(self, self.after(seq))
+        return self._frames[key]
+
+
+def _made(start: int, number: int, kind: str, message: dict[str, Any], text: str) -> Entry:
+    body = msgspec.Raw(b"null")
+    if kind == "created":
+        blank = {"content": "", "status": "pending"} if message["role"] == "assistant" else {}
+        body = created(message | blank)
+    elif kind == "complete":
+        body = completed(message)
+    return Entry(number, start, kind, message["participant"] or "", message["id"], text, body)
+
+
+def _joined(run: list[Entry]) -> Entry:
+    if len(run) == 1:
+        return run[0]
+    first, last = run[0], run[-1]
+    text = "".join(entry.text for entry in run)
+    return Entry(last.seq, first.from_seq, "chunk", first.participant, first.message_id, text)
+
+
+TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
+
+
+def entry_json(turn_id: str, entry: Entry) -> bytes:
+    """A numbered event as every JSON reader gets it. Ids are ours or match `[A-Za-z0-9_-]`: they need no escaping."""
+    head = (
+        f'{{"type":"{TYPES[entry.kind]}","requestId":"{turn_id}","turn_id":"{turn_id}","seq":{entry.seq}'
+        + (f',"from_seq":{entry.from_seq}' if entry.from_seq != entry.seq else "")
+    ).encode()
+    if entry.kind == "chunk":
+        names = f',"message_id":"{entry.message_id}","participant":"{entry.participant}","chunk":'.encode()
+        return b"%b%b%b}" % (head, names, encode(entry.text))
+    if entry.kind == "end":
+        return head + b"}"
+    return b"%b,%b" % (head, bytes(entry.body)[1:])  # the body is an object: its fields follow ours
+
+
+def socket_json(log: TurnLog, entries: list[Entry]) -> list[bytes]:
+    """The dialect of sockets: one JSON object a frame."""
+    return [entry_json(log.id, entry) for entry in entries]
+
+
+def created(message: dict[str, Any]) -> msgspec.Raw:
+    return msgspec.Raw(encode({"action": "created", "message": message}))
+
+
+def completed(message: dict[str, Any]) -> msgspec.Raw:
+    fields = ("participant", "status", "failure_reason", "latency_ms", "first_token_ms")
+    body = {"message_id": message["id"]} | {name: message.get(name) for name in fields}
+    return msgspec.Raw(encode(body | {"message": message}))
+
+
+def session_event(kind: str, **fields: Any) -> bytes:
+    """An event that is not part of any turn's log."""
+    return encode({"type": kind, "requestId": "session", **fields})
+
+
+def error_event(problem: ChatError, message_id: str | None = None) -> bytes:
+    fields: dict[str, Any] = {
+        "code": problem.code,
+        "message": problem.message,
+        "retryable": problem.code in RETRYABLE,
+    }
+    if problem.retry_after is not None:
+        fields["retry_after"] = problem.retry_after
+    if message_id is not None:
+        fields["message_id"] = message_id
+    return session_event("error", **fields)
+
+
+def parse_cursor(text: str) -> tuple[str, int] | None:
+    """`<turn_id>.<seq>` → its parts, or None for what is no cursor."""
+    turn_id, dot, number = text.rpartition(".")
+    if not dot or not turn_id or not number.removeprefix("-").isdigit() or len(number) > 12:
+        return None
+    return turn_id, int(number)

@@ -1,0 +1,467 @@
+"""Generation: one task per turn, owned by this worker and by no connection.
+
+It runs one provider stream per reply, says what they produce through the turn's writer, writes checkpoints, and turns
+every ending into a stored status and a `message_complete`. It never raises: its tasks stand beside everyone else's.
+A lease makes the ownership; whoever finds it run out takes the turn and ends it `interrupted`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import accounts, sessions, turns
+from .accounts import Account
+from .database import Database, Row, StorageUnavailable
+from .errors import ChatError
+from .limits import Limits as RateLimits
+from .providers import ChatMessage, Delta, Finish, Limits, ProviderError, Providers
+from .relay import Relay
+from .sessions import Session
+from .settings import Settings
+from .turns import Ask, Terms, Turn
+from .writer import Writer
+
+log = logging.getLogger("parley.generation")
+
+CHARS_PER_TOKEN = 4  # a rough count for budgets and history, where the provider tells none
+STORE_FOR = 25.0  # seconds an ending is offered to a database that is away, before the reader is told it is not saved
+HISTORY_MESSAGES = 60
+
+
+@dataclass
+class Running:
+    """A turn this worker is answering. `stop`: why it should end before its models do."""
+
+    turn: Turn
+    writer: Writer
+    task: asyncio.Task[None] | None = None
+    stop: str | None = None
+    fenced: bool = False
+    streams: list[asyncio.Task[None]] = field(default_factory=list)
+    checkpointed: int = -1
+
+
+@dataclass
+class Result:
+    """How one reply ended."""
+
+    status: str = "success"
+    reason: str | None = None
+    finish: Finish | None = None
+    first_token: float | None = None  # seconds after the start
+
+
+class Generation:
+    """Every turn this worker answers, and those it takes over from workers that died."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        relay: Relay,
+        providers: Providers,
+        limits: RateLimits,
+        worker: str,
+    ) -> None:
+        self.settings = settings
+        self.database = database
+        self.relay = relay
+        self.providers = providers
+        self.limits = limits
+        self.worker = worker
+        self.running: dict[str, Running] = {}
+        self.draining = False
+        self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._beat_at = time.monotonic()
+        relay.on_stop = self._stop_here
+
+    # -- life
+
+    def start(self) -> None:
+        self.spawn(self._forever(self._checkpoint, self.settings.checkpoint_every))
+        self.spawn(self._forever(self._renew, self.settings.lease_renew))
+        self.spawn(self._forever(self._sweep, self.settings.sweep_every))
+        self.spawn(self._forever(self.relay.beat, 1.0))
+        self.spawn(self._forever(self.limits.beat, 5.0))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something beside everything else, until it ends or the worker does."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a background task died", exc_info=task.exception())
+
+    async def _forever(self, work: Callable[[], Awaitable[None]], every: float) -> None:
+        """Do something again and again; an error now is no reason not to try later."""
+        while True:
+            with contextlib.suppress(StorageUnavailable):
+                try:
+                    await work()
+                except (ChatError, TimeoutError) as problem:
+                    log.warning("%s: %s", getattr(work, "__name__", work), problem)
+            await asyncio.sleep(every)
+
+    async def drain(self) -> None:
+        """Let running answers finish for a while, then end the rest `interrupted`. Ends in bounded time."""
+        self.draining = True
+        tasks = [running.task for running in self.running.values() if running.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self.settings.drain)
+        for running in list(self.running.values()):
+            self._end_early(running, "interrupted")
+        tasks = [running.task for running in self.running.values() if running.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self.settings.storage_timeout)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- starting
+
+    def _terms(self, max_tokens: int, content: str, sides: int) -> Terms:
+        settings = self.settings
+        return Terms(
+            owner=self.worker,
+            lease=int(settings.lease * 1000),
+            tokens=sides * (max_tokens + len(content) // CHARS_PER_TOKEN),
+            limits=(settings.daily_tokens_account, settings.daily_tokens_service),
+            daily_messages=settings.daily_messages,
+            turns_per_account=settings.turns_per_account,
+        )
+
+    async def _admit(self, account_id: str) -> None:
+        if self.draining:
+            raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
+        per_minute = self.settings.messages_per_minute
+        await self.limits.hit(f"messages:{account_id}", per_minute, 60, "You are sending messages too quickly.")
+
+    async def begin(
+        self, session: Session, account: Account, ask: Ask, *, max_tokens: int = 0, temperature: float | None = None
+    ) -> Turn:
+        """Start the turn a message asks for, or find the one it started before. Raises `ChatError`."""
+        await self._admit(account.id)
+        turns.checked_content(ask.content, self.settings.prompt_max)
+        max_tokens = max_tokens or self.settings.max_tokens
+        terms = self._terms(max_tokens, ask.content, len(session.sides))
+        turn = await turns.insert_turn(self.database, session, account.id, ask, terms)
+        if turn.fresh:
+            await self._launch(turn, Limits(max_tokens, temperature), terms.tokens)
+        return turn
+
+    async def again(self, session: Session, account: Account, message_id: str) -> Turn:
+        """Answer the session's last user message anew. Raises `ChatError`."""
+        await self._admit(account.id)
+        terms = self._terms(self.settings.max_tokens, "", len(session.sides))
+        turn = await turns.insert_regeneration(self.database, session, account.id, message_id, terms)
+        await self._launch(turn, Limits(self.settings.max_tokens), terms.tokens)
+        return turn
+
+    async def _launch(self, turn: Turn, limits: Limits, reserved: int) -> None:
+        """Hand a stored turn to a task of its own. The row exists: from here on it ends, whatever happens."""
+        launched = asyncio.ensure_future(self._launched(turn, limits, reserved))
+        self._tasks.add(launched)
+        launched.add_done_callback(self._ended)
+        await asyncio.shield(launched)
+
+    async def _launched(self, turn: Turn, limits: Limits, reserved: int) -> None:
+        writer = await self.relay.write(turn.session, turn.id)
+        running = self.running[turn.id] = Running(turn, writer)
+        writer.fence = lambda: self._still_ours(running)
+        for message in self.relay.mask.messages(turn.session, list(turn.rows)):
+            writer.create(message)
+        running.task = self.spawn(self._run(running, limits, reserved))
+
+    # -- one turn
+
+    async def _run(self, running: Running, limits: Limits, reserved: int) -> None:
+        """Answer one turn to its end. Never raises: nobody awaits it."""
+        turn = running.turn
+        saying = self.spawn(running.writer.run())
+        try:
+            history = await self._history(turn)
+            running.streams = [
+                asyncio.create_task(self._reply(running, reply, history, limits)) for reply in turn.replies
+            ]
+            if running.stop is not None:
+                self._end_early(running, running.stop)
+            await asyncio.gather(*running.streams)
+        except Exception:  # the outermost frame of a task: what is forgotten here hangs every reader
+            log.exception("turn %s failed", turn.id)
+            for reply in turn.replies:
+                await self._finish(running, reply, Result("failed", "internal"), 0.0)
+        running.writer.end()
+        if running.fenced:
+            saying.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await saying
+        await self._end(running, reserved)
+
+    async def _end(self, running: Running, reserved: int) -> None:
+        turn = running.turn
+        try:
+            with contextlib.suppress(StorageUnavailable):  # the sweep of whoever comes next finds the row
+                await self._keep_trying(
+                    lambda: turns.end_turn(self.database, self.worker, turn.id, running.writer.log.last)
+                )
+                spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
+                await accounts.settle(self.database, self.database.now(), turn.account_id, min(0, spent - reserved))
+        finally:
+            self.running.pop(turn.id, None)
+            if running.fenced:
+                self.relay.writers.pop(turn.id, None)
+                room = self.relay.rooms.get(turn.session.id)
+                if room is not None:
+                    room.repair()  # the new owner's words, which this room did not listen to so far
+            await self.relay.finish(turn.session.id)
+
+    async def _history(self, turn: Turn) -> list[Row]:
+        """The conversation up to and with the turn's user message, newest first, cut to the token budget."""
+        try:
+            rows = await turns.select_messages(
+                self.database, turn.session.id, limit=HISTORY_MESSAGES, before=turn.user["position"]
+            )
+        except StorageUnavailable:
+            rows = []
+        budget = self.settings.history_tokens * CHARS_PER_TOKEN
+        kept: list[Row] = []
+        for row in [turn.user, *rows[::-1]]:
+            budget -= len(row["content"])
+            if kept and budget < 0:
+                break
+            if row["content"] and row["status"] in ("success", "stopped", "interrupted"):
+                kept.append(row)
+        return kept
+
+    def _prompt(self, reply: Row, history: list[Row]) -> list[ChatMessage]:
+        """What one model is shown: its own side of the conversation, oldest first."""
+        model = self.providers.models.get(reply["model"])
+        system = [ChatMessage("system", model.system)] if model is not None and model.system else []
+        seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == reply["participant"]]
+        return system + [ChatMessage(row["role"], row["content"]) for row in seen]
+
+    async def _reply(self, running: Running, reply: Row, history: list[Row], limits: Limits) -> None:
+        """Stream one reply and write down how it ended."""
+        started = time.monotonic()
+        result = Result()
+        try:
+            async with asyncio.timeout(self.settings.reply_timeout):
+                await self._stream(running, reply, self._prompt(reply, history), limits, result, started)
+        except ProviderError as problem:
+            result.status, result.reason = "failed", problem.code
+        except TimeoutError:
+            result.status, result.reason = "failed", "provider_timeout"
+        except asyncio.CancelledError:
+            # Only `_end_early` cancels a stream; the ending still has to be written.
+            result.status = running.stop or "interrupted"
+            result.reason = "interrupted" if result.status == "interrupted" else None
+        except Exception:  # a provider's bug must not take the other side of the battle along
+            log.exception("reply %s failed", reply["id"])
+            result.status, result.reason = "failed", "internal"
+        if running.fenced:
+            return
+        await self._finish(running, reply, result, time.monotonic() - started)
+
+    async def _stream(
+        self, running: Running, reply: Row, prompt: list[ChatMessage], limits: Limits, result: Result, started: float
+    ) -> None:
+        try:
+            await self._stream_once(running, reply, prompt, limits, result, started)
+        except ProviderError as problem:
+            wait = problem.retry_after or 0.5
+            if result.first_token is not None or not problem.retryable or wait > self.settings.retry_after_max:
+                raise
+            log.info("model %s: one retry after %s", reply["model"], problem.code)
+            await asyncio.sleep(wait)
+            await self._stream_once(running, reply, prompt, limits, result, started)
+
+    async def _stream_once(
+        self, running: Running, reply: Row, prompt: list[ChatMessage], limits: Limits, result: Result, started: float
+    ) -> None:
+        settings = self.settings
+        said = 0
+        limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
+        stream = self.providers.stream(reply["model"], prompt, limits)
+        async with contextlib.aclosing(stream):
+            while True:
+                # the adapters keep the same clocks and know of pings and thinking: this one is the backstop
+                wait = settings.idle_timeout if said else settings.first_token_timeout
+                async with asyncio.timeout(wait + 1):
+                    piece = await anext(stream, None)
+                if piece is None:
+                    raise ProviderError("provider_truncated")
+                if isinstance(piece, Finish):
+                    result.finish = piece
+                    return
+                if result.first_token is None:
+                    result.first_token = time.monotonic() - started
+                said += len(piece.text)
+                if said > settings.reply_max:
+                    result.status, result.reason = "failed", "too_long"
+                    return
+                self._say(running, reply, piece)
+
+    def _say(self, running: Running, reply: Row, piece: Delta) -> None:
+        running.writer.say(reply["participant"], reply["id"], piece.text)
+
+    async def _finish(self, running: Running, reply: Row, result: Result, seconds: float) -> None:
+        """Store how a reply ended, then say so; say `storage_unavailable` when it cannot be stored."""
+        writer = running.writer
+        if result.status != "success":
+            writer.hurry(reply["id"])
+        await writer.spoken(reply["id"])
+        row = reply | {
+            "content": writer.log.text(reply["id"]),
+            "seq": writer.log.shown,
+            "status": result.status,
+            "failure_reason": result.reason,
+            "latency_ms": int(seconds * 1000),
+            "first_token_ms": None if result.first_token is None else int(result.first_token * 1000),
+        }
+        try:
+            ours = await self._keep_trying(lambda: turns.update_reply(self.database, self.worker, row))
+        except StorageUnavailable:
+            row |= {"status": "failed", "failure_reason": "storage_unavailable"}
+            ours = True
+        if not ours:
+            self._fence(running)
+            return
+        self.observe(reply["model"], result, seconds)
+        writer.complete(self.relay.mask.message(running.turn.session, row))
+
+    async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
+        """Offer an ending to storage until it takes it. Raises `StorageUnavailable` after `STORE_FOR` seconds."""
+        deadline = time.monotonic() + (3.0 if self.draining else STORE_FOR)
+        while True:
+            try:
+                return await store()
+            except StorageUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.5)
+
+    # -- ending early
+
+    async def stop(self, session: Session, account_id: str) -> bool:
+        """End the session's running turn, whichever worker has it. False when none runs."""
+        row = await turns.request_stop(self.database, session.id, account_id)
+        if row is None:
+            return False
+        self._stop_here(row["id"])
+        if row["id"] not in self.running:
+            await self.relay.send_stop(session.id, row["id"])
+        return True
+
+    def _stop_here(self, turn_id: str) -> None:
+        running = self.running.get(turn_id)
+        if running is not None:
+            self._end_early(running, "stopped")
+
+    def _end_early(self, running: Running, why: str) -> None:
+        running.stop = running.stop or why
+        for stream in running.streams:
+            stream.cancel()
+        running.streams = []  # a second stop must not cancel the writing down of the first
+
+    def _fence(self, running: Running) -> None:
+        """Somebody else owns the turn now: say and write nothing more of it."""
+        log.warning("turn %s was taken over from this worker", running.turn.id)
+        running.fenced = True
+        self.relay.count("fenced")
+        self._end_early(running, "interrupted")
+
+    async def _still_ours(self, running: Running) -> bool:
+        """Cheap while this process was awake; after a freeze longer than the lease it asks the database."""
+        if running.fenced:
+            return False
+        if time.monotonic() - self._beat_at < self.settings.lease:
+            return True
+        with contextlib.suppress(StorageUnavailable):  # nobody else can have taken it then
+            await self._renew()
+        return not running.fenced
+
+    # -- what beats
+
+    async def _renew(self) -> None:
+        known = set(self.running)
+        try:
+            await self.database.set_clock()
+            owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000)) if known else {}
+        finally:
+            self._beat_at = time.monotonic()
+        for turn_id in known:
+            running = self.running.get(turn_id)
+            if running is None:
+                continue
+            if turn_id not in owned and not running.writer.log.ended:
+                self._fence(running)
+            elif owned.get(turn_id):
+                self._end_early(running, "stopped")
+
+    async def _checkpoint(self) -> None:
+        """Write the text so far of every reply that said something since the last time, in one transaction."""
+        values: list[Row] = []
+        for running in self.running.values():
+            turn_log = running.writer.log
+            if turn_log.shown <= running.checkpointed or running.fenced:
+                continue
+            running.checkpointed = turn_log.shown
+            values += [
+                {
+                    "session_id": running.turn.session.id,
+                    "id": reply["id"],
+                    "turn_id": running.turn.id,
+                    "owner": self.worker,
+                    "content": turn_log.text(reply["id"]),
+                    "seq": turn_log.shown,
+                    "now": self.database.now(),
+                }
+                for reply in running.turn.replies
+                if turn_log.text(reply["id"])
+            ]
+        if values:
+            await turns.checkpoint(self.database, values)
+
+    async def _sweep(self) -> None:
+        """Take over turns whose worker died and end them with the longest text known."""
+        # After an outage owners renew as soon as they can; a sweep at that moment would take turns from the living.
+        if self.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
+            return
+        for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
+            if row["id"] in self.running:
+                continue  # our own, not renewed in time: now it is
+            self.relay.count("taken_over")
+            log.warning("turn %s: its worker is gone, ending it", row["id"])
+            self.spawn(self._bury(row))
+        await accounts.delete_expired(self.database)
+
+    async def _bury(self, row: Row) -> None:
+        """End a turn taken from a dead worker: what was said of it is kept, the rest is `interrupted`."""
+        session = await sessions.select_unchecked(self.database, row["session_id"])
+        rows = tuple(await turns.select_turn_messages(self.database, row["id"]))
+        turn = Turn(row["id"], session, row["account_id"], rows, True)
+        writer = await self.relay.write(session, turn.id, row | {"status": "running", "seq": -1})
+        running = self.running[turn.id] = Running(turn, writer)
+        writer.skip_ahead()
+        saying = self.spawn(writer.run())
+        status = "stopped" if row["stop_requested"] else "interrupted"
+        for reply in turn.replies:
+            if reply["status"] in ("pending", "streaming"):
+                result = Result(status, None if status == "stopped" else "interrupted")
+                await self._finish(running, reply, result, 0.0)
+            elif not any(each.kind == "complete" and each.message_id == reply["id"] for each in writer.log.entries):
+                writer.complete(self.relay.mask.message(session, reply))
+        writer.end()
+        await saying
+        await self._end(running, 0)

@@ -1,0 +1,130 @@
+"""How often and how many: rates, and sockets open at once. Across workers with Redis, per process without.
+
+Rates are fixed windows: one counter per name and window, which lets a burst straddle a border but needs no history.
+Sockets are counted per worker in one hash per name; what a dead worker left is ignored because its name is no longer
+among the living. When Redis is away the process counts for itself: a limit that fails closed would be an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from .bus import RedisBus, RelayUnavailable
+from .errors import ChatError
+
+ANSWER = 0.5  # seconds to wait for Redis before counting alone
+ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count
+WORKERS = "parley:workers"
+
+
+class Limits:
+    """Counters of this worker, shared over `bus` where there is one."""
+
+    def __init__(self, worker: str, bus: RedisBus | None = None) -> None:
+        self._worker = worker
+        self._bus = bus
+        self._windows: dict[str, tuple[int, int]] = {}  # name → (window, count)
+        self.open: Counter[str] = Counter()
+        self._living: set[str] = {worker}
+
+    async def hit(self, name: str, limit: int, window: float, message: str) -> None:
+        """Count one more of `name` in this window of so many seconds. Raises `rate_limited` beyond the limit."""
+        number = int(time.time() // window)
+        count = await self._shared_hit(f"parley:rate:{name}:{number}", window)
+        if count is None:
+            count = self._local_hit(name, number)
+        if count > limit:
+            rest = max(1.0, (number + 1) * window - time.time())
+            raise ChatError("rate_limited", message, retry_after=round(rest))
+
+    def _local_hit(self, name: str, number: int) -> int:
+        window, count = self._windows.get(name, (number, 0))
+        count = count + 1 if window == number else 1
+        self._windows[name] = (number, count)
+        return count
+
+    async def _shared_hit(self, key: str, window: float) -> int | None:
+        if self._bus is None:
+            return None
+        counted = self._bus.command("INCR", key)
+        self._bus.command("EXPIRE", key, int(window) + 1)
+        try:
+            async with asyncio.timeout(ANSWER):
+                return int(await counted)
+        except (RelayUnavailable, TimeoutError):
+            return None
+
+    async def enter(self, limits: Iterable[tuple[str, int]]) -> bool:
+        """Take one place under each of these names. False, and nothing is taken, when one of them is full."""
+        names = [name for name, _ in limits]
+        self.open.update(names)
+        counts = await asyncio.gather(*[self._places(name) for name in names])
+        if all(count <= limit for count, (_, limit) in zip(counts, limits, strict=True)):
+            return True
+        self.leave(names)
+        return False
+
+    def leave(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.open[name] -= 1
+            if self.open[name] <= 0:
+                del self.open[name]
+            if self._bus is not None:
+                self._bus.command("HINCRBY", f"parley:open:{name}", self._worker, -1)
+
+    async def _places(self, name: str) -> int:
+        if self._bus is None:
+            return self.open[name]
+        key = f"parley:open:{name}"
+        self._bus.command("HINCRBY", key, self._worker, 1)
+        self._bus.command("EXPIRE", key, 86400)
+        try:
+            async with asyncio.timeout(ANSWER):
+                answer = await self._bus.command("HGETALL", key)
+        except (RelayUnavailable, TimeoutError):
+            return self.open[name]
+        counts = dict(zip(answer[::2], answer[1::2], strict=True))
+        return sum(int(count) for worker, count in counts.items() if worker.decode() in self._living)
+
+    async def beat(self) -> None:
+        """Say that this worker lives, learn who else does, forget windows that are over. Called every few seconds."""
+        now = time.time()
+        self._windows = {name: kept for name, kept in self._windows.items() if len(self._windows) < 10_000}
+        if self._bus is None:
+            return
+        self._bus.command("ZADD", WORKERS, int(now), self._worker)
+        self._bus.command("ZREMRANGEBYSCORE", WORKERS, "-inf", int(now - ALIVE))
+        try:
+            async with asyncio.timeout(ANSWER):
+                living = await self._bus.command("ZRANGE", WORKERS, 0, -1)
+        except (RelayUnavailable, TimeoutError):
+            return
+        self._living = {worker.decode() for worker in living} | {self._worker}
+
+
+def caller(peer: str, forwarded: list[str], trusted: int) -> str:
+    """The caller's address as limits count it.
+
+    peer: who the connection comes from; forwarded: the X-Forwarded-For lines, of which only as many last entries
+    count as there are trusted proxies in front of us: what stands left of them the caller may have made up.
+    """
+    hops = [hop.strip() for line in forwarded for hop in line.split(",")]
+    return address_key(hops[-trusted] if trusted and len(hops) >= trusted else peer)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether the caller sits at this machine: a developer is not limited in guests."""
+    return address in ("127.0.0.1", "::/64", "testclient")
+
+
+def address_key(address: str) -> str:
+    """The address as limits count it: one IPv6 customer has a whole /64 to pick from."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address or "unknown"
+    return str(ipaddress.ip_network(f"{ip}/64", strict=False)) if ip.version == 6 else str(ip)

@@ -1,0 +1,522 @@
+"""Rooms: who is listening to a session in this process, and from where in its turns.
+
+A room is opened by its first follower or owned turn and closed by its last; it has one broadcaster subscription. It
+keeps turn logs; a follower keeps a cursor into them, not a queue, so that a slow reader costs nothing and gets fewer,
+larger events. Join is: subscribe, then read, then drop what is known already. What a room may have missed (a gap in
+the numbers, a bus that was away, a running turn gone silent) it reads again from Redis, or else from storage.
+Knows nothing of sockets: a follower is asked for frames and gives bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import msgspec
+from broadcaster import Broadcast
+
+from . import sessions, turns
+from .bus import GAP, RedisBus, RelayUnavailable
+from .database import Database, Row, StorageUnavailable
+from .events import Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
+from .sessions import Mask, Session
+from .settings import Settings
+from .writer import Pace, Writer, log_key
+
+log = logging.getLogger("parley.relay")
+
+NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
+
+
+class Follower:
+    """One reader of a room: a cursor (`log`, `seq`) and the session events it has not taken yet."""
+
+    def __init__(self, room: Room, dialect: Dialect, account_id: str = "") -> None:
+        self.room = room
+        self.dialect = dialect
+        self.account_id = account_id
+        self.log: TurnLog | None = None
+        self.seq = -1
+        self.lost = False  # it needs a snapshot before anything else
+        self.notices: deque[bytes] = deque(maxlen=NOTICES_KEPT)
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def next(self) -> list[bytes]:
+        """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`."""
+        while not self.lost and not (frames := self.take()):
+            self._event.clear()
+            await self._event.wait()
+        return [] if self.lost else frames
+
+    async def next_of_turn(self) -> list[bytes]:
+        """Like `next`, for a reader of one turn: an empty list when the turn has been said to its end."""
+        while self.log is not None:
+            if self.seq < self.log.shown:
+                return self._advance()
+            if self.log.ended:
+                break
+            self._event.clear()
+            await self._event.wait()
+        return []
+
+    def take(self) -> list[bytes]:
+        frames = list(self.notices)
+        self.notices.clear()
+        if self.log is None and self.room.logs:
+            self.log, self.seq = self.room.logs[0], -1
+        while self.log is not None:
+            if self.seq < self.log.shown:
+                frames += self._advance()
+            if not self.log.ended or self.log.next is None:
+                break
+            self.log, self.seq = self.log.next, -1
+        return frames
+
+    def _advance(self) -> list[bytes]:
+        assert self.log is not None
+        frames = self.log.frames(self.seq, self.dialect)
+        self.seq = self.log.shown
+        return frames
+
+    @property
+    def lag(self) -> int:
+        """Events said and not taken yet."""
+        return 0 if self.log is None else self.log.shown - self.seq
+
+
+class Room:
+    """One process's copy of what a session is saying."""
+
+    def __init__(self, relay: Relay, session_id: str) -> None:
+        self.relay = relay
+        self.session_id = session_id
+        self.channel = f"parley:session:{session_id}"
+        self.logs: list[TurnLog] = []
+        self.followers: set[Follower] = set()
+        self.writing = 0  # turns this process owns here
+        self._early: list[Said] | None = []  # what is heard before the first read is done
+        self._subscription: AbstractAsyncContextManager[Any] | None = None
+        self._pump: asyncio.Task[None] | None = None
+        self._repairing: asyncio.Task[None] | None = None
+        self._again = False
+
+    # -- opening and closing, under the relay's lock of this session
+
+    async def open(self) -> None:
+        self._subscription = self.relay.broadcast.subscribe(self.channel)
+        subscriber = await self._subscription.__aenter__()
+        self._pump = asyncio.create_task(self._listen(subscriber))
+        try:
+            await self._load()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _load(self) -> None:
+        latest = await turns.select_latest_turn(self.relay.database, self.session_id)
+        if latest is not None and (latest["status"] == "running" or latest["id"] in self.relay.writers):
+            await self.relay.bring(self, latest)
+        early, self._early = self._early or [], None
+        for said in early:
+            self._said(said)
+
+    async def close(self) -> None:
+        for task in (self._pump, self._repairing):
+            if task is not None:
+                task.cancel()
+        if self._subscription is not None:
+            await self._subscription.__aexit__(None, None, None)
+
+    # -- hearing
+
+    async def _listen(self, subscriber: Any) -> None:
+        while True:
+            self._hear((await subscriber.get()).message)
+
+    def _hear(self, payload: str) -> None:
+        if payload == GAP:
+            self.repair()
+            return
+        try:
+            message = decode_bus(payload if payload.startswith("[") else payload[len(self.relay.origin) :])
+        except msgspec.DecodeError:
+            self.relay.count("foreign")
+            return
+        if isinstance(message, Said):
+            if self._early is None:
+                self._said(message)
+            else:
+                self._early.append(message)
+        elif isinstance(message, Notice):
+            self.notice(message)
+        elif isinstance(message, Stop):
+            self.relay.on_stop(message.turn_id)
+
+    def _said(self, said: Said) -> None:
+        if said.turn_id in self.relay.writers:
+            return
+        turn_log = self.find(said.turn_id)
+        if turn_log is None:
+            if not said.entries or said.entries[0].from_seq > 0:
+                self.repair()
+                return
+            turn_log = TurnLog(said.turn_id)
+            self.add(turn_log)
+        if not turn_log.append(said.entries):
+            self.repair()
+        if turn_log.show():
+            self.notify()
+
+    def notice(self, notice: Notice) -> None:
+        for follower in self.followers:
+            if not notice.account_id or follower.account_id != notice.account_id:
+                follower.notices.append(notice.json.encode())
+                follower.wake()
+
+    def notify(self) -> None:
+        for follower in self.followers:
+            follower.wake()
+
+    def resync(self) -> None:
+        """Have every reader start over from a snapshot."""
+        for follower in self.followers:
+            follower.lost = True
+            follower.wake()
+
+    # -- logs
+
+    def find(self, turn_id: str) -> TurnLog | None:
+        return next((each for each in self.logs if each.id == turn_id), None)
+
+    def add(self, turn_log: TurnLog) -> None:
+        """Put the newest turn's log behind the others and drop those nobody can resume any more."""
+        then = time.monotonic() - self.relay.settings.log_kept
+        self.logs = [each for each in self.logs if not each.ended or each.ended_at > then]
+        if self.logs:
+            self.logs[-1].next = turn_log
+        self.logs.append(turn_log)
+
+    @property
+    def running(self) -> TurnLog | None:
+        """The log of the turn that is being said, if one is."""
+        return self.logs[-1] if self.logs and not self.logs[-1].ended else None
+
+    # -- repair
+
+    def repair(self) -> None:
+        """Read again what may have been missed; once more afterwards if asked meanwhile."""
+        self._again = True
+        if self._repairing is None or self._repairing.done():
+            self._repairing = asyncio.create_task(self._repair())
+
+    async def _repair(self) -> None:
+        while self._again:
+            self._again = False
+            try:
+                await self._read_again()
+            except StorageUnavailable:
+                return  # the silence watch or the next gap asks again
+
+    async def _read_again(self) -> None:
+        start = self.logs[-1].id if self.logs else None
+        if start is None:
+            latest = await turns.select_latest_turn(self.relay.database, self.session_id)
+            rows = [latest] if latest is not None and latest["status"] == "running" else []
+        else:
+            rows = await turns.select_turns_since(self.relay.database, self.session_id, start)
+        for row in rows:
+            if row["id"] in self.relay.writers:
+                continue
+            if self.find(row["id"]) is None and start != (self.logs[-1].id if self.logs else None):
+                self.resync()  # a later turn was heard meanwhile: readers are past this one
+                return
+            start = row["id"]
+            if await self.relay.bring(self, row):
+                self.relay.count("gaps_filled")
+        self.notify()
+
+
+class Relay:
+    """All rooms of this worker and the turns it writes."""
+
+    def __init__(
+        self, settings: Settings, database: Database, mask: Mask, broadcast: Broadcast, bus: RedisBus | None, worker: str
+    ) -> None:
+        self.settings = settings
+        self.database = database
+        self.mask = mask
+        self.broadcast = broadcast
+        self.bus = bus
+        self.origin = worker
+        self.rooms: dict[str, Room] = {}
+        self.writers: dict[str, Writer] = {}  # running ones, and ended ones while their log is kept
+        self.counts: dict[str, int] = {}
+        self.heard_at = 0.0  # monotonic: when our own sign of life last came back through the bus
+        self.on_stop: Any = lambda turn_id: None
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._channel = f"parley:worker:{worker}"
+        self._echo: asyncio.Task[None] | None = None
+        if bus is not None:
+            bus.on_return = self._resend
+
+    def count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    # -- life
+
+    async def start(self) -> None:
+        await self.broadcast.connect()
+        started = asyncio.Event()
+        self._echo = asyncio.create_task(self._hear_own(started))
+        await started.wait()
+        await self.beat()
+
+    async def stop(self) -> None:
+        if self._echo is not None:
+            self._echo.cancel()
+        for room in list(self.rooms.values()):
+            await room.close()
+        await self.broadcast.disconnect()
+
+    async def _hear_own(self, started: asyncio.Event) -> None:
+        async with self.broadcast.subscribe(self._channel) as subscriber:
+            started.set()
+            while await subscriber.get():
+                self.heard_at = time.monotonic()
+
+    async def beat(self) -> None:
+        """Send a sign of life through the bus, look after silent turns, forget old logs. Called every second or so."""
+        await self._publish(self._channel, "alive")
+        now = time.monotonic()
+        for turn_id, writer in list(self.writers.items()):
+            if writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
+                del self.writers[turn_id]
+        for room in self.rooms.values():
+            running = room.running
+            silent = running is not None and running.id not in self.writers
+            if silent and running is not None and now - running.heard_at > self.settings.relay_silence:
+                running.heard_at = now
+                room.repair()
+
+    async def _publish(self, channel: str, payload: str) -> bool:
+        try:
+            async with asyncio.timeout(self.settings.relay_ack):
+                await self.broadcast.publish(channel, payload)
+        except (RelayUnavailable, TimeoutError):
+            return False
+        return True
+
+    def _resend(self) -> None:
+        for writer in self.writers.values():
+            writer.resend()
+
+    # -- entering and leaving
+
+    def _lock(self, session_id: str) -> asyncio.Lock:
+        lock = self._locks.get(session_id)
+        if lock is None:
+            lock = self._locks[session_id] = asyncio.Lock()
+        return lock
+
+    async def _enter(self, session_id: str) -> Room:
+        """The session's room, open. Call under its lock."""
+        room = self.rooms.get(session_id)
+        if room is None:
+            room = Room(self, session_id)
+            await room.open()
+            self.rooms[session_id] = room
+        return room
+
+    async def _leave(self, room: Room) -> None:
+        async with self._lock(room.session_id):
+            if not room.followers and not room.writing and self.rooms.get(room.session_id) is room:
+                del self.rooms[room.session_id]
+                await room.close()
+
+    async def join(self, session_id: str, dialect: Dialect, account_id: str = "") -> Follower:
+        """Follow a session from its running turn's start, or from what comes next. Leave with `leave`."""
+        async with self._lock(session_id):
+            room = await self._enter(session_id)
+            follower = Follower(room, dialect, account_id)
+            room.followers.add(follower)
+        follower.log = room.logs[-1] if room.logs else None
+        follower.seq = follower.log.shown if follower.log else -1
+        return follower
+
+    async def leave(self, follower: Follower) -> None:
+        follower.room.followers.discard(follower)
+        await self._leave(follower.room)
+
+    # -- cursors
+
+    async def resume(self, follower: Follower, cursor: tuple[str, int]) -> bool:
+        """Put the follower at its cursor. False: the cursor cannot be served exactly; it needs a snapshot."""
+        turn_id, seq = cursor
+        turn_log = follower.room.find(turn_id)
+        if turn_log is None or (seq > turn_log.last and turn_id not in self.writers):
+            turn_log = await self._fetch(follower.room, turn_id)
+        if turn_log is None or not turn_log.serves(seq):
+            return False
+        follower.log, follower.seq = turn_log, seq
+        return True
+
+    async def _fetch(self, room: Room, turn_id: str) -> TurnLog | None:
+        """Bring the logs from this turn on into the room; None when one of them is not kept any more."""
+        found: list[TurnLog] = []
+        for row in await turns.select_turns_since(self.database, room.session_id, turn_id):
+            kept = await self._kept(row["id"])
+            if kept is None or (row["status"] == "ended" and not kept.ended):
+                return None
+            found.append(kept)
+        if not found:
+            return None
+        for position, turn_log in enumerate(found):
+            known = room.find(turn_log.id)
+            if known is not None:
+                known.append(turn_log.entries)
+                known.show()
+                found[position] = known
+        missing = [each for each in found if each not in room.logs]
+        later = [each for each in room.logs if each not in found and each.id > found[-1].id]
+        room.logs = found + later
+        for each, following in zip(room.logs, room.logs[1:], strict=False):
+            each.next = following
+        if missing:
+            room.notify()
+        return found[0]
+
+    async def follow_turn(self, follower: Follower, turn_id: str, seq: int) -> bool:
+        """Put the follower in one turn, whether its log is kept or only its rows are left. False: nothing to read."""
+        turn_log = follower.room.find(turn_id)
+        if turn_log is None:
+            rows = await turns.select_turns_since(self.database, follower.room.session_id, turn_id)
+            if not rows:
+                return False
+            turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
+            await self.refresh(follower.room.session_id, turn_log, rows[0])
+        if not turn_log.serves(seq):
+            seq = -1
+        follower.log, follower.seq = turn_log, seq
+        return True
+
+    async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
+        """The fields of `session_state`, and the follower moved to just behind it."""
+        rows = await turns.select_messages(self.database, session.id)
+        messages = self.mask.messages(session, rows)
+        known = {message["id"]: place for place, message in enumerate(messages)}
+        logs = follower.room.logs
+        for message in [each for turn_log in logs[-1:] for each in turn_log.messages()]:
+            if message["id"] in known:
+                messages[known[message["id"]]] |= message
+            else:
+                messages.append(message)
+        follower.log = logs[-1] if logs else None
+        follower.seq = follower.log.shown if follower.log else -1
+        follower.lost = False
+        running = follower.room.running
+        turn = {"id": running.id, "seq": running.shown} if running is not None else None
+        return {"session": self.mask.state(session), "messages": messages[-50:], "turn": turn}
+
+    # -- reading logs
+
+    async def _kept(self, turn_id: str) -> TurnLog | None:
+        """The turn's log as it was said: from our own memory or from Redis."""
+        writer = self.writers.get(turn_id)
+        if writer is not None:
+            return writer.log
+        if self.bus is None:
+            return None
+        try:
+            async with asyncio.timeout(self.settings.relay_ack * 4):
+                batches = await self.bus.command("LRANGE", log_key(turn_id), 0, -1)
+        except (RelayUnavailable, TimeoutError):
+            return None
+        turn_log = TurnLog(turn_id)
+        for batch in batches:
+            turn_log.append(decode_bus(batch).entries)
+        turn_log.show()
+        return turn_log if turn_log.entries else None
+
+    async def bring(self, room: Room, row: Row) -> bool:
+        """Bring a turn's log in the room up to date. Whether it was behind."""
+        if room.find(row["id"]) is None:
+            turn_log = TurnLog(row["id"])
+            await self.refresh(room.session_id, turn_log, row)
+            if room.find(row["id"]) is None:
+                room.add(turn_log)
+                return True
+        turn_log = room.find(row["id"]) or turn_log
+        return await self.refresh(room.session_id, turn_log, row)
+
+    async def refresh(self, session_id: str, turn_log: TurnLog, row: Row) -> bool:
+        """Add what a log lacks, from Redis or else from the turn's rows. Whether it was behind."""
+        kept = await self._kept(row["id"])
+        if kept is not None:
+            turn_log.append(kept.entries)
+        if kept is None or (row["status"] == "ended" and not turn_log.ended):
+            session = await sessions.select_unchecked(self.database, session_id)
+            rows = await turns.select_turn_messages(self.database, row["id"])
+            seq = max([row["seq"], *[each["seq"] for each in rows]])
+            turn_log.catch_up(self.mask.messages(session, rows), seq, row["status"] == "ended")
+        return turn_log.show()
+
+    # -- writing and telling
+
+    async def write(self, session: Session, turn_id: str, taken: Row | None = None) -> Writer:
+        """Become the writer of a new turn, or of one `taken` from a worker that died, after what that one said."""
+        settings = self.settings
+        paced = session.blind
+        pace = Pace(
+            ack=settings.relay_ack,
+            every=settings.publish_every,
+            tick=settings.pace if paced else 0.0,
+            chars=settings.pace_chars,
+            kept=settings.log_kept,
+        )
+        async with self._lock(session.id):
+            room = await self._enter(session.id)
+            room.writing += 1
+            try:
+                if taken is not None:
+                    await self.bring(room, taken)
+                turn_log = room.find(turn_id)
+                if turn_log is None:
+                    turn_log = TurnLog(turn_id)
+                    room.add(turn_log)
+            except BaseException:
+                room.writing -= 1
+                raise
+            writer = self.writers[turn_id] = Writer(turn_log, room.channel, self.bus, pace, room.notify)
+        return writer
+
+    async def finish(self, session_id: str) -> None:
+        """A turn this process wrote has ended."""
+        room = self.rooms.get(session_id)
+        if room is not None:
+            room.writing -= 1
+            await self._leave(room)
+
+    async def tell(self, session_id: str, event: bytes, *, but: str = "") -> None:
+        """Send an event of the session itself to all its readers but one account's."""
+        notice = Notice(event.decode(), but)
+        if not await self._publish(f"parley:session:{session_id}", encode(notice).decode()):
+            room = self.rooms.get(session_id)
+            if room is not None:
+                room.notice(notice)
+
+    async def send_stop(self, session_id: str, turn_id: str) -> None:
+        """Tell a turn's owner to end it. Lost while Redis is away: the owner also finds it in storage."""
+        await self._publish(f"parley:session:{session_id}", encode(Stop(turn_id)).decode())
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a message went through the relay and back within the last 10 seconds."""
+        return time.monotonic() - self.heard_at < 10

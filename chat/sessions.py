@@ -1,0 +1,359 @@
+"""Sessions and the one mask between what is stored and what anyone is shown.
+
+Every session and message that leaves the service is made here, by `Mask`. The models of a session are `Hidden`: they
+cannot be encoded, printed or compared with a string, so an output that forgets the mask fails instead of leaking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from .accounts import iso
+from .database import Database, Query, Row, new_id
+from .errors import not_found
+from .events import encode
+from .settings import Model
+
+MODES = ("direct", "compare", "random")
+SIDES = ("a", "b")
+
+
+class Hidden:
+    """A model's id that only the mask and the server's own work may see."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, id: str) -> None:
+        self._id = id
+
+    def __repr__(self) -> str:
+        return "<hidden model>"
+
+    def for_server(self) -> str:
+        """The id, to call the model or credit a vote with. Never for an output."""
+        return self._id
+
+
+@dataclass(frozen=True)
+class Session:
+    """A chat session. Times are milliseconds since 1970."""
+
+    id: str
+    account_id: str
+    display_name: str  # its owner's
+    mode: str
+    title: str | None
+    session_type: str | None
+    model_a: Hidden | None
+    model_b: Hidden | None
+    is_public: bool
+    is_open: bool
+    is_pinned: bool
+    share_token: str | None
+    metadata: str
+    message_count: int
+    version: int
+    voted_at: int | None
+    last_message_at: int | None
+    created_at: int
+    updated_at: int
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return SIDES[:1] if self.mode == "direct" else SIDES
+
+    @property
+    def blind(self) -> bool:
+        return self.mode == "random" and self.voted_at is None
+
+    def model(self, side: str) -> Hidden:
+        hidden = self.model_a if side == "a" else self.model_b
+        assert hidden is not None
+        return hidden
+
+
+def model_card(model: Model) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "provider": model.vendor or model.provider,
+        "model_code": model.model_code or model.id,
+        "display_name": model.display_name or model.id,
+        "capabilities": ["text"],
+        "supported_languages": [],
+        "is_active": True,
+        "release_date": None,
+        "model_type": "LLM",
+        "is_thinking_model": False,
+        "url": None,
+        "random_only": False,
+    }
+
+
+class Mask:
+    """Turns sessions and messages into what a reader may see; `models` are those of the settings, offered or not."""
+
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._cards = {id: model_card(model) for id, model in models.items()}
+
+    def card(self, session: Session, side: str | None) -> dict[str, Any] | None:
+        """The model on one side: its card, or in a blind battle a slot that says nothing about it."""
+        hidden = {"a": session.model_a, "b": session.model_b}.get(side or "")
+        if hidden is None:
+            return None
+        if session.blind:
+            slot = hashlib.sha256(f"{session.id}:{side}".encode()).hexdigest()[:32]
+            name = "Model A" if side == "a" else "Model B"
+            return {"id": slot, "display_name": name, "provider": "Random", "is_thinking_model": False}
+        id = hidden.for_server()
+        return self._cards.get(id) or model_card(Model(id=id, provider="unknown")) | {"is_active": False}
+
+    def session(self, session: Session) -> dict[str, Any]:
+        return {
+            "id": session.id,
+            "user": {"id": session.account_id, "display_name": session.display_name},
+            "mode": session.mode,
+            "title": session.title,
+            "model_a": self.card(session, "a"),
+            "model_b": self.card(session, "b"),
+            "is_public": session.is_public,
+            "share_token": session.share_token,
+            "share_url": f"/shared/{session.share_token}" if session.share_token else None,
+            "created_at": iso(session.created_at),
+            "updated_at": iso(session.updated_at),
+            "metadata": msgspec.json.decode(session.metadata),
+            "expires_at": None,
+            "message_count": session.message_count,
+            "last_message_at": iso(session.last_message_at),
+            "is_pinned": session.is_pinned,
+            "version": session.version,
+            "voted": session.voted_at is not None,
+        }
+
+    def state(self, session: Session) -> dict[str, Any]:
+        """The session as `session_state` carries it."""
+        cards = {side: self.card(session, side) for side in SIDES}
+        short = {side: card and {"id": card["id"], "display_name": card["display_name"]} for side, card in cards.items()}
+        whole = self.session(session)
+        kept = {name: whole[name] for name in ("id", "mode", "title", "version", "voted")}
+        return kept | {"model_a": short["a"], "model_b": short["b"]}
+
+    def summary(self, session: Session) -> dict[str, Any]:
+        """The session as a line of the list."""
+        whole = self.session(session)
+        names = ("id", "mode", "title", "created_at", "updated_at", "message_count", "is_pinned")
+        cards = {f"model_{side}_name": (whole[f"model_{side}"] or {}).get("display_name") for side in SIDES}
+        return {name: whole[name] for name in names} | cards | {"session_type": session.session_type}
+
+    def message(self, session: Session, row: Row) -> dict[str, Any]:
+        """A row of `messages` as a Message. What a blind battle's clocks would say about a model is left out."""
+        blind = session.blind and row["role"] == "assistant"
+        return {
+            "id": row["id"],
+            "session": session.id,
+            "role": row["role"],
+            "content": row["content"],
+            "model": self.card(session, row["participant"]) if row["role"] == "assistant" else None,
+            "parent_message_ids": msgspec.json.decode(row["parent_ids"]),
+            "child_ids": [],
+            "position": row["position"],
+            "participant": row["participant"],
+            "status": row["status"],
+            "failure_reason": row["failure_reason"],
+            "attachments": [],
+            "metadata": {},
+            "feedback": None if row["feedback"] is None else msgspec.json.decode(row["feedback"]),
+            "created_at": iso(row["created_at"]),
+            "latency_ms": None if blind else row["latency_ms"],
+            "first_token_ms": None if blind else row["first_token_ms"],
+            "has_feedback": row["feedback"] is not None,
+        }
+
+    def messages(self, session: Session, rows: list[Row]) -> list[dict[str, Any]]:
+        """Messages with their children filled in from each other."""
+        messages = [self.message(session, row) for row in rows]
+        by_id = {message["id"]: message for message in messages}
+        for message in messages:
+            for parent in message["parent_message_ids"]:
+                if parent in by_id:
+                    by_id[parent]["child_ids"].append(message["id"])
+        return messages
+
+
+# -- statements. A session is its owner's; an open one (local start only) is everybody's; a public one may be read.
+
+COLUMNS = """s.id, s.account_id, a.display_name, s.mode, s.title, s.session_type, s.model_a, s.model_b, s.is_public,
+             s.is_open, s.is_pinned, s.share_token, s.metadata, s.version, s.voted_at, s.last_message_at,
+             s.created_at, s.updated_at,
+             (SELECT COUNT(*) FROM messages m WHERE m.session_id = s.id) AS message_count"""
+FROM = "FROM sessions s JOIN accounts a ON a.id = s.account_id"
+
+
+def _session(row: Row) -> Session:
+    row["model_a"] = None if row["model_a"] is None else Hidden(row["model_a"])
+    row["model_b"] = None if row["model_b"] is None else Hidden(row["model_b"])
+    for name in ("is_public", "is_open", "is_pinned"):
+        row[name] = bool(row[name])
+    return Session(**row)
+
+
+async def insert_session(
+    database: Database,
+    account_id: str,
+    mode: str,
+    models: tuple[str, str | None],
+    *,
+    id: str | None = None,
+    title: str | None = None,
+    session_type: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    is_open: bool = False,
+) -> bool:
+    """Make a session; whether this call made it (False: the id exists already, whoever owns it)."""
+    row = await database.fetch_one(
+        """INSERT INTO sessions (id, account_id, mode, title, session_type, model_a, model_b, is_public, is_open,
+                                 is_pinned, metadata, next_position, version, created_at, updated_at)
+           VALUES (:id, :account_id, :mode, :title, :session_type, :model_a, :model_b, 0, :is_open,
+                   0, :metadata, 0, 1, :now, :now)
+           ON CONFLICT (id) DO NOTHING RETURNING id""",
+        {
+            "id": id or new_id(),
+            "account_id": account_id,
+            "mode": mode,
+            "title": title,
+            "session_type": session_type,
+            "model_a": models[0],
+            "model_b": models[1],
+            "is_open": int(is_open),
+            "metadata": encode(metadata or {}).decode(),
+            "now": database.now(),
+        },
+    )
+    return row is not None
+
+
+async def select_session(database: Database | Query, id: str, account_id: str) -> Session:
+    """The session if the account may write in it. Raises `not_found`."""
+    row = await database.fetch_one(
+        f"SELECT {COLUMNS} {FROM} WHERE s.id = :id AND (s.account_id = :account_id OR s.is_open = 1)",
+        {"id": id, "account_id": account_id},
+    )
+    if row is None:
+        raise not_found("session")
+    return _session(row)
+
+
+async def select_readable(database: Database, id: str, account_id: str | None) -> Session:
+    """The session if the account may read it, which of a public one anyone may. Raises `not_found`."""
+    row = await database.fetch_one(
+        f"""SELECT {COLUMNS} {FROM}
+             WHERE s.id = :id AND (s.account_id = CAST(:account_id AS TEXT) OR s.is_open = 1 OR s.is_public = 1)""",
+        {"id": id, "account_id": account_id},
+    )
+    if row is None:
+        raise not_found("session")
+    return _session(row)
+
+
+async def select_unchecked(database: Database, id: str) -> Session:
+    """The session, for the server's own work: it checks no one. Raises `not_found`."""
+    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE s.id = :id", {"id": id})
+    if row is None:
+        raise not_found("session")
+    return _session(row)
+
+
+async def select_shared(database: Database, share_token: str) -> Session:
+    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE s.share_token = :token", {"token": share_token})
+    if row is None:
+        raise not_found("shared session")
+    return _session(row)
+
+
+async def select_sessions(
+    database: Database, account_id: str, *, mode: str | None, search: str | None, limit: int, before: tuple[int, str]
+) -> list[Session]:
+    """The account's sessions, newest change first, from below the `(updated_at, id)` of the last one shown."""
+    rows = await database.fetch_all(
+        f"""SELECT {COLUMNS} {FROM}
+             WHERE s.account_id = :account_id
+               AND (CAST(:mode AS TEXT) IS NULL OR s.mode = :mode)
+               AND (CAST(:search AS TEXT) IS NULL OR LOWER(s.title) LIKE :search ESCAPE '!')
+               AND (s.updated_at < :updated_at OR (s.updated_at = :updated_at AND s.id < :id))
+             ORDER BY s.updated_at DESC, s.id DESC LIMIT :limit""",
+        {
+            "account_id": account_id,
+            "mode": mode,
+            "search": _like(search),
+            "updated_at": before[0],
+            "id": before[1],
+            "limit": limit,
+        },
+    )
+    return [_session(row) for row in rows]
+
+
+def _like(search: str | None) -> str | None:
+    if not search:
+        return None
+    for sign in "!%_":
+        search = search.replace(sign, "!" + sign)
+    return f"%{search.lower()}%"
+
+
+async def update_session(
+    database: Database,
+    id: str,
+    account_id: str,
+    *,
+    title: str | None = None,
+    is_pinned: bool | None = None,
+    is_public: bool | None = None,
+) -> Session:
+    """Change what is given; None leaves it as it is. Only the owner may."""
+    row = await database.fetch_one(
+        """UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
+                  is_pinned = COALESCE(CAST(:is_pinned AS INTEGER), is_pinned),
+                  is_public = COALESCE(CAST(:is_public AS INTEGER), is_public),
+                  version = version + 1, updated_at = :now
+            WHERE id = :id AND account_id = :account_id RETURNING id""",
+        {
+            "id": id,
+            "account_id": account_id,
+            "title": title,
+            "is_pinned": None if is_pinned is None else int(is_pinned),
+            "is_public": None if is_public is None else int(is_public),
+            "now": database.now(),
+        },
+    )
+    if row is None:
+        raise not_found("session")
+    return await select_session(database, id, account_id)
+
+
+async def update_share(database: Database, id: str, account_id: str, share: bool) -> Session:
+    """Give the session a share token (the one it has, if any) or take it away. Only the owner may."""
+    row = await database.fetch_one(
+        """UPDATE sessions SET share_token = CASE WHEN :share = 1 THEN COALESCE(share_token, :token) END,
+                  version = version + 1
+            WHERE id = :id AND account_id = :account_id RETURNING id""",
+        {"id": id, "account_id": account_id, "share": int(share), "token": secrets.token_urlsafe(16)},
+    )
+    if row is None:
+        raise not_found("session")
+    return await select_session(database, id, account_id)
+
+
+async def delete_session(database: Database, id: str, account_id: str) -> None:
+    """Delete the session with all that was said in it. Its votes stay: they are facts about models."""
+    row = await database.fetch_one(
+        "DELETE FROM sessions WHERE id = :id AND account_id = :account_id RETURNING id",
+        {"id": id, "account_id": account_id},
+    )
+    if row is None:
+        raise not_found("session")

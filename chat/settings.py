@@ -1,0 +1,271 @@
+"""One frozen value with every setting: `settings.toml`, then the environment over it.
+
+A setting is named once, here and in the file; `PARLEY_<NAME>` overrides it. Secrets have no default and come from the
+environment alone. Everything wrong is one `StartupError` line that names the setting and never prints a secret.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .errors import StartupError
+
+HERE = Path(__file__).resolve().parent.parent
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
+
+
+class Secret(str):
+    """A string that does not print itself: settings end up in logs and tracebacks."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A language model on offer. `vendor` and `display_name` are what people see, `model_code` what the API is told."""
+
+    id: str
+    provider: str
+    model_code: str = ""
+    display_name: str = ""
+    vendor: str = ""
+    base_url: str = ""
+    api_key_env: str = ""
+    system: str = ""
+    max_tokens: int = 0
+    pace: float = 0.02
+    personality: str = ""
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `settings.toml` says, section by section; units and reasons are in its comments."""
+
+    # from the environment only
+    secret_keys: tuple[Secret, ...] = ()  # oldest → newest: all verify, the last one signs
+    database_url: Secret = Secret("")
+    redis_url: Secret = Secret("")
+    admin_token: Secret = Secret("")
+    api_keys: tuple[Secret, ...] = ()
+    # [service]
+    name: str = "Parley"
+    env: str = "local"
+    host: str = "127.0.0.1"
+    port: int = 8001
+    workers: int = 1
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    trusted_proxies: int = 0
+    open_sessions: bool = True
+    token_in_query: bool = True
+    log_level: str = "info"
+    # [storage]
+    pool_size: int = 5
+    storage_timeout: float = 5.0
+    checkpoint_every: float = 0.5
+    # [relay]
+    relay_ack: float = 0.25
+    publish_every: float = 0.003
+    log_kept: float = 300.0
+    relay_silence: float = 3.0
+    relay_tls_verify: bool = True
+    # [turns]
+    lease: float = 10.0
+    lease_renew: float = 3.0
+    sweep_every: float = 5.0
+    drain: float = 15.0
+    first_token_timeout: float = 60.0
+    idle_timeout: float = 30.0
+    reply_timeout: float = 300.0
+    reply_max: int = 200_000
+    max_tokens: int = 2048
+    history_tokens: int = 6000
+    retry_after_max: float = 5.0
+    # [limits]
+    prompt_max: int = 32_000
+    body_max: int = 262_144
+    frame_max: int = 65_536
+    frames_per_second: int = 20
+    bad_frames: int = 3
+    sockets_per_session: int = 10
+    sockets_per_account: int = 20
+    sockets_per_address: int = 50
+    messages_per_minute: int = 20
+    turns_per_account: int = 3
+    guests_per_hour: int = 10
+    sessions_per_hour: int = 60
+    daily_tokens_account: int = 200_000
+    daily_tokens_service: int = 20_000_000
+    daily_messages: int = 0
+    # [sockets]
+    auth_timeout: float = 10.0
+    send_timeout: float = 10.0
+    ping_interval: float = 20.0
+    ping_timeout: float = 20.0
+    sse_ping: float = 15.0
+    tcp_user_timeout: float = 20.0
+    # [arena]
+    votes_export: bool = True
+    leaderboard_cache: float = 5.0
+    pace: float = 0.05
+    pace_chars: int = 24
+    # [[models]]
+    models: tuple[Model, ...] = ()
+
+    @property
+    def production(self) -> bool:
+        return self.env == "production"
+
+    @property
+    def postgres(self) -> bool:
+        return self.database_url.startswith("postgres")
+
+
+ENVIRONMENT = {  # the names platforms use → ours
+    "DATABASE_URL": "database_url",
+    "REDIS_URL": "redis_url",
+    "ADMIN_TOKEN": "admin_token",
+    "PORT": "port",
+    "WEB_CONCURRENCY": "workers",
+    "ALLOWED_HOSTS": "allowed_hosts",
+    "ALLOWED_ORIGINS": "allowed_origins",
+    "API_KEYS": "api_keys",
+    "SECRET_KEY": "secret_keys",
+}
+ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "secret_keys"}
+
+
+def read_settings(path: Path = HERE / "settings.toml", environ: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings of this process. Raises `StartupError` with one line that says what to change."""
+    environ = os.environ if environ is None else environ
+    values = _from_file(path) | _from_environment(environ)
+    try:
+        settings = msgspec.convert(values, Settings, strict=False, dec_hook=lambda kind, value: kind(value))
+    except msgspec.ValidationError as problem:
+        raise StartupError(f"settings: {problem}") from None
+    return _checked(_completed(settings, environ))
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        sections = msgspec.toml.decode(path.read_bytes())
+    except OSError as problem:
+        raise StartupError(f"settings: cannot read {path.name}: {problem.strerror}") from None
+    except msgspec.DecodeError as problem:
+        raise StartupError(f"settings: {path.name} is not valid TOML: {problem}") from None
+    values: dict[str, Any] = {}
+    for section, content in sections.items():
+        if section == "models":
+            values["models"] = content
+        elif not isinstance(content, dict):
+            raise StartupError(f"settings: {path.name}: `{section}` stands outside every section")
+        else:
+            values |= content
+    for name in values:
+        if name not in Settings.__struct_fields__:
+            raise StartupError(f"settings: {path.name} has an unknown setting `{name}`")
+        if name in ENVIRONMENT_ONLY:
+            raise StartupError(f"settings: `{name}` is a secret: set it in the environment, not in {path.name}")
+    return values
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, text in environ.items():
+        field = ENVIRONMENT.get(name) or (name[7:].lower() if name.startswith("PARLEY_") else None)
+        if field is None or (text == "" and name in ENVIRONMENT):
+            continue
+        if field not in Settings.__struct_fields__:
+            raise StartupError(f"settings: the environment has an unknown setting {name}")
+        values[field] = _parsed(field, text)
+    return values
+
+
+def _parsed(field: str, text: str) -> Any:
+    """Text of the environment as what the field wants: lists by comma, models as JSON, the rest is converted later."""
+    if field == "models":
+        try:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as problem:
+            raise StartupError(f"settings: PARLEY_MODELS is not JSON: {problem}") from None
+    if field in ("allowed_hosts", "allowed_origins", "api_keys", "secret_keys"):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _completed(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Fill in what depends on the rest: the local database, the local key, who may knock."""
+    settings = msgspec.structs.replace(settings, workers=max(settings.workers, workers_asked(sys.argv)))
+    several = settings.workers > 1 or settings.postgres
+    if settings.env == "local" and "PARLEY_ENV" not in environ and several:
+        settings = msgspec.structs.replace(settings, env="production")
+    changes: dict[str, Any] = {}
+    if not settings.database_url:
+        changes["database_url"] = Secret(f"sqlite:///{HERE / 'data' / 'parley.db'}")
+    if settings.production and "PARLEY_OPEN_SESSIONS" not in environ:
+        changes["open_sessions"] = False
+    if not settings.secret_keys and not settings.production:
+        changes["secret_keys"] = (_local_key(HERE / "data" / "secret.key"),)
+    if not settings.allowed_hosts:
+        changes["allowed_hosts"] = ("*",) if settings.production else LOCAL_HOSTS
+    return msgspec.structs.replace(settings, **changes)
+
+
+def workers_asked(argv: list[str]) -> int:
+    """How many workers the server's command line asks for (`--workers 2`, `-w 2`, `--workers=2`), as far as it says.
+
+    A worker is not told how many siblings it has, but its `sys.argv` is its parent's.
+    """
+    for name, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, joined = name.partition("=")
+        if name in ("--workers", "-w") and (joined or value).isdigit():
+            return int(joined or value)
+    return 1
+
+
+def _local_key(path: Path) -> Secret:
+    """A key made once and kept readable for its owner alone, so that tokens outlive a restart on a laptop."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return Secret(path.read_text().strip())
+        with os.fdopen(descriptor, "w") as file:
+            key = secrets.token_urlsafe(48)
+            file.write(key + "\n")
+        return Secret(key)
+    except OSError as problem:
+        raise StartupError(f"settings: cannot keep a local key in {path.name}: {problem.strerror}") from None
+
+
+def _checked(settings: Settings) -> Settings:
+    if settings.env not in ("local", "production"):
+        raise StartupError("settings: env must be local or production")
+    if not settings.secret_keys:
+        raise StartupError(
+            "SECRET_KEY is not set: set it to 32 or more random characters, e.g. the output of "
+            "`python -c 'import secrets; print(secrets.token_urlsafe(48))'`, and keep it the same on every worker."
+        )
+    if settings.production and any(len(key) < 16 for key in settings.secret_keys):
+        raise StartupError("SECRET_KEY is too short: use 32 or more random characters.")
+    if settings.workers > 1 and not settings.redis_url:
+        raise StartupError(
+            f"{settings.workers} workers need REDIS_URL: without Redis a reader on one worker would miss what another "
+            "says. Set REDIS_URL, or WEB_CONCURRENCY=1."
+        )
+    if not settings.models:
+        raise StartupError("settings: there is no [[models]] entry; the demo models need no key")
+    ids = [model.id for model in settings.models]
+    if len(set(ids)) < len(ids):
+        raise StartupError("settings: two models have the same id")
+    unknown = {model.provider for model in settings.models} - {"demo", "openai_chat", "anthropic_messages"}
+    if unknown:
+        raise StartupError(f"settings: unknown provider {min(unknown)}: demo, openai_chat or anthropic_messages")
+    return settings

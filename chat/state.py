@@ -1,0 +1,68 @@
+"""Every resource of a worker, opened once, in order, and closed in reverse."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from broadcaster import Broadcast
+
+from .bus import RedisBus
+from .database import Database
+from .generation import Generation
+from .limits import Limits
+from .providers import Providers
+from .relay import Relay
+from .sessions import Mask
+from .settings import HERE, Settings
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class State:
+    """What handlers work with."""
+
+    settings: Settings
+    database: Database
+    tokens: Tokens
+    limits: Limits
+    mask: Mask
+    relay: Relay
+    generation: Generation
+    providers: Providers
+    bus: RedisBus | None
+    worker: str
+
+
+def open_database(settings: Settings) -> Database:
+    # Without Redis a second process on the same file would be a second service that hears nothing of this one.
+    exclusive = not settings.redis_url
+    return Database(
+        settings.database_url, pool_size=settings.pool_size, timeout=settings.storage_timeout, exclusive=exclusive
+    )
+
+
+async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
+    """Open everything; `stack` closes it. Raises `StartupError` with the one line to print."""
+    worker = secrets.token_hex(4)
+    providers = Providers(settings)
+    stack.push_async_callback(providers.close)
+    bus = (
+        RedisBus(settings.redis_url, verify=settings.relay_tls_verify, origin=worker) if settings.redis_url else None
+    )
+    database = open_database(settings)
+    stack.push_async_callback(database.disconnect)
+    await database.connect()
+    await database.migrate((HERE / "models.sql").read_text())
+    mask = Mask({model.id: model for model in settings.models})
+    broadcast = Broadcast(backend=bus) if bus is not None else Broadcast("memory://")
+    relay = Relay(settings, database, mask, broadcast, bus, worker)
+    await relay.start()
+    stack.push_async_callback(relay.stop)
+    limits = Limits(worker, bus)
+    generation = Generation(settings, database, relay, providers, limits, worker)
+    generation.start()
+    stack.push_async_callback(generation.drain)
+    tokens = Tokens(settings.secret_keys)
+    return State(settings, database, tokens, limits, mask, relay, generation, providers, bus, worker)

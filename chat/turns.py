@@ -1,0 +1,383 @@
+"""Turns and their messages: the statements that start, keep, fence and end an answer.
+
+A turn is one user message and the replies it asked for. While it runs, every write carries its owner: a worker that
+was thought dead and comes back finds that its statements no longer match anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .accounts import reserve
+from .database import Database, Query, Row, Values, new_id
+from .errors import ChatError, invalid, not_found
+from .events import encode
+from .sessions import Session
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn as its owner starts it: the rows of its messages, the user's first, in order."""
+
+    id: str
+    session: Session
+    account_id: str
+    rows: tuple[Row, ...]
+    fresh: bool  # False: this message id made a turn before; nothing was written
+
+    @property
+    def user(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def replies(self) -> tuple[Row, ...]:
+        return self.rows[1:]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants said: the message's id and text, and ids for the replies by side where it chose them."""
+
+    message_id: str
+    content: str
+    reply_ids: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Who runs a new turn and what it may cost. lease: milliseconds; limits: tokens a day, account's and service's."""
+
+    owner: str
+    lease: int
+    tokens: int
+    limits: tuple[int, int]
+    daily_messages: int
+    turns_per_account: int
+
+
+def checked_content(content: str | None, prompt_max: int) -> str:
+    """A message's text, or `invalid`, or `too_large`."""
+    if not content or not content.strip():
+        raise invalid("content", "a message needs some text")
+    if len(content) > prompt_max:
+        raise ChatError("too_large", f"A message may have {prompt_max} characters; this has {len(content)}.")
+    if "\x00" in content:
+        raise invalid("content", "a message cannot contain NUL characters")  # PostgreSQL stores none
+    return content
+
+
+MESSAGE = """session_id, id, turn_id, role, participant, model, content, status, failure_reason, position, parent_ids,
+             seq, latency_ms, first_token_ms, feedback, created_at, updated_at"""
+NAMES = [name.strip() for name in MESSAGE.split(",")]
+INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
+
+
+async def insert_turn(database: Database, session: Session, account_id: str, ask: Ask, terms: Terms) -> Turn:
+    """Write a turn, its user message and its empty replies, whole or not at all.
+
+    The same message id again is the same turn, for ever. Raises `busy` while another turn of the session runs,
+    `rate_limited` when the account has too many running, and what `reserve` raises.
+    """
+
+    async def work(query: Query) -> Turn:
+        now = database.now()
+        position = await _lock(query, session, account_id)
+        existing = await select_turn_of_message(query, session, ask.message_id)
+        if existing is not None:
+            return existing
+        await _check_free(query, session.id, account_id, terms.turns_per_account)
+        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
+        turn_id = new_id()
+        rows = _rows(session, turn_id, ask, position, now)
+        await _insert_turn_row(query, turn_id, session.id, account_id, rows[0], terms, now)
+        await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
+        await query.execute(
+            """UPDATE sessions SET next_position = :next, version = version + 1, updated_at = :now,
+                      last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
+                WHERE id = :id""",
+            {"id": session.id, "next": position + len(rows), "now": now, "title": first_words(ask.content)},
+        )
+        return Turn(turn_id, session, account_id, tuple(rows), True)
+
+    return await database.transaction(work)
+
+
+async def insert_regeneration(
+    database: Database, session: Session, account_id: str, message_id: str, terms: Terms
+) -> Turn:
+    """Ask the session's last user message again: its old replies give way to new ones in a turn of their own."""
+
+    async def work(query: Query) -> Turn:
+        now = database.now()
+        position = await _lock(query, session, account_id)
+        await _check_free(query, session.id, account_id, terms.turns_per_account)
+        last = await query.fetch_one(
+            """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
+                WHERE t.session_id = :id ORDER BY t.position DESC, t.created_at DESC LIMIT 1""",
+            {"id": session.id},
+        )
+        rows = [] if last is None else await _select_turn_rows(query, session.id, last["id"])
+        if last is None or message_id not in [row["id"] for row in rows]:
+            raise ChatError("conflict", "Only the last answer can be made again.")
+        if last["vote_id"] is not None:
+            raise ChatError("already_voted", "This answer has been voted on and stays as it is.")
+        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
+        turn_id = new_id()
+        ask = Ask(last["user_message_id"], rows[0]["content"], {})
+        fresh = _rows(session, turn_id, ask, position, now)[1:]
+        user = rows[0] | {"turn_id": turn_id}
+        await query.execute(
+            "DELETE FROM messages WHERE session_id = :id AND turn_id = :turn AND role = 'assistant'",
+            {"id": session.id, "turn": last["id"]},
+        )
+        await query.execute(
+            "UPDATE messages SET turn_id = :turn WHERE session_id = :session_id AND id = :id",
+            {"turn": turn_id, "session_id": session.id, "id": user["id"]},
+        )
+        await _insert_turn_row(query, turn_id, session.id, account_id, user | {"position": position}, terms, now)
+        await query.execute_many(INSERT_MESSAGE, [dict(row) for row in fresh])
+        await query.execute(
+            """UPDATE sessions SET next_position = :next, version = version + 1, updated_at = :now,
+                      last_message_at = :now WHERE id = :id""",
+            {"id": session.id, "next": position + 1 + len(fresh), "now": now},
+        )
+        return Turn(turn_id, session, account_id, (user, *fresh), True)
+
+    return await database.transaction(work)
+
+
+async def _lock(query: Query, session: Session, account_id: str) -> int:
+    """Hold the account's row, then the session's: turns of one session, and of one account, start one at a time."""
+    await query.fetch_one("UPDATE accounts SET id = id WHERE id = :id RETURNING id", {"id": account_id})
+    row = await query.fetch_one(
+        """UPDATE sessions SET id = id WHERE id = :id AND (account_id = :account_id OR is_open = 1)
+           RETURNING next_position""",
+        {"id": session.id, "account_id": account_id},
+    )
+    if row is None:
+        raise not_found("session")
+    return int(row["next_position"])
+
+
+async def _check_free(query: Query, session_id: str, account_id: str, turns_per_account: int) -> None:
+    row = await query.fetch_one(
+        """SELECT COUNT(CASE WHEN session_id = :session_id THEN 1 END) AS here, COUNT(*) AS running
+             FROM turns WHERE status = 'running' AND (session_id = :session_id OR account_id = :account_id)""",
+        {"session_id": session_id, "account_id": account_id},
+    )
+    assert row is not None
+    if row["here"]:
+        raise ChatError("busy", "An answer is still being written in this session.", retry_after=1)
+    if row["running"] >= turns_per_account:
+        raise ChatError(
+            "rate_limited", f"You have {turns_per_account} answers running already. Wait for one.", retry_after=5
+        )
+
+
+def _rows(session: Session, turn_id: str, ask: Ask, position: int, now: int) -> list[Row]:
+    blank: Row = dict.fromkeys(NAMES)
+    blank |= {"session_id": session.id, "turn_id": turn_id, "seq": -1, "created_at": now, "updated_at": now}
+    user = {"id": ask.message_id, "role": "user", "content": ask.content, "status": "success"}
+    rows = [blank | user | {"position": position, "parent_ids": "[]"}]
+    for place, side in enumerate(session.sides, 1):
+        reply = {
+            "id": ask.reply_ids.get(side) or new_id(),
+            "role": "assistant",
+            "participant": side,
+            "model": session.model(side).for_server(),
+            "content": "",
+            "status": "pending",
+            "position": position + place,
+            "parent_ids": encode([ask.message_id]).decode(),
+        }
+        rows.append(blank | reply)
+    return rows
+
+
+async def _insert_turn_row(
+    query: Query, turn_id: str, session_id: str, account_id: str, user: Row, terms: Terms, now: int
+) -> None:
+    await query.execute(
+        """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
+                              stop_requested, seq, created_at)
+           VALUES (:id, :session_id, :account_id, :user_message_id, :position, 'running', :owner, :lease_until,
+                   0, -1, :now)""",
+        {
+            "id": turn_id,
+            "session_id": session_id,
+            "account_id": account_id,
+            "user_message_id": user["id"],
+            "position": user["position"],
+            "owner": terms.owner,
+            "lease_until": now + terms.lease,
+            "now": now,
+        },
+    )
+
+
+def first_words(text: str) -> str | None:
+    """A title: the first words of the first message, at most 50 characters."""
+    words = " ".join(text.split())
+    if len(words) <= 50:
+        return words or None
+    return words[:49].rsplit(" ", 1)[0] + "…"
+
+
+# -- reading
+
+
+async def _select_turn_rows(query: Database | Query, session_id: str, turn_id: str) -> list[Row]:
+    return await query.fetch_all(
+        f"SELECT {MESSAGE} FROM messages WHERE session_id = :session_id AND turn_id = :turn_id ORDER BY position",
+        {"session_id": session_id, "turn_id": turn_id},
+    )
+
+
+async def select_turn_of_message(query: Database | Query, session: Session, message_id: str) -> Turn | None:
+    """The turn a message of this session belongs to."""
+    row = await query.fetch_one(
+        """SELECT t.id, t.account_id FROM messages m JOIN turns t ON t.id = m.turn_id
+            WHERE m.session_id = :session_id AND m.id = :id""",
+        {"session_id": session.id, "id": message_id},
+    )
+    if row is None:
+        return None
+    rows = await _select_turn_rows(query, session.id, row["id"])
+    return Turn(row["id"], session, row["account_id"], tuple(rows), False)
+
+
+async def select_session_of_message(database: Database, message_id: str, account_id: str) -> str:
+    """The session in which this message is, if the account may write there. Raises `not_found`."""
+    row = await database.fetch_one(
+        """SELECT s.id FROM messages m JOIN sessions s ON s.id = m.session_id
+            WHERE m.id = :id AND (s.account_id = :account_id OR s.is_open = 1) ORDER BY m.created_at DESC LIMIT 1""",
+        {"id": message_id, "account_id": account_id},
+    )
+    if row is None:
+        raise not_found("message")
+    return str(row["id"])
+
+
+async def select_messages(
+    database: Database, session_id: str, *, limit: int = 50, before: int = 2**31 - 1
+) -> list[Row]:
+    """The last `limit` messages below position `before`, oldest first. The caller has checked who is asking."""
+    rows = await database.fetch_all(
+        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :id AND position < :before
+             ORDER BY position DESC LIMIT :limit""",
+        {"id": session_id, "before": before, "limit": limit},
+    )
+    return rows[::-1]
+
+
+async def select_first_message(database: Database, session_id: str) -> str | None:
+    """The text of the session's first user message."""
+    row = await database.fetch_one(
+        "SELECT content FROM messages WHERE session_id = :id AND role = 'user' ORDER BY position LIMIT 1",
+        {"id": session_id},
+    )
+    return None if row is None else str(row["content"])
+
+
+async def select_latest_turn(database: Database, session_id: str) -> Row | None:
+    return await database.fetch_one(
+        "SELECT id, status, owner, seq FROM turns WHERE session_id = :id ORDER BY position DESC LIMIT 1",
+        {"id": session_id},
+    )
+
+
+async def select_turns_since(database: Database, session_id: str, turn_id: str) -> list[Row]:
+    """The turn and all after it, oldest first; empty when the session has no such turn."""
+    return await database.fetch_all(
+        """SELECT id, status, owner, seq FROM turns
+            WHERE session_id = :session_id
+              AND position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :session_id)
+            ORDER BY position LIMIT 50""",
+        {"session_id": session_id, "turn_id": turn_id},
+    )
+
+
+async def select_turn_messages(database: Database, turn_id: str) -> list[Row]:
+    """The messages of a turn as they were last written down. For the server's own work: it checks no one."""
+    return await database.fetch_all(
+        f"SELECT {MESSAGE} FROM messages WHERE turn_id = :turn_id ORDER BY position", {"turn_id": turn_id}
+    )
+
+
+# -- the owner's statements: each matches only while the turn is this worker's
+
+OWNED = "EXISTS (SELECT 1 FROM turns t WHERE t.id = :turn_id AND t.owner = :owner AND t.status = 'running')"
+
+
+async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, bool]:
+    """Prolong all of this worker's turns; each turn's id with whether someone asked it to stop."""
+    rows = await database.fetch_all(
+        """UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
+           RETURNING id, stop_requested""",
+        {"owner": owner, "until": database.now() + lease},
+    )
+    return {row["id"]: bool(row["stop_requested"]) for row in rows}
+
+
+async def checkpoint(database: Database, values: list[Values]) -> None:
+    """Write the text so far of many running replies in one transaction.
+
+    Each of `values`: turn_id, owner, id, session_id, content, seq, now.
+    """
+
+    async def work(query: Query) -> None:
+        await query.execute_many(
+            f"""UPDATE messages SET content = :content, seq = :seq, status = 'streaming', updated_at = :now
+                 WHERE session_id = :session_id AND id = :id AND status IN ('pending', 'streaming') AND {OWNED}""",
+            values,
+        )
+
+    await database.transaction(work)
+
+
+async def update_reply(database: Database, owner: str, row: Row) -> bool:
+    """Write a reply's end. False when the turn is no longer this worker's: someone else has ended it."""
+    names = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms", "first_token_ms")
+    updated = await database.fetch_one(
+        f"""UPDATE messages SET content = :content, seq = :seq, status = :status, failure_reason = :failure_reason,
+                   latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
+             WHERE session_id = :session_id AND id = :id AND {OWNED} RETURNING id""",
+        {name: row[name] for name in names} | {"owner": owner, "now": database.now()},
+    )
+    return updated is not None
+
+
+async def end_turn(database: Database, owner: str, turn_id: str, seq: int) -> bool:
+    """Mark the turn ended. False when it is no longer this worker's."""
+    row = await database.fetch_one(
+        """UPDATE turns SET status = 'ended', seq = :seq, ended_at = :now
+            WHERE id = :id AND owner = :owner AND status = 'running' RETURNING id""",
+        {"id": turn_id, "owner": owner, "seq": seq, "now": database.now()},
+    )
+    return row is not None
+
+
+# -- anyone's
+
+
+async def request_stop(database: Database, session_id: str, account_id: str) -> Row | None:
+    """Ask the owner of the session's running turn to end it; the turn, or None when none runs."""
+    return await database.fetch_one(
+        """UPDATE turns SET stop_requested = 1
+            WHERE session_id = :session_id AND status = 'running'
+              AND EXISTS (SELECT 1 FROM sessions s
+                           WHERE s.id = turns.session_id AND (s.account_id = :account_id OR s.is_open = 1))
+           RETURNING id, owner""",
+        {"session_id": session_id, "account_id": account_id},
+    )
+
+
+async def take_over(database: Database, owner: str, lease: int) -> list[Row]:
+    """Take the turns whose owner let the lease run out; each is this worker's from now on."""
+    now = database.now()
+    return await database.fetch_all(
+        """UPDATE turns SET owner = :owner, lease_until = :until
+            WHERE status = 'running' AND lease_until < :now
+           RETURNING id, session_id, account_id, stop_requested""",
+        {"owner": owner, "until": now + lease, "now": now},
+    )

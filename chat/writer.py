@@ -1,0 +1,199 @@
+"""The one writer of a running turn: numbers its events, sends them to Redis, shows them to readers here.
+
+Text gathers while one publish is in flight and leaves with the next: an idle system forwards each token at once, a
+loaded one larger pieces. With Redis a piece is shown when Redis has it, so that text a reader saw outlives this
+process; a Redis that does not answer within `ack` seconds costs the other workers' readers time, not ours.
+In a blind battle both sides start together and leave in pieces of one size at one pace, whatever the models do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from .bus import RedisBus
+from .events import Entry, Said, TurnLog, completed, created, encode
+
+SKIP = 1000  # more events than a writer that is thought dead can have sent after it was last heard of
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a turn's events leave. Seconds: ack, every, tick (0: unpaced), kept; `chars` per side and tick."""
+
+    ack: float
+    every: float
+    tick: float
+    chars: int
+    kept: float
+
+
+class Writer:
+    """Writes one turn's log. `run` ends when the last event is shown; only its owner's tasks may call it."""
+
+    def __init__(self, log: TurnLog, channel: str, bus: RedisBus | None, pace: Pace, notify: Callable[[], None]) -> None:
+        self.log = log
+        self.fence: Callable[[], Awaitable[bool]] | None = None  # False: the turn was taken from us, say nothing more
+        self._channel = channel
+        self._bus = bus
+        self._pace = pace
+        self.notify = notify
+        self._wake = asyncio.Event()
+        self._shown = asyncio.Event()
+        self._texts: dict[tuple[str, str], str] = {}  # (participant, message id) → said, not numbered yet
+        self._bodies: list[tuple[str, str, str, msgspec.Raw]] = []  # kind, participant, message id, body
+        self._hurried: set[str] = set()
+        self._skip = 0
+        self._done = False
+        self._acked = -1  # the last event Redis is known to have
+        self._sending: asyncio.Future[Any] | None = None
+        self._sent_at = 0.0
+
+    # -- what generation says
+
+    def create(self, message: dict[str, Any]) -> None:
+        self._add("created", message, created(message))
+
+    def say(self, participant: str, message_id: str, text: str) -> None:
+        key = (participant, message_id)
+        self._texts[key] = self._texts.get(key, "") + text
+        self._wake.set()
+
+    def complete(self, message: dict[str, Any]) -> None:
+        """The reply has ended so; said after all of its text."""
+        self._add("complete", message, completed(message))
+
+    def end(self) -> None:
+        self._done = True
+        self._wake.set()
+
+    def hurry(self, message_id: str) -> None:
+        """The reply was cut short: show what is left of its text at once, there is no rhythm to hide any more."""
+        self._hurried.add(message_id)
+        self._wake.set()
+
+    def skip_ahead(self) -> None:
+        """Leave a hole of numbers behind a dead writer's last event, which it may have sent a little beyond."""
+        self._skip = SKIP
+
+    async def spoken(self, message_id: str) -> None:
+        """Wait until all text of a reply is shown."""
+        while any(id == message_id for _, id in self._texts) or self.log.shown < self.log.last:
+            self._shown.clear()
+            await self._shown.wait()
+
+    def _add(self, kind: str, message: dict[str, Any], body: msgspec.Raw) -> None:
+        self._bodies.append((kind, message["participant"] or "", message["id"], body))
+        self._wake.set()
+
+    # -- how it leaves
+
+    async def run(self) -> None:
+        """Number, send and show until the end is shown."""
+        while not self.log.ended:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._wait_for_tick()
+            if self.fence is not None and not await self.fence():
+                return
+            entries = self._take()
+            if entries:
+                self.log.append(entries)
+                await self._send()
+                self.show()
+            if self._texts or self._bodies:
+                self._wake.set()
+
+    def show(self) -> None:
+        if self.log.show():
+            self.notify()
+        self._shown.set()
+
+    async def _wait_for_tick(self) -> None:
+        """At once when nothing left lately; while busy, whatever gathered since, every few milliseconds."""
+        every = self._pace.tick or (self._pace.every if self._bus is not None else 0.0)
+        wait = self._sent_at + every - time.monotonic()
+        if wait > 0:
+            await asyncio.sleep(wait)
+        self._sent_at = time.monotonic()
+
+    def _take(self) -> list[Entry]:
+        """Number what may leave now: one chunk a side, and each body once its reply's text is out."""
+        number = self.log.last
+        entries: list[Entry] = []
+        bodies = [body for body in self._bodies if body[0] == "created"]
+        for (participant, message_id), text in sorted(self._texts.items()) if not bodies else ():
+            paced = self._pace.tick and message_id not in self._hurried
+            piece = text[: self._pace.chars] if paced else text
+            number += 1
+            entries.append(Entry(number, number, "chunk", participant, message_id, piece))
+            if len(piece) == len(text):
+                del self._texts[participant, message_id]
+            else:
+                self._texts[participant, message_id] = text[len(piece) :]
+        unsaid = {id for _, id in self._texts}
+        bodies = bodies or [body for body in self._bodies if body[2] not in unsaid]
+        for kind, participant, message_id, body in bodies:
+            number += 1
+            entries.append(Entry(number, number, kind, participant, message_id, "", body))
+        self._bodies = [body for body in self._bodies if body not in bodies]
+        if self._done and not self._texts and not self._bodies:
+            entries.append(Entry(number + 1, number + 1, "end"))
+        if entries and self._skip:
+            entries = _moved(entries, self._skip)
+            self._skip = 0
+        return entries
+
+    # -- Redis
+
+    async def _send(self) -> None:
+        """Send what Redis lacks and wait for its answer a moment. While an earlier batch hangs nothing waits."""
+        sending = self.send()
+        if sending is not None:
+            await asyncio.wait({sending}, timeout=self._pace.ack)
+
+    def send(self) -> asyncio.Future[Any] | None:
+        """Send everything not acknowledged yet, unless a batch is under way already."""
+        if self._bus is None or (self._sending is not None and not self._sending.done()):
+            return None
+        missing = self.log.entries[self._first_missing() :]
+        if not missing:
+            return None
+        payload = encode(Said(self.log.id, missing))
+        self._sending = self._bus.append(log_key(self.log.id), self._channel, payload, self._pace.kept * 2)
+        self._sending.add_done_callback(lambda future: self._answered(future, missing[-1].seq))
+        return self._sending
+
+    def _first_missing(self) -> int:
+        place = len(self.log.entries)
+        while place and self.log.entries[place - 1].seq > self._acked:
+            place -= 1
+        return place
+
+    def _answered(self, future: asyncio.Future[Any], seq: int) -> None:
+        if future.cancelled() or future.exception() is not None:
+            return
+        self._acked = max(self._acked, seq)
+        if self._acked < self.log.last and self.log.shown == self.log.last:
+            self.send()  # what was said while Redis hung; nothing else may come to carry it
+
+    def resend(self) -> None:
+        """Redis is back, perhaps empty: say everything again, readers drop what they know."""
+        self._acked = -1
+        self._sending = None
+        self.send()
+
+
+def _moved(entries: list[Entry], by: int) -> list[Entry]:
+    """The entries renumbered so many higher; the first covers the hole."""
+    moved = [msgspec.structs.replace(each, seq=each.seq + by, from_seq=each.from_seq + by) for each in entries]
+    return [msgspec.structs.replace(moved[0], from_seq=entries[0].from_seq), *moved[1:]]
+
+
+def log_key(turn_id: str) -> str:
+    return f"parley:turn:{turn_id}"

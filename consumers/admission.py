@@ -1,0 +1,159 @@
+"""Who may open a socket: credentials, the session, and how many are open already."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from chat import accounts, sessions
+from chat.accounts import Account
+from chat.errors import ChatError
+from chat.limits import caller, is_loopback
+from chat.sessions import Session
+from chat.state import State
+
+from . import frames
+
+PROTOCOL = "parley.v1"
+SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Refused(Exception):
+    """The socket is not admitted; the code and reason are said after accept, so that a browser can see them."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A socket that may read; with an account it may write as well."""
+
+    account: Account | None
+    session: Session
+    guest: bool
+
+
+def subprotocol(socket: WebSocket) -> str | None:
+    """Ours if it was offered. The token that is offered beside it must not be echoed."""
+    return PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None
+
+
+async def admit(socket: WebSocket, chat: State) -> Admitted:
+    """Raises `Refused`."""
+    session_id = socket.path_params["session_id"]
+    if not SESSION_ID.fullmatch(session_id):
+        raise Refused(4404, "no such session")
+    try:
+        return await _admit(socket, chat, session_id)
+    except ChatError as problem:
+        raise Refused(*REFUSALS.get(problem.code, (1012, "try again"))) from None
+
+
+REFUSALS = {
+    "authentication_required": (4401, "authentication required"),
+    "token_invalid": (4401, "authentication required"),
+    "token_expired": (4401, "authentication expired"),
+    "forbidden": (4403, "forbidden"),
+    "not_found": (4404, "no such session"),
+    "conflict": (4404, "no such session"),
+    "rate_limited": (4429, "too many requests"),
+}
+
+
+async def _admit(socket: WebSocket, chat: State, session_id: str) -> Admitted:
+    account = await _account(socket, chat)
+    share_token = socket.query_params.get("share_token")
+    if account is None and share_token:
+        session = await sessions.select_shared(chat.database, share_token)
+        if session.id != session_id:
+            raise Refused(4404, "no such session")
+        return Admitted(None, session, False)
+    guest = account is None and chat.settings.open_sessions
+    if account is None:
+        account = await _guest(socket, chat) if guest else await _first_frame(socket, chat)
+    return Admitted(account, await _session(chat, session_id, account, guest), guest)
+
+
+async def _account(socket: WebSocket, chat: State) -> Account | None:
+    """The account behind the first credential present, None without any."""
+    found = credential(socket, chat.settings.token_in_query)
+    return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
+
+
+def credential(connection: HTTPConnection, in_query: bool) -> tuple[str, str] | None:
+    """Its kind and text: header, subprotocol, ticket, query."""
+    scheme, _, text = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return "access", text.strip()
+    for offered in connection.scope.get("subprotocols", ()):
+        if offered.startswith("t."):
+            return "access", offered[2:]
+    names = [("ticket", "ticket")] + ([("token", "access"), ("anonymous_token", "anonymous")] if in_query else [])
+    for name, kind in names:
+        if name in connection.query_params:
+            return kind, connection.query_params[name]
+    return None
+
+
+async def _guest(socket: WebSocket, chat: State) -> Account:
+    address = _address(socket, chat)
+    if not is_loopback(address):
+        limit = chat.settings.guests_per_hour
+        await chat.limits.hit(f"guests:{address}", limit, 3600, "Too many new guests from this address.")
+    return await accounts.insert_guest(chat.database, None)
+
+
+def _address(socket: WebSocket, chat: State) -> str:
+    peer = socket.client.host if socket.client else ""
+    return caller(peer, socket.headers.getlist("x-forwarded-for"), chat.settings.trusted_proxies)
+
+
+async def _first_frame(socket: WebSocket, chat: State) -> Account:
+    """Wait for `{type: "auth", token}`."""
+    try:
+        async with asyncio.timeout(chat.settings.auth_timeout):
+            message = await socket.receive()
+    except TimeoutError:
+        raise Refused(4401, "authentication required") from None
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code") or 1006)
+    try:
+        frame = frames.parse(message.get("text") or "")
+    except ChatError:
+        raise Refused(4401, "authentication required") from None
+    if not isinstance(frame, frames.Auth):
+        raise Refused(4401, "authentication required")
+    return await accounts.verified(chat.database, chat.tokens, "access", frame.token)
+
+
+async def _session(chat: State, id: str, account: Account, guest: bool) -> Session:
+    """The session; on a local start one that does not exist is made, in direct mode with the first model."""
+    try:
+        return await sessions.select_session(chat.database, id, account.id)
+    except ChatError as problem:
+        if problem.code != "not_found" or not chat.settings.open_sessions:
+            raise
+    first = next(iter(chat.providers.models))
+    await sessions.insert_session(chat.database, account.id, "direct", (first, None), id=id, is_open=guest)
+    return await sessions.select_session(chat.database, id, account.id)
+
+
+async def take_places(socket: WebSocket, chat: State, admitted: Admitted) -> list[str]:
+    """Count the socket in. Raises `Refused` when the session, the account or the address has too many."""
+    settings = chat.settings
+    address = _address(socket, chat)
+    limits = [
+        (f"session:{admitted.session.id}", settings.sockets_per_session),
+        (f"address:{address}", settings.sockets_per_address),
+    ]
+    if admitted.account is not None:
+        limits.append((f"account:{admitted.account.id}", settings.sockets_per_account))
+    if not await chat.limits.enter(limits):
+        raise Refused(4429, "too many sockets")
+    return [name for name, _ in limits]

@@ -1,0 +1,43 @@
+"""Every HTTP route, in the order a client uses them. Each answers with and without its trailing slash."""
+
+from starlette.routing import Route
+
+from . import accounts, messages, operations, sessions
+
+# fmt: off
+table = [
+    Route("/api/health",                              operations.health),
+    Route("/health",                                  operations.health),
+    Route("/livez",                                   operations.live),
+    Route("/live",                                    operations.live),
+    Route("/readyz",                                  operations.ready),
+    Route("/ready",                                   operations.ready),
+
+    Route("/api/auth/anonymous",                      accounts.anonymous,         methods=["POST"]),
+    Route("/api/auth/refresh",                        accounts.refresh,           methods=["POST"]),
+    Route("/api/auth/ticket",                         accounts.ticket,            methods=["POST"]),
+    Route("/api/users/me",                            accounts.me),
+    Route("/api/users/me",                            accounts.change_me,         methods=["PATCH"]),
+    Route("/api/users/update_preferences",            accounts.change_me,         methods=["PATCH"]),
+
+    Route("/api/models",                              operations.models),
+    Route("/api/models/{model_id}",                   operations.model),
+
+    Route("/api/sessions",                            sessions.create,            methods=["POST"]),
+    Route("/api/sessions",                            sessions.listing),
+    Route("/api/sessions/{session_id}",               sessions.opened),
+    Route("/api/sessions/{session_id}",               sessions.change,            methods=["PATCH"]),
+    Route("/api/sessions/{session_id}",               sessions.delete,            methods=["DELETE"]),
+    Route("/api/sessions/{session_id}/share",         sessions.share,             methods=["POST"]),
+    Route("/api/sessions/{session_id}/unshare",       sessions.unshare,           methods=["POST"]),
+    Route("/api/sessions/{session_id}/generate_title", sessions.generate_title,   methods=["POST"]),
+    Route("/api/sessions/{session_id}/export",        sessions.export),
+    Route("/api/shared/{token}",                      sessions.shared),
+
+    Route("/api/messages/stream",                     messages.stream,            methods=["POST"]),
+    Route("/api/messages",                            messages.listing),
+    Route("/api/messages/{message_id}/regenerate",    messages.regenerate,        methods=["POST"]),
+    Route("/api/sessions/{session_id}/stream",        messages.session_stream),
+    Route("/api/sessions/{session_id}/stop",          messages.stop,              methods=["POST"]),
+]
+# fmt: on

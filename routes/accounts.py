@@ -1,0 +1,85 @@
+"""Accounts: a guest's tokens, their refresh, the ticket for a socket, and who I am."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat import accounts
+from chat.accounts import Account, account_json
+from chat.errors import invalid
+from chat.state import State
+from chat.tokens import LIFETIMES
+
+from . import inputs
+
+PREFERENCES_MAX = 16_384  # bytes
+
+
+class Guest(msgspec.Struct):
+    display_name: Annotated[str, Meta(max_length=255)] | None = None
+
+
+class Refresh(msgspec.Struct):
+    refresh: str
+
+
+class Change(msgspec.Struct):
+    display_name: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
+    preferences: dict[str, Any] | None = None
+
+
+def pair(chat: State, account: Account) -> dict[str, Any]:
+    return {
+        "access": chat.tokens.make("access", account.id, account.token_version),
+        "refresh": chat.tokens.make("refresh", account.id, account.token_version),
+        "token_type": "Bearer",
+        "expires_in": LIFETIMES["access"],
+    }
+
+
+async def anonymous(request: Request) -> Response:
+    chat = inputs.state(request)
+    wish = await inputs.body(request, Guest)
+    account = await inputs.new_guest(request, (wish.display_name or "").strip() or None)
+    return inputs.answer(
+        {
+            "user": account_json(account),
+            "tokens": pair(chat, account),
+            "anonymous_token": chat.tokens.make("anonymous", account.id, account.token_version),
+            "expires_at": accounts.iso(account.expires_at),
+        }
+    )
+
+
+async def refresh(request: Request) -> Response:
+    chat = inputs.state(request)
+    token = chat.tokens.verify((await inputs.body(request, Refresh)).refresh, "refresh")
+    account = await accounts.select_account(chat.database, token.id, token.tv)
+    await accounts.insert_used_token(chat.database, token.jti, token.exp)
+    return inputs.answer(pair(chat, account))
+
+
+async def ticket(request: Request) -> Response:
+    account = await inputs.account(request)
+    text = inputs.state(request).tokens.make("ticket", account.id, account.token_version)
+    return inputs.answer({"ticket": text, "expires_in": LIFETIMES["ticket"]})
+
+
+async def me(request: Request) -> Response:
+    return inputs.answer(account_json(await inputs.account(request)))
+
+
+async def change_me(request: Request) -> Response:
+    account = await inputs.account(request)
+    change = await inputs.body(request, Change)
+    if change.preferences is not None and len(msgspec.json.encode(change.preferences)) > PREFERENCES_MAX:
+        raise invalid("preferences", f"longer than {PREFERENCES_MAX} bytes")
+    changed = await accounts.update_account(
+        inputs.state(request).database, account.id, change.display_name, change.preferences
+    )
+    return inputs.answer(account_json(changed))

@@ -1,0 +1,125 @@
+"""What a request brings: who is calling, from where, and what is in the body. Raises `ChatError`, decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+
+from chat import accounts
+from chat.accounts import Account
+from chat.errors import ChatError, invalid
+from chat.limits import caller, is_loopback
+from chat.state import State
+
+T = TypeVar("T")
+ID = r"^[A-Za-z0-9_-]{1,64}$"
+
+
+def state(connection: HTTPConnection) -> State:
+    found: State = connection.scope["state"]["chat"]
+    return found
+
+
+def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, "application/json")
+
+
+def error_answer(problem: ChatError) -> Response:
+    body: dict[str, Any] = {"error": problem.code, "message": problem.message, "detail": problem.message}
+    headers = {}
+    if problem.fields:
+        body["fields"] = problem.fields
+    if problem.retry_after is not None:
+        body["retry_after"] = problem.retry_after
+    if problem.status in (429, 503):
+        headers["Retry-After"] = str(max(1, round(problem.retry_after or 1)))
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return answer(body, problem.status, headers)
+
+
+# -- who
+
+
+def address(connection: HTTPConnection) -> str:
+    peer = connection.client.host if connection.client else ""
+    return caller(peer, connection.headers.getlist("x-forwarded-for"), state(connection).settings.trusted_proxies)
+
+
+def credential(connection: HTTPConnection) -> tuple[str, str] | None:
+    """The first credential present in the headers: its kind and text."""
+    scheme, _, text = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return "access", text.strip()
+    if "x-anonymous-token" in connection.headers:
+        return "anonymous", connection.headers["x-anonymous-token"]
+    return None
+
+
+async def optional_account(connection: HTTPConnection) -> Account | None:
+    """The caller, or None without any credential. A present but bad one is refused."""
+    chat = state(connection)
+    found = credential(connection)
+    if found is None and (ticket := connection.query_params.get("ticket")):
+        found = "ticket", ticket
+    return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
+
+
+async def account(connection: HTTPConnection) -> Account:
+    """The caller. Raises `authentication_required`, `token_expired` or `token_invalid`."""
+    found = await optional_account(connection)
+    if found is None:
+        raise ChatError("authentication_required", "This needs a token. Get one at /api/auth/anonymous/.")
+    return found
+
+
+async def new_guest(connection: HTTPConnection, display_name: str | None = None) -> Account:
+    chat = state(connection)
+    place = address(connection)
+    if chat.settings.production or not is_loopback(place):
+        limit = chat.settings.guests_per_hour
+        await chat.limits.hit(f"guests:{place}", limit, 3600, "Too many new guests from this address.")
+    return await accounts.insert_guest(chat.database, display_name)
+
+
+# -- what
+
+
+async def body(request: Request, kind: type[T]) -> T:
+    """The JSON body as a struct. An empty body is `{}`; anything wrong is `invalid` with the path of it."""
+    raw = await request.body()
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if raw and content_type not in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+        raise ChatError("unsupported_media_type", f"Send JSON (application/json), not {content_type}.")
+    return decode(raw or b"{}", kind)
+
+
+def decode(raw: bytes | str, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError as problem:
+        what, _, path = str(problem).partition(" - at `$")
+        raise invalid(path.rstrip("`").lstrip(".") or "body", what) from None
+    except (msgspec.DecodeError, RecursionError) as problem:
+        raise ChatError("bad_request", f"The body is not valid JSON: {problem}.") from None
+    except UnicodeDecodeError:
+        raise ChatError("bad_request", "The body is not valid UTF-8.") from None
+
+
+def number(request: Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None or text == "":
+        return default
+    if not text.lstrip("-").isdigit() or not least <= int(text[:12]) <= most:
+        raise invalid(name, f"expected a whole number from {least} to {most}, got {text[:20]!r}")
+    return int(text)
+
+
+def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:
+    text = request.query_params.get(name) or None
+    if text is not None and text not in allowed:
+        raise invalid(name, f"expected one of {', '.join(allowed)}, got {text[:20]!r}")
+    return text

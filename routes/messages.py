@@ -1,0 +1,250 @@
+"""A turn over HTTP: post a message and follow the answer; follow again; stop; ask again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from chat import accounts, sessions, turns
+from chat.accounts import Account
+from chat.database import new_id
+from chat.errors import ChatError, invalid
+from chat.events import parse_cursor
+from chat.formats import ArenaLines, BareText, EventStream, Format, JsonLines
+from chat.relay import Follower
+from chat.sessions import Session
+from chat.state import State
+from chat.turns import Ask, Turn
+
+from . import inputs
+from .sessions import Id, Title, Wish, make
+
+
+class Line(msgspec.Struct):
+    """One of the arena's message lines; it sends more fields than these."""
+
+    role: Literal["user", "assistant", "system"]
+    id: Id | None = None
+    content: str | None = None
+    participant: Literal["a", "b"] | None = None
+    modelId: str | None = None
+
+
+class Post(msgspec.Struct):
+    """Both shapes of a posted message: arena (`messages`) and short (`content`)."""
+
+    session_id: Id | None = None
+    messages: Annotated[list[Line], Meta(max_length=200)] | None = None
+    content: str | None = None
+    id: Id | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=8000)] | None = None
+    mode: Literal["direct", "compare", "random"] = "direct"
+    model_a_id: str | None = None
+    model_b_id: str | None = None
+    title: Title | None = None
+
+
+async def stream(request: Request) -> Response:
+    """Start the turn a message asks for, and follow it."""
+    chat = inputs.state(request)
+    post = await inputs.body(request, Post)
+    account, guest = await _speaker(request)
+    ask = read_ask(post)
+    session = await _session(chat, account, post, guest)
+    _check_models(session, post)
+    turn = await chat.generation.begin(
+        session, account, ask, max_tokens=post.max_tokens or 0, temperature=post.temperature
+    )
+    headers = {"X-Session-Id": session.id}
+    if guest:
+        headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
+    return await follow(request, session.id, turn.id, headers=headers)
+
+
+async def _speaker(request: Request) -> tuple[Account, bool]:
+    """Who posts; on a local start with open sessions whoever has no token is given a guest."""
+    account = await inputs.optional_account(request)
+    if account is None and inputs.state(request).settings.open_sessions:
+        return await inputs.new_guest(request), True
+    return account or await inputs.account(request), False
+
+
+def read_ask(post: Post) -> Ask:
+    """The user message of either shape, and the ids chosen for its replies."""
+    if post.messages is None:
+        return Ask(post.id or new_id(), post.content or "", {})
+    place = next((n for n in range(len(post.messages) - 1, -1, -1) if post.messages[n].role == "user"), None)
+    if place is None:
+        raise invalid("messages", "there is no user message")
+    user = post.messages[place]
+    replies = {}
+    lines = [line for line in post.messages[place + 1 :] if line.role == "assistant"]
+    for side, line in zip("ab", lines, strict=False):
+        if line.id is not None:
+            replies[line.participant or side] = line.id
+    ids = [user.id, *replies.values()]
+    if len(set(ids)) < len(ids):
+        raise invalid("messages", "two messages have the same id")
+    return Ask(user.id or new_id(), user.content or "", replies)
+
+
+async def _session(chat: State, account: Account, post: Post, guest: bool) -> Session:
+    """The session a message goes to: the one named, or a new one where none is (or may be made by naming it)."""
+    if post.session_id is not None and not (chat.settings.open_sessions and guest):
+        return await sessions.select_session(chat.database, post.session_id, account.id)
+    wish = Wish(post.mode, post.model_a_id, post.model_b_id, post.title, id=post.session_id)
+    session, _ = await make(chat, account, wish, is_open=guest and post.session_id is not None)
+    return session
+
+
+def _check_models(session: Session, post: Post) -> None:
+    """A client may repeat the session's own models, which in a blind battle it cannot know, and name no others."""
+    if session.mode == "random":
+        return
+    sides = {side: session.model(side).for_server() for side in session.sides}
+    for place, line in enumerate(post.messages or []):
+        if line.role == "assistant" and line.modelId and line.modelId not in sides.values():
+            raise invalid(f"messages[{place}].modelId", "not this session's model")
+
+
+# -- following
+
+
+def chosen_format(request: Request) -> type[Format]:
+    accept = request.headers.get("accept", "*/*").replace(" ", "").lower()
+    if request.query_params.get("format") == "text" or "text/plain;format=text" in accept:
+        return BareText
+    if "text/event-stream" in accept or request.query_params.get("format") == "sse":
+        return EventStream
+    if "application/x-ndjson" in accept or request.query_params.get("format") == "ndjson":
+        return JsonLines
+    return ArenaLines
+
+
+async def follow(
+    request: Request,
+    session_id: str,
+    turn_id: str,
+    seq: int = -1,
+    *,
+    spoken: type[Format] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """A response that says a turn from after `seq` to its end. Leaving it changes nothing."""
+    chat = inputs.state(request)
+    spoken = spoken or chosen_format(request)
+    follower = await chat.relay.join(session_id, spoken.dialect)
+    try:
+        if not await chat.relay.follow_turn(follower, turn_id, seq):
+            raise ChatError("not_found", "There is no such turn.")
+    except BaseException:
+        await chat.relay.leave(follower)
+        raise
+    kept = {
+        "Cache-Control": "no-store, no-transform",
+        "X-Accel-Buffering": "no",
+        "X-Turn-Id": turn_id,
+        "Content-Type": spoken.content_type,
+    }
+    return FollowResponse(chat, follower, spoken, kept | (headers or {}))
+
+
+class FollowResponse(StreamingResponse):
+    """A stream whose follower leaves its room even when the reader is gone before the first byte."""
+
+    def __init__(self, chat: State, follower: Follower, spoken: type[Format], headers: dict[str, str]) -> None:
+        super().__init__(_said(chat, follower, spoken), headers=headers)
+        self._chat = chat
+        self._follower = follower
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
+            self._chat.generation.spawn(self._chat.relay.leave(self._follower))
+
+
+async def _said(chat: State, follower: Follower, spoken: type[Format]) -> AsyncIterator[bytes]:
+    yield spoken.opening
+    waiting: asyncio.Task[list[bytes]] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(follower.next_of_turn())
+            done, _ = await asyncio.wait({waiting}, timeout=chat.settings.sse_ping)
+            if not done:
+                yield spoken.ping
+                continue
+            frames, waiting = waiting.result(), None
+            if not frames:
+                break
+            for frame in frames:
+                yield frame
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+    yield spoken.closing
+
+
+async def session_stream(request: Request) -> Response:
+    """The running or latest turn as SSE, resumed after `Last-Event-ID`; 204 when there is nothing to read."""
+    chat = inputs.state(request)
+    account = await _reader(request)
+    account_id = account.id if account else None
+    session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
+    cursor = parse_cursor(request.headers.get("last-event-id") or request.query_params.get("after", ""))
+    latest = await turns.select_latest_turn(chat.database, session.id)
+    if latest is None:
+        return Response(status_code=204)
+    seq = -1
+    if cursor is not None and cursor[0] == latest["id"]:
+        seq = cursor[1]
+        if latest["status"] == "ended" and seq >= latest["seq"]:
+            return Response(status_code=204)
+    return await follow(request, session.id, latest["id"], seq, spoken=EventStream)
+
+
+async def _reader(request: Request) -> Account | None:
+    """EventSource sends no headers: it may put a token where sockets may."""
+    chat = inputs.state(request)
+    for name, kind in (("token", "access"), ("anonymous_token", "anonymous")):
+        text = request.query_params.get(name)
+        if text and chat.settings.token_in_query and inputs.credential(request) is None:
+            return await accounts.verified(chat.database, chat.tokens, kind, text)
+    return await inputs.optional_account(request)
+
+
+async def stop(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    return inputs.answer({"stopped": await chat.generation.stop(session, account.id)})
+
+
+async def regenerate(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    message_id = request.path_params["message_id"]
+    session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
+    session = await sessions.select_session(chat.database, session_id, account.id)
+    turn: Turn = await chat.generation.again(session, account, message_id)
+    return await follow(request, session.id, turn.id)
+
+
+async def listing(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session_id = request.query_params.get("session_id", "")
+    if not session_id:
+        raise invalid("session_id", "name the session")
+    session = await sessions.select_session(chat.database, session_id, account.id)
+    limit = inputs.number(request, "limit", 500, 1, 1000)
+    rows = await turns.select_messages(chat.database, session.id, limit=limit)
+    return inputs.answer(chat.mask.messages(session, rows))

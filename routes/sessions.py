@@ -1,0 +1,250 @@
+"""Sessions: create, list, open, change, delete, share, export."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat import sessions, turns, votes
+from chat.accounts import Account
+from chat.database import new_id
+from chat.errors import ChatError, invalid
+from chat.events import session_event
+from chat.sessions import Session
+from chat.state import State
+
+from . import inputs
+
+METADATA_MAX = 16_384  # bytes
+EXPORT_MAX = 100_000  # messages
+Title = Annotated[str, Meta(max_length=255)]
+Id = Annotated[str, Meta(pattern=inputs.ID)]
+
+
+class Wish(msgspec.Struct):
+    """The body of a new session. Unknown fields are tolerated: the arena's own clients send more than they mean."""
+
+    mode: Literal["direct", "compare", "random"] = "direct"
+    model_a_id: str | None = None
+    model_b_id: str | None = None
+    title: Title | None = None
+    metadata: dict[str, Any] | None = None
+    session_type: Annotated[str, Meta(max_length=32)] | None = None
+    id: Id | None = None
+
+
+class Change(msgspec.Struct, forbid_unknown_fields=True):
+    title: Title | None = None
+    is_pinned: bool | None = None
+    is_public: bool | None = None
+
+
+async def create(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    wish = await inputs.body(request, Wish)
+    session, made = await make(chat, account, wish)
+    return inputs.answer(chat.mask.session(session), 201 if made else 200)
+
+
+async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = False) -> tuple[Session, bool]:
+    """The session a client wishes for, and whether it is new: an id that is already the account's is that session."""
+    limits = chat.settings
+    if wish.metadata is not None and len(msgspec.json.encode(wish.metadata)) > METADATA_MAX:
+        raise invalid("metadata", f"longer than {METADATA_MAX} bytes")
+    models = await choose_models(chat, wish)
+    if wish.id is not None:
+        existing = await _existing(chat, wish.id, account)
+        if existing is not None:
+            return existing, False
+    message = "You have made too many sessions this hour."
+    await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_hour, 3600, message)
+    id = wish.id or new_id()
+    made = await sessions.insert_session(
+        chat.database,
+        account.id,
+        wish.mode,
+        models,
+        id=id,
+        title=wish.title,
+        session_type=wish.session_type,
+        metadata=wish.metadata,
+        is_open=is_open,
+    )
+    session = await _existing(chat, id, account)
+    if session is None:
+        raise ChatError("conflict", "This session id is taken.")
+    return session, made
+
+
+async def _existing(chat: State, id: str, account: Account) -> Session | None:
+    try:
+        return await sessions.select_session(chat.database, id, account.id)
+    except ChatError:
+        return None
+
+
+async def choose_models(chat: State, wish: Wish) -> tuple[str, str | None]:
+    """The models a new session talks to. Raises `invalid` naming the field."""
+    offered = chat.providers.models
+    if wish.mode == "random":
+        return await votes.draw(chat.database, list(offered))
+    first = wish.model_a_id or (next(iter(offered), None) if wish.mode == "direct" else None)
+    wanted = {"model_a_id": first} | ({"model_b_id": wish.model_b_id} if wish.mode == "compare" else {})
+    for field, id in wanted.items():
+        if id is None:
+            raise invalid(field, f"{wish.mode} mode needs a model here")
+        if id not in offered:
+            raise invalid(field, "there is no such model")
+    if wish.mode == "compare" and wish.model_a_id == wish.model_b_id:
+        raise invalid("model_b_id", "compare mode needs two different models")
+    assert first is not None
+    return first, wanted.get("model_b_id")
+
+
+async def listing(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    limit = inputs.number(request, "limit", 50, 1, 200)
+    found = await sessions.select_sessions(
+        chat.database,
+        account.id,
+        mode=inputs.choice(request, "mode", sessions.MODES),
+        search=request.query_params.get("search", "")[:100],
+        limit=limit + 1,
+        before=_before(request),
+    )
+    shown, headers = found[:limit], {}
+    if len(found) > limit:
+        query = request.url.include_query_params(before=f"{shown[-1].updated_at}.{shown[-1].id}").query
+        headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    return inputs.answer([chat.mask.summary(session) for session in shown], headers=headers)
+
+
+def _before(request: Request) -> tuple[int, str]:
+    text = request.query_params.get("before")
+    if not text:
+        return 2**62, ""
+    time, _, id = text.partition(".")
+    if not time.isdigit() or len(time) > 15:
+        raise invalid("before", "expected the cursor of a `Link` header")
+    return int(time), id
+
+
+async def opened(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.optional_account(request)
+    id = request.path_params["session_id"]
+    session = await sessions.select_readable(chat.database, id, account.id if account else None)
+    return await _with_messages(request, session)
+
+
+async def shared(request: Request) -> Response:
+    chat = inputs.state(request)
+    return await _with_messages(request, await sessions.select_shared(chat.database, request.path_params["token"]))
+
+
+async def _with_messages(request: Request, session: Session) -> Response:
+    chat = inputs.state(request)
+    before = inputs.number(request, "before", 2**31 - 1, 0, 2**31 - 1)
+    limit = inputs.number(request, "limit", 50, 1, 200)
+    rows = await turns.select_messages(chat.database, session.id, before=before, limit=limit)
+    messages = chat.mask.messages(session, rows)
+    return inputs.answer({"session": chat.mask.session(session), "messages": messages})
+
+
+async def change(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    wish = await inputs.body(request, Change)
+    session = await sessions.update_session(
+        chat.database,
+        request.path_params["session_id"],
+        account.id,
+        title=wish.title,
+        is_pinned=wish.is_pinned,
+        is_public=wish.is_public,
+    )
+    await tell_update(chat, session, "updated")
+    return inputs.answer(chat.mask.session(session))
+
+
+async def tell_update(chat: State, session: Session, action: str) -> None:
+    """Let every reader of the session know how it stands now."""
+    event = session_event(
+        "session_update", session=chat.mask.session(session), action=action, version=session.version
+    )
+    await chat.relay.tell(session.id, event)
+
+
+async def delete(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    await chat.generation.stop(session, account.id)
+    await sessions.delete_session(chat.database, session.id, account.id)
+    event = session_event(
+        "session_update", session={"id": session.id}, action="deleted", version=session.version + 1
+    )
+    await chat.relay.tell(session.id, event)
+    return Response(status_code=204)
+
+
+async def share(request: Request) -> Response:
+    session = await _shared(request, True)
+    return inputs.answer({"share_token": session.share_token, "share_url": f"/shared/{session.share_token}"})
+
+
+async def unshare(request: Request) -> Response:
+    await _shared(request, False)
+    return inputs.answer({"status": "unshared"})
+
+
+async def _shared(request: Request, share: bool) -> Session:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    return await sessions.update_share(chat.database, request.path_params["session_id"], account.id, share)
+
+
+async def generate_title(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    first = await turns.select_first_message(chat.database, session.id)
+    title = turns.first_words(first or "") or "New chat"
+    if session.account_id == account.id and title != session.title:
+        session = await sessions.update_session(chat.database, session.id, account.id, title=title)
+        await tell_update(chat, session, "updated")
+    return inputs.answer({"title": title})
+
+
+async def export(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    kind = inputs.choice(request, "format", ("json", "markdown", "txt")) or "json"
+    rows = await turns.select_messages(chat.database, session.id, limit=EXPORT_MAX)
+    messages = chat.mask.messages(session, rows)
+    extension = {"json": "json", "markdown": "md", "txt": "txt"}[kind]
+    media = {"json": "application/json", "markdown": "text/markdown", "txt": "text/plain"}[kind]
+    if kind == "json":
+        whole = {"session": chat.mask.session(session), "messages": messages}
+        content = msgspec.json.format(msgspec.json.encode(whole), indent=2)
+    else:
+        content = _transcript(session, messages, kind == "markdown").encode()
+    name = f'attachment; filename="chat_session_{session.id}.{extension}"'
+    return Response(content, 200, {"Content-Disposition": name}, media)
+
+
+def _transcript(session: Session, messages: list[dict[str, Any]], markdown: bool) -> str:
+    title = session.title or "Chat"
+    parts = [f"# {title}" if markdown else title]
+    for message in messages:
+        speaker = "You" if message["role"] == "user" else (message["model"] or {}).get("display_name", "Model")
+        parts.append(f"## {speaker}" if markdown else f"{speaker}:")
+        parts.append(message["content"] + ("" if message["status"] == "success" else f" [{message['status']}]"))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,328 @@
+"""Parley, wired: settings in, ASGI application out. `python service.py` serves it, `python service.py release` prepares
+the database. Everything a request meets before its route stands in `create_app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+import sys
+from contextlib import AsyncExitStack
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import consumers
+import routes
+from chat.errors import ChatError, StartupError
+from chat.settings import HERE, Settings, read_settings
+from chat.state import State, open_database, open_state
+from routes.inputs import error_answer
+
+log = logging.getLogger("parley")
+
+REDACTED = re.compile(r"\b(token|anonymous_token|ticket|share_token|key)=[^&\s\"]+")
+
+STARTUP_FAILURE = 3
+OPEN_TO_ALL = {"/api/health", "/health", "/livez", "/live", "/readyz", "/ready"}  # no Host, no Origin asked for
+
+
+def create_app(settings: Settings) -> Service:
+    """The service for these settings. It opens its resources when it is started, or else when it is first asked."""
+    return Service(settings)
+
+
+class Service(Starlette):
+    """A Starlette application that starts itself: Daphne runs no lifespan, and a failed start is one line."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(
+            routes=[*routes.table, *consumers.table],
+            middleware=[
+                Middleware(Gate, settings=settings),
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=settings.allowed_origins,
+                    allow_origin_regex=None if settings.production else r"https?://(localhost|127\.0\.0\.1)(:\d+)?",
+                    allow_methods=["GET", "POST", "PATCH", "DELETE"],
+                    allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
+                    expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
+                    max_age=600,
+                ),
+            ],
+            exception_handlers={ChatError: _chat_error, HTTPException: _http_error, Exception: _any_error},
+            max_body_size=settings.body_max,
+        )
+        self.router.redirect_slashes = False
+        self.settings = settings
+        self.chat: State | None = None
+        self._starting = asyncio.Lock()
+        self._stack = AsyncExitStack()
+
+    async def ensure_started(self) -> State:
+        """Open everything, once. Raises `StartupError`."""
+        async with self._starting:
+            if self.chat is None:
+                try:
+                    self.chat = await open_state(self.settings, self._stack)
+                except BaseException:
+                    await self._stack.aclose()
+                    raise
+            return self.chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        try:
+            chat = self.chat or await self.ensure_started()
+        except StartupError as problem:
+            log.error("%s", problem)
+            await refuse(ChatError("storage_unavailable", "The service could not start yet."), scope, receive, send)
+            return
+        scope.setdefault("state", {})["chat"] = chat
+        # Every path answers with and without its trailing slash; a redirect would lose a POST's body in some clients.
+        if len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await super().__call__(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.ensure_started()
+        except StartupError as problem:
+            await send({"type": "lifespan.startup.failed", "message": f"parley: {problem}"})
+            return
+        except Exception:  # a server takes an exception here for "knows no lifespan" and goes on without us
+            log.exception("the service could not start")
+            await send({"type": "lifespan.startup.failed", "message": "parley: the service could not start"})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stack.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+class Gate:
+    """Which hosts are answered and which web pages may call, on HTTP and sockets alike; and headers for every answer.
+
+    Starlette's own TrustedHost and CORS middleware leave sockets open to every page on the web.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in OPEN_TO_ALL:
+            connection = HTTPConnection(scope)
+            host, origin = connection.headers.get("host", ""), connection.headers.get("origin")
+            problem = self.refusal(host, origin)
+            if problem is not None:
+                await refuse(problem, scope, receive, send)
+                return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        await self.app(scope, receive, send_safely if scope["type"] == "http" else send)
+
+    def refusal(self, host: str, origin: str | None) -> ChatError | None:
+        allowed = self.settings.allowed_hosts
+        if "*" not in allowed and not _host_allowed(host, allowed):
+            return ChatError("bad_request", "This host name is not served here. Set ALLOWED_HOSTS to allow it.")
+        if origin is not None and not self._origin_allowed(origin, host):
+            return ChatError("origin_not_allowed", "This page may not call here. Set ALLOWED_ORIGINS to allow it.")
+        return None
+
+    def _origin_allowed(self, origin: str, host: str) -> bool:
+        """A page may call if it is listed, comes from this very host, or runs on this machine on a local start."""
+        try:
+            parts = urlsplit(origin)
+            name = parts.hostname
+        except ValueError:
+            return False
+        if origin in self.settings.allowed_origins or (parts.netloc and parts.netloc.lower() == host.lower()):
+            return True
+        return not self.settings.production and name in ("localhost", "127.0.0.1", "::1")
+
+
+async def refuse(problem: ChatError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, or a socket's handshake, with an error and nothing else."""
+    answer = error_answer(problem)
+    if scope["type"] == "http":
+        await answer(scope, receive, send)
+    elif "websocket.http.response" in scope.get("extensions", {}):
+        await receive()
+        await send({"type": "websocket.http.response.start", "status": answer.status_code,
+                    "headers": answer.raw_headers})  # fmt: skip
+        await send({"type": "websocket.http.response.body", "body": answer.body})
+    else:
+        await receive()
+        await send({"type": "websocket.close", "code": 4403})
+
+
+def _host_allowed(host: str, allowed: tuple[str, ...]) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return name.lower() in allowed or any(each.startswith("*.") and name.lower().endswith(each[1:]) for each in allowed)
+
+
+# -- errors: every one leaves in the same shape
+
+
+async def _chat_error(connection: Any, problem: Exception) -> Response:
+    assert isinstance(problem, ChatError)
+    return error_answer(problem)
+
+
+async def _http_error(request: Any, problem: Exception) -> Response:
+    assert isinstance(problem, HTTPException)
+    sentences = {
+        404: ("not_found", "There is nothing here."),
+        405: ("method_not_allowed", "This method is not allowed here."),
+        413: ("too_large", "The body is too large."),
+    }
+    code, sentence = sentences.get(problem.status_code, ("bad_request", "The request was not understood."))
+    answer = error_answer(ChatError(code, sentence))
+    for name, value in (problem.headers or {}).items():
+        answer.headers[name] = value
+    return answer
+
+
+async def _any_error(request: Request, problem: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.scope["path"], exc_info=problem)
+    return error_answer(ChatError("internal", "Something went wrong on our side."))
+
+
+# -- starting from a command line
+
+
+def main() -> None:
+    """`python service.py [serve|release]`."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "serve"
+    if command not in ("serve", "release"):
+        sys.exit("usage: python service.py [serve | release]")
+    settings = settings_or_exit()
+    _set_up_logging(settings)
+    try:
+        if command == "release":
+            asyncio.run(release(settings))
+        else:
+            serve(settings)
+    except StartupError as problem:
+        print(f"parley: {problem}", file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
+
+
+def settings_or_exit() -> Settings:
+    try:
+        return read_settings()
+    except StartupError as problem:
+        print(f"parley: {problem}", file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)  # uvicorn's word for "the same would happen again": its parent process stops, too
+
+
+async def release(settings: Settings) -> None:
+    """Bring the database's schema up to date, once, under a lock."""
+    database = open_database(settings)
+    await database.connect()
+    try:
+        applied = await database.migrate((HERE / "models.sql").read_text())
+    except ChatError as problem:
+        raise StartupError(problem.message) from None
+    finally:
+        await database.disconnect()
+    print(f"parley: schema up to date, {applied} step{'' if applied == 1 else 's'} applied")
+
+
+def serve(settings: Settings) -> None:
+    """Run uvicorn with what the service needs: small frames, no deflate, a bound on blocked sockets, a bounded stop."""
+    import uvicorn
+
+    listener = _listen(settings)
+    config = uvicorn.Config(
+        "service:app",
+        workers=settings.workers,
+        ws="websockets-sansio",
+        ws_max_size=settings.frame_max,
+        ws_per_message_deflate=False,
+        ws_ping_interval=settings.ping_interval,
+        ws_ping_timeout=settings.ping_timeout,
+        timeout_graceful_shutdown=5,
+        access_log=False,  # request lines carry tokens of clients that put them into the URL
+        log_level="warning" if settings.log_level == "info" else settings.log_level,
+        server_header=False,
+    )
+    _say_hello(settings)
+    if settings.workers > 1:
+        from uvicorn.supervisors import Multiprocess
+
+        Multiprocess(config, sockets=[listener]).run()
+        return
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Without it a peer that vanished with unread bytes holds its connection for a quarter of an hour.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.tcp_user_timeout * 1000))
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as problem:
+        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {problem.strerror}") from None
+    listener.listen(2048)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _say_hello(settings: Settings) -> None:
+    if settings.production:
+        return
+    url = f"http://localhost:{settings.port}"
+    print(f"{settings.name} is at {url}  (health: {url}/api/health/)")
+    print(f"Try it:  curl -N '{url}/api/messages/stream/?format=text' -d '{{\"content\": \"Hello\"}}'")
+    print("Set OPENAI_API_KEY or ANTHROPIC_API_KEY for real models, DATABASE_URL for PostgreSQL, REDIS_URL for workers.")
+    sys.stdout.flush()
+
+
+class _Redact(logging.Filter):
+    """Servers print request lines; clients that cannot do better put their token there."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "?" in (text := record.getMessage()):
+            record.msg, record.args = REDACTED.sub(r"\1=***", text), None
+        return True
+
+
+def _set_up_logging(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+
+
+def _load() -> Service:
+    settings = settings_or_exit()
+    for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access", "daphne"):
+        logging.getLogger(name).addFilter(_Redact())
+    return create_app(settings)
+
+
+if __name__ == "__main__":
+    main()
+else:
+    app = _load()
