@@ -1,4 +1,4 @@
-"""Fixtures: real servers started once, a real service per test module, on SQLite and on PostgreSQL with Redis."""
+"""Fixtures: real servers started once, and a real service per module on every storage it supports."""
 
 from __future__ import annotations
 
@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.servers import Postgres, Redis, Service
+from tests.harness.servers import Postgres, Redis
+from tests.harness.service import Service
 
 SECRET = "test-secret-key-of-more-than-32-characters"
-CLOCKS = {  # shorter than in production, so that a test of a limit takes seconds
-    "SECRET_KEY": SECRET,
-    "PARLEY_ENV": "local",
-    "PARLEY_LEASE": "2",
-    "PARLEY_LEASE_RENEW": "0.5",
-    "PARLEY_SWEEP_EVERY": "0.5",
-    "PARLEY_SEND_TIMEOUT": "2",
-    "PARLEY_DRAIN": "3",
-    "PARLEY_AUTH_TIMEOUT": "1",
-    "PARLEY_MESSAGES_PER_MINUTE": "10000",
-    "PARLEY_SESSIONS_PER_HOUR": "10000",
-    "PARLEY_DAILY_TOKENS_ACCOUNT": "0",
-    "PARLEY_DAILY_TOKENS_SERVICE": "0",
-}
+CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "false"}
+STORES = ("sqlite", "postgres+redis")
 
 
 @pytest.fixture(scope="session")
@@ -38,20 +27,20 @@ def postgres_server() -> Iterator[Postgres]:
         yield server
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres+redis"])
+def store(name: str, request: pytest.FixtureRequest, folder: Path) -> dict[str, str]:
+    """The environment of a service on this kind of storage, fresh."""
+    if name == "sqlite":
+        return {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"}
+    postgres: Postgres = request.getfixturevalue("postgres_server")
+    redis: Redis = request.getfixturevalue("redis_server")
+    return {"DATABASE_URL": postgres.create_database(), "REDIS_URL": redis.url}
+
+
+@pytest.fixture(scope="module", params=STORES)
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A running service: one worker on SQLite with the in-process relay, or two on PostgreSQL and Redis."""
-    folder: Path = tmp_path_factory.mktemp("service")
-    environment = CLOCKS | {"PARLEY_OPEN_SESSIONS": "false"}
-    workers = 1
-    if request.param == "sqlite":
-        environment |= {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"}
-    else:
-        postgres: Postgres = request.getfixturevalue("postgres_server")
-        redis: Redis = request.getfixturevalue("redis_server")
-        environment |= {"DATABASE_URL": postgres.create_database(), "REDIS_URL": redis.url}
-        workers = 2
-    with Service(workers=workers, env=environment) as running:
+    """One worker on SQLite with the in-process relay, or two on PostgreSQL and Redis; no traceback in their logs."""
+    environment = CLOSED | store(request.param, request, tmp_path_factory.mktemp("service"))
+    with Service(environment, workers=1 if request.param == "sqlite" else 2) as running:
         yield running
         log = running.log()
-    assert "Traceback" not in log, log[-4000:]
+    assert "Traceback" not in log, log[-6000:]

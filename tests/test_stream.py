@@ -1,0 +1,96 @@
+"""One token stream, every reader: whichever worker, whenever it joined, whatever it speaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from tests.harness.api import guest, messages, new_session, post_turn
+from tests.harness.client import SocketReader, SSEReader
+from tests.harness.journal import Journal
+from tests.harness.service import Service
+
+
+async def test_seven_readers_on_all_workers_see_the_same_tokens_once(service: Service) -> None:
+    """Five sockets and two SSE readers, joining before and during the answer."""
+    journal, dice = Journal(), random.Random(7)
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    bases = service.urls
+
+    readers = []
+    async with asyncio.TaskGroup() as group:
+        for n in range(5):
+            reader = SocketReader(journal, f"socket{n}", bases[n % len(bases)], session["id"], token=someone.access)
+            readers.append(reader)
+            group.create_task(_join(reader, dice.uniform(0, 1.0) if n else 0.0))
+        await readers[0].event("session_state")
+        await readers[0].say("/count 100")
+        await readers[0].chunks(1)
+        for n in range(2):
+            sse = SSEReader(journal, f"sse{n}", bases[n % len(bases)], session["id"], token=someone.access)
+            readers.append(sse)
+            group.create_task(_join(sse, dice.uniform(0, 1.0)))
+    await asyncio.gather(*[reader.turn_ended() for reader in readers])
+    expected = " ".join(f"⟨{n}⟩" for n in range(100))
+    for reader in readers:
+        assert reader.view.texts() == [expected], journal.story()
+        await reader.leave()
+    assert not journal.violations(), journal.story()
+    stored = await messages(service.url, someone.access, session["id"])
+    assert [(row["role"], row["status"], row["content"]) for row in stored] == [
+        ("user", "success", "/count 100"),
+        ("assistant", "success", expected),
+    ]
+
+
+async def _join(reader: SocketReader | SSEReader, after: float) -> None:
+    await asyncio.sleep(after)
+    await reader.start()
+
+
+async def test_leaving_does_not_stop_the_answer(service: Service) -> None:
+    """The only reader leaves after three tokens; the stored row is the whole answer."""
+    journal = Journal()
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    reader = await SSEReader(
+        journal, "leaver", service.url, session["id"], token=someone.access, content="/count 40", resume=False
+    ).start()
+    await reader.chunks(3)
+    await reader.leave()
+    async with SocketReader(journal, "later", service.urls[-1], session["id"], token=someone.access) as later:
+        await later.turn_ended()
+        assert later.view.texts() == [" ".join(f"⟨{n}⟩" for n in range(40))], journal.story()
+
+
+async def test_a_reader_resumes_from_its_cursor_on_another_worker(service: Service) -> None:
+    """It gets what it missed, once, and `resumed` says where that starts."""
+    journal = Journal()
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    bases = [service.urls[0], service.urls[-1]]
+    async with SocketReader(journal, "back", bases, session["id"], token=someone.access) as reader:
+        await reader.event("session_state")
+        await reader.say("/count 120")
+        for n in range(1, 4):
+            await reader.chunks(20 * n)
+            reader.drop()
+            await reader.until(lambda n=n: reader.connections > n, what="a new connection")
+        await reader.turn_ended()
+        assert reader.view.texts() == [" ".join(f"⟨{n}⟩" for n in range(120))], journal.story()
+        resumed = journal.events("back", "resumed")
+        assert len(resumed) == 3, journal.story()
+    assert not journal.violations(), journal.story()
+
+
+async def test_an_arena_turn_is_said_side_by_side(service: Service) -> None:
+    """Both sides of a compare session, in the arena's own lines."""
+    someone = await guest(service.url)
+    session = await new_session(
+        service.url, someone.access, mode="compare", model_a_id="demo-scholar", model_b_id="demo-poet"
+    )
+    answer = await post_turn(service.url, someone.access, session["id"], "/count 20", accept="lines")
+    expected = " ".join(f"⟨{n}⟩" for n in range(20))
+    assert answer.sides() == {"a": expected, "b": expected}
+    assert answer.finishes() == {"a": {"finishReason": "stop"}, "b": {"finishReason": "stop"}}
