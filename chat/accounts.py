@@ -166,7 +166,8 @@ async def reserve(
         if messages and row["messages"] > messages:
             raise ChatError("daily_limit_reached", f"You have reached today's limit of {messages} messages.")
         if limit and row["tokens"] > limit:
-            raise ChatError("budget_exhausted", "Today's budget is used up. Please come back tomorrow.", retry_after=3600)
+            message = "Today's budget is used up. Please come back tomorrow."
+            raise ChatError("budget_exhausted", message, retry_after=3600)
 
 
 async def settle(database: Database, now: int, account_id: str, tokens: int) -> None:

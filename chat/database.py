@@ -322,7 +322,7 @@ def _take_lock(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise StartupError(
-            f"another process is serving {path.name.removesuffix('.lock')} already; more than one worker needs REDIS_URL"
+            f"another process is serving {path.stem} already; more than one worker needs REDIS_URL"
         ) from None
     return descriptor
 

@@ -32,6 +32,7 @@ log = logging.getLogger("parley.generation")
 CHARS_PER_TOKEN = 4  # a rough count for budgets and history, where the provider tells none
 STORE_FOR = 25.0  # seconds an ending is offered to a database that is away, before the reader is told it is not saved
 HISTORY_MESSAGES = 60
+OUTAGE = 60.0  # seconds a model that keeps failing is not drawn for a battle
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Generation:
         self.running: dict[str, Running] = {}
         self.draining = False
         self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
+        self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beat_at = time.monotonic()
         relay.on_stop = self._stop_here
@@ -127,6 +129,16 @@ class Generation:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def outages(self) -> set[str]:
+        """Models whose last few replies here all failed a moment ago."""
+        then = time.monotonic() - OUTAGE
+        return {model for model, (failures, at) in self._failures.items() if failures >= 3 and at > then}
+
+    def _note(self, model: str, result: Result) -> None:
+        failures, _ = self._failures.get(model, (0, 0.0))
+        failed = result.status == "failed" and result.reason != "provider_refused"
+        self._failures[model] = (failures + 1 if failed else 0, time.monotonic())
 
     # -- starting
 
@@ -295,10 +307,8 @@ class Generation:
         stream = self.providers.stream(reply["model"], prompt, limits)
         async with contextlib.aclosing(stream):
             while True:
-                # the adapters keep the same clocks and know of pings and thinking: this one is the backstop
-                wait = settings.idle_timeout if said else settings.first_token_timeout
-                async with asyncio.timeout(wait + 1):
-                    piece = await anext(stream, None)
+                # the providers keep the clocks of first and next token: they know of pings and of thinking
+                piece = await anext(stream, None)
                 if piece is None:
                     raise ProviderError("provider_truncated")
                 if isinstance(piece, Finish):
@@ -318,8 +328,7 @@ class Generation:
     async def _finish(self, running: Running, reply: Row, result: Result, seconds: float) -> None:
         """Store how a reply ended, then say so; say `storage_unavailable` when it cannot be stored."""
         writer = running.writer
-        if result.status != "success":
-            writer.hurry(reply["id"])
+        writer.over(reply["id"], drop=result.status in ("stopped", "interrupted"))
         await writer.spoken(reply["id"])
         row = reply | {
             "content": writer.log.text(reply["id"]),
@@ -337,6 +346,7 @@ class Generation:
         if not ours:
             self._fence(running)
             return
+        self._note(reply["model"], result)
         self.observe(reply["model"], result, seconds)
         writer.complete(self.relay.mask.message(running.turn.session, row))
 
@@ -397,7 +407,8 @@ class Generation:
         known = set(self.running)
         try:
             await self.database.set_clock()
-            owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000)) if known else {}
+            lease = int(self.settings.lease * 1000)
+            owned = await turns.renew_leases(self.database, self.worker, lease) if known else {}
         finally:
             self._beat_at = time.monotonic()
         for turn_id in known:

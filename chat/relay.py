@@ -248,7 +248,13 @@ class Relay:
     """All rooms of this worker and the turns it writes."""
 
     def __init__(
-        self, settings: Settings, database: Database, mask: Mask, broadcast: Broadcast, bus: RedisBus | None, worker: str
+        self,
+        settings: Settings,
+        database: Database,
+        mask: Mask,
+        broadcast: Broadcast,
+        bus: RedisBus | None,
+        worker: str,
     ) -> None:
         self.settings = settings
         self.database = database

@@ -138,7 +138,9 @@ class Mask:
     def state(self, session: Session) -> dict[str, Any]:
         """The session as `session_state` carries it."""
         cards = {side: self.card(session, side) for side in SIDES}
-        short = {side: card and {"id": card["id"], "display_name": card["display_name"]} for side, card in cards.items()}
+        short = {
+            side: card and {"id": card["id"], "display_name": card["display_name"]} for side, card in cards.items()
+        }
         whole = self.session(session)
         kept = {name: whole[name] for name in ("id", "mode", "title", "version", "voted")}
         return kept | {"model_a": short["a"], "model_b": short["b"]}
@@ -164,7 +166,7 @@ class Mask:
             "position": row["position"],
             "participant": row["participant"],
             "status": row["status"],
-            "failure_reason": row["failure_reason"],
+            "failure_reason": _coarse(row["failure_reason"]) if blind else row["failure_reason"],
             "attachments": [],
             "metadata": {},
             "feedback": None if row["feedback"] is None else msgspec.json.decode(row["feedback"]),
@@ -183,6 +185,11 @@ class Mask:
                 if parent in by_id:
                     by_id[parent]["child_ids"].append(message["id"])
         return messages
+
+
+def _coarse(reason: str | None) -> str | None:
+    """How a blind battle's side failed: vendors fail in ways of their own."""
+    return "provider_unavailable" if reason and reason.startswith("provider_") else reason
 
 
 # -- statements. A session is its owner's; an open one (local start only) is everybody's; a public one may be read.
@@ -283,7 +290,7 @@ async def select_sessions(
         f"""SELECT {COLUMNS} {FROM}
              WHERE s.account_id = :account_id
                AND (CAST(:mode AS TEXT) IS NULL OR s.mode = :mode)
-               AND (CAST(:search AS TEXT) IS NULL OR LOWER(s.title) LIKE :search ESCAPE '!')
+               AND (CAST(:search AS TEXT) IS NULL OR LOWER(s.title) LIKE LOWER(:search) ESCAPE '!')
                AND (s.updated_at < :updated_at OR (s.updated_at = :updated_at AND s.id < :id))
              ORDER BY s.updated_at DESC, s.id DESC LIMIT :limit""",
         {
@@ -303,7 +310,7 @@ def _like(search: str | None) -> str | None:
         return None
     for sign in "!%_":
         search = search.replace(sign, "!" + sign)
-    return f"%{search.lower()}%"
+    return f"%{search}%"
 
 
 async def update_session(

@@ -113,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     # [arena]
     votes_export: bool = True
     leaderboard_cache: float = 5.0
+    draw_seed: int = 0
     pace: float = 0.05
     pace_chars: int = 24
     # [[models]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .relay import Relay
 from .sessions import Mask
 from .settings import HERE, Settings
 from .tokens import Tokens
+from .votes import Leaderboard
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class State:
     relay: Relay
     generation: Generation
     providers: Providers
+    leaderboard: Leaderboard
+    dice: random.Random  # draws the pairs of blind battles
     bus: RedisBus | None
     worker: str
 
@@ -65,4 +69,19 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     generation.start()
     stack.push_async_callback(generation.drain)
     tokens = Tokens(settings.secret_keys)
-    return State(settings, database, tokens, limits, mask, relay, generation, providers, bus, worker)
+    leaderboard = Leaderboard(database, settings.leaderboard_cache)
+    dice = random.Random(settings.draw_seed) if settings.draw_seed else random.SystemRandom()
+    return State(
+        settings=settings,
+        database=database,
+        tokens=tokens,
+        limits=limits,
+        mask=mask,
+        relay=relay,
+        generation=generation,
+        providers=providers,
+        leaderboard=leaderboard,
+        dice=dice,
+        bus=bus,
+        worker=worker,
+    )

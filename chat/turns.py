@@ -337,7 +337,7 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
 
 async def update_reply(database: Database, owner: str, row: Row) -> bool:
     """Write a reply's end. False when the turn is no longer this worker's: someone else has ended it."""
-    names = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms", "first_token_ms")
+    names = "session_id id turn_id content seq status failure_reason latency_ms first_token_ms".split()
     updated = await database.fetch_one(
         f"""UPDATE messages SET content = :content, seq = :seq, status = :status, failure_reason = :failure_reason,
                    latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now

@@ -1,16 +1,283 @@
-"""Votes and who meets whom: facts in rows, everything else computed from them."""
+"""Votes and who meets whom: facts in rows, everything else computed from them.
+
+A vote is one row per turn, written by one statement that checks everything a vote must satisfy and credits the models
+the server chose. Ratings are never stored.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
-from .database import Database
-from .errors import ChatError
+from . import ratings
+from .database import Database, Query, Row, new_id
+from .errors import ChatError, not_found
+from .ratings import Rating
+from .sessions import Session
+from .settings import Model
+
+PREFERENCES = ("model_a", "model_b", "tie", "both_bad")
+PERIODS = {"all_time": None, "monthly": 30, "weekly": 7, "daily": 1}  # days
+ELO_VOTES = 100_000  # the newest votes that `rating_change` looks at
+DAY = 86_400_000  # milliseconds
+FOREVER = 2**62
+Tally = tuple[str, str, str, int]  # model_a, model_b, preference, how often
+MAKERS = (
+    "openai", "chatgpt", "gpt", "anthropic", "claude", "google", "gemini", "gemma", "meta ai", "llama", "mistral",
+    "deepseek", "qwen", "alibaba", "xai", "grok", "microsoft", "cohere", "moonshot", "kimi",
+)  # fmt: skip
 
 
-async def draw(database: Database, models: list[str], dice: random.Random | None = None) -> tuple[str, str]:
-    """Two different models for a blind battle, sides shuffled. Raises `invalid` when there are not two."""
+@dataclass(frozen=True)
+class Vote:
+    """A vote as stored. `counted` False carries its reason."""
+
+    id: str
+    turn_id: str
+    preference: str
+    counted: bool
+    reason: str | None
+    created_at: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A line of the leaderboard: the rating, and points of sequential Elo (K = 4) won over the period."""
+
+    rating: Rating
+    change: float
+
+
+# -- casting
+
+
+async def insert_vote(
+    database: Database, session: Session, account_id: str, message_id: str, preference: str, models: Mapping[str, Model]
+) -> Vote:
+    """Cast the one vote of a turn. Raises `not_found`, `conflict` while a side is not whole, `already_voted`.
+
+    message_id: the turn's user message or one of its replies. The session's first vote reveals it.
+    """
+
+    async def work(query: Query) -> Vote:
+        locked = await query.fetch_one(
+            "UPDATE sessions SET id = id WHERE id = :id AND account_id = :account_id RETURNING voted_at",
+            {"id": session.id, "account_id": account_id},
+        )
+        turn = None if locked is None else await _select_battle(query, session.id, message_id)
+        if locked is None or turn is None:
+            raise not_found("message")
+        reason = _not_counted(session, locked["voted_at"], turn, models)
+        now = database.now()
+        row = await query.fetch_one(INSERT_VOTE, {
+            "id": new_id(),
+            "turn_id": turn[0]["turn_id"],
+            "session_id": session.id,
+            "account_id": account_id,
+            "preference": preference,
+            "counted": int(reason is None),
+            "reason": reason,
+            "now": now,
+        })  # fmt: skip
+        if row is None:
+            raise await _refusal(query, turn)
+        await query.execute(
+            """UPDATE sessions SET voted_at = COALESCE(voted_at, :now), version = version + 1, updated_at = :now
+                WHERE id = :id""",
+            {"id": session.id, "now": now},
+        )
+        return Vote(row["id"], turn[0]["turn_id"], preference, reason is None, reason, now)
+
+    return await database.transaction(work)
+
+
+# Everything that makes a vote valid stands in its WHERE: two workers that run it at once cannot both succeed.
+INSERT_VOTE = """
+    INSERT INTO votes (id, turn_id, session_id, account_id, mode, model_a, model_b, preference, counted, reason,
+                       created_at)
+    SELECT :id, t.id, s.id, s.account_id, s.mode, a.model, b.model, :preference, :counted, CAST(:reason AS TEXT), :now
+      FROM turns t
+      JOIN sessions s ON s.id = t.session_id
+      JOIN messages a ON a.turn_id = t.id AND a.participant = 'a' AND a.status = 'success'
+      JOIN messages b ON b.turn_id = t.id AND b.participant = 'b' AND b.status = 'success'
+     WHERE t.id = :turn_id AND s.id = :session_id AND s.account_id = :account_id AND t.status = 'ended'
+    ON CONFLICT (turn_id) DO NOTHING
+    RETURNING id"""
+
+
+async def _select_battle(query: Query, session_id: str, message_id: str) -> list[Row] | None:
+    rows = await query.fetch_all(
+        """SELECT m.turn_id, m.participant, m.status, m.content, m.model, t.status AS turn_status
+             FROM messages m JOIN turns t ON t.id = m.turn_id
+            WHERE m.session_id = :session_id AND m.role = 'assistant' AND m.turn_id =
+                  (SELECT turn_id FROM messages WHERE session_id = :session_id AND id = :id)
+            ORDER BY m.participant""",
+        {"session_id": session_id, "id": message_id},
+    )
+    return rows or None
+
+
+async def _refusal(query: Query, turn: list[Row]) -> ChatError:
+    """Why the statement wrote nothing."""
+    sql = "SELECT id FROM votes WHERE turn_id = :turn_id"
+    if await query.fetch_one(sql, {"turn_id": turn[0]["turn_id"]}) is not None:
+        return ChatError("already_voted", "This answer has been voted on; a vote stays as it was cast.")
+    if len(turn) < 2:
+        return ChatError("conflict", "There is one answer here; a vote needs two.")
+    if any(row["status"] in ("pending", "streaming") or row["turn_status"] == "running" for row in turn):
+        return ChatError("conflict", "Both answers have to be finished before the vote.")
+    return ChatError("conflict", "Both answers have to be whole to be voted on; ask again.")
+
+
+def _not_counted(session: Session, voted_at: int | None, turn: list[Row], models: Mapping[str, Model]) -> str | None:
+    if session.mode == "random" and voted_at is not None:
+        return "revealed"
+    if session.mode == "random" and any(names_itself(row["content"], models.get(row["model"])) for row in turn):
+        return "named"
+    return None
+
+
+def names_itself(text: str, model: Model | None) -> bool:
+    """Whether an answer says which model it is from or who made it. Errs on the side of not counting."""
+    known = [] if model is None or model.provider == "demo" else [model.vendor, model.model_code]
+    names = {*MAKERS, *known, *([model.display_name, model.id] if model is not None else [])} - {""}
+    pattern = r"(?<!\w)(" + "|".join(re.escape(name) for name in sorted(names)) + r")(?!\w)"
+    claims = r"\b(i am|i'm|my name is|made by|created by|developed by|trained by|built by|as an? )\b[^.\n]{0,60}?"
+    return re.search(claims + pattern, text, re.IGNORECASE) is not None
+
+
+# -- matchmaking
+
+
+def draw(
+    models: list[str], outages: Iterable[str], standings: list[Standing], dice: random.Random
+) -> tuple[str, str]:
+    """Two different models for a blind battle, none that is failing. Raises `invalid` when there are not two."""
     if len(models) < 2:
         raise ChatError("invalid", "A blind battle needs two models on offer.", fields={"mode": "needs two models"})
-    a, b = (dice or random.SystemRandom()).sample(models, 2)
-    return a, b
+    well = [model for model in models if model not in set(outages)]
+    return pick(well if len(well) > 1 else models, {each.rating.model: each.rating for each in standings}, dice)
+
+
+def pick(models: list[str], rated: Mapping[str, Rating], dice: random.Random) -> tuple[str, str]:
+    """One pair, sides shuffled after the draw.
+
+    A model's weight falls with its battles (1/√(1 + n)), so that new ones are learned about; a pair whose intervals
+    overlap, or are unknown, counts double: that is where a vote decides something.
+    """
+    pairs = list(combinations(sorted(models), 2))
+    weights = [_need(rated.get(a)) * _need(rated.get(b)) * _doubt(rated.get(a), rated.get(b)) for a, b in pairs]
+    pair = list(dice.choices(pairs, weights)[0])
+    dice.shuffle(pair)
+    return pair[0], pair[1]
+
+
+def _need(rating: Rating | None) -> float:
+    return float((1 + (rating.battles if rating is not None else 0)) ** -0.5)
+
+
+def _doubt(a: Rating | None, b: Rating | None) -> float:
+    if a is None or b is None or a.lower is None or b.lower is None or a.upper is None or b.upper is None:
+        return 2.0
+    return 2.0 if a.lower <= b.upper and b.lower <= a.upper else 1.0
+
+
+# -- the leaderboard
+
+
+class Leaderboard:
+    """Ratings computed from the votes when asked, and kept for a few seconds."""
+
+    def __init__(self, database: Database, kept: float) -> None:
+        self._database = database
+        self._kept = kept
+        self._standings: dict[tuple[str, tuple[str, ...]], tuple[float, list[Standing]]] = {}
+
+    async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
+        """Best first; models without a rating last."""
+        key = (period, modes)
+        at, standings = self._standings.get(key, (-self._kept, []))
+        if time.monotonic() - at >= self._kept:
+            standings = await self._computed(period, modes)
+            self._standings[key] = (time.monotonic(), standings)
+        return standings
+
+    async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
+        now, days = self._database.now(), PERIODS[period]
+        since = 0 if days is None else now - days * DAY
+        recent = now - (days or 30) * DAY
+        votes = await _select_tally(self._database, since, FOREVER, modes)
+        earlier = await _select_tally(self._database, 0, recent, modes)
+        later = await _select_recent(self._database, recent, modes)
+        # In a thread: a million votes between 60 models take a tenth of a second, in which every socket would wait.
+        return await asyncio.to_thread(_standings, votes, earlier, later)
+
+
+def _standings(votes: list[Tally], earlier: list[Tally], later: list[tuple[str, str, str]]) -> list[Standing]:
+    """Ratings by `votes`; changes by sequential Elo over `later`, from where the `earlier` votes had put everyone."""
+    start = {each.model: each.rating for each in ratings.bradley_terry(earlier) if each.rating is not None}
+    elo = ratings.elo(later, start)
+    mean = ratings.MEAN
+    return [
+        Standing(each, elo.get(each.model, mean) - start.get(each.model, mean)) for each in ratings.bradley_terry(votes)
+    ]
+
+
+def _modes(modes: tuple[str, ...]) -> dict[str, Any]:
+    return {"mode": modes[0], "other": modes[-1]}
+
+
+async def _select_tally(
+    database: Database, since: int, before: int, modes: tuple[str, ...]
+) -> list[Tally]:
+    """How often each pair met and ended so: `(model_a, model_b, preference, count)`."""
+    rows = await database.fetch_all(
+        """SELECT model_a, model_b, preference, COUNT(*) AS battles FROM votes
+            WHERE counted = 1 AND mode IN (:mode, :other) AND created_at >= :since AND created_at < :before
+            GROUP BY model_a, model_b, preference ORDER BY model_a, model_b, preference""",
+        _modes(modes) | {"since": since, "before": before},
+    )
+    return [(row["model_a"], row["model_b"], row["preference"], row["battles"]) for row in rows]
+
+
+async def _select_recent(database: Database, since: int, modes: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    rows = await database.fetch_all(
+        """SELECT model_a, model_b, preference FROM votes
+            WHERE counted = 1 AND mode IN (:mode, :other) AND created_at >= :since
+            ORDER BY created_at DESC, id DESC LIMIT :limit""",
+        _modes(modes) | {"since": since, "limit": ELO_VOTES},
+    )
+    return [(row["model_a"], row["model_b"], row["preference"]) for row in reversed(rows)]
+
+
+async def select_votes(database: Database, after: tuple[int, str], limit: int) -> list[Row]:
+    """A page of the counted votes in the order they were cast, from behind `(created_at, id)`."""
+    return await database.fetch_all(
+        """SELECT v.id, v.turn_id, v.account_id, v.mode, v.model_a, v.model_b, v.preference, v.created_at,
+                  (SELECT COUNT(*) FROM turns t JOIN turns o ON o.session_id = t.session_id
+                    WHERE t.id = v.turn_id AND o.position <= t.position) AS turn
+             FROM votes v
+            WHERE v.counted = 1 AND (v.created_at > :time OR (v.created_at = :time AND v.id > :id))
+            ORDER BY v.created_at, v.id LIMIT :limit""",
+        {"time": after[0], "id": after[1], "limit": limit},
+    )
+
+
+async def update_feedback(
+    database: Database, session_id: str, account_id: str, message_id: str, feedback: str
+) -> bool:
+    """Keep a session owner's word on a reply, instead of the one before. False when they have no such reply."""
+    row = await database.fetch_one(
+        """UPDATE messages SET feedback = :feedback
+            WHERE session_id = :session_id AND id = :id AND role = 'assistant'
+              AND EXISTS (SELECT 1 FROM sessions s WHERE s.id = :session_id AND s.account_id = :account_id)
+           RETURNING id""",
+        {"session_id": session_id, "id": message_id, "account_id": account_id, "feedback": feedback},
+    )
+    return row is not None

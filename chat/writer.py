@@ -36,7 +36,9 @@ class Pace:
 class Writer:
     """Writes one turn's log. `run` ends when the last event is shown; only its owner's tasks may call it."""
 
-    def __init__(self, log: TurnLog, channel: str, bus: RedisBus | None, pace: Pace, notify: Callable[[], None]) -> None:
+    def __init__(
+        self, log: TurnLog, channel: str, bus: RedisBus | None, pace: Pace, notify: Callable[[], None]
+    ) -> None:
         self.log = log
         self.fence: Callable[[], Awaitable[bool]] | None = None  # False: the turn was taken from us, say nothing more
         self._channel = channel
@@ -47,7 +49,11 @@ class Writer:
         self._shown = asyncio.Event()
         self._texts: dict[tuple[str, str], str] = {}  # (participant, message id) → said, not numbered yet
         self._bodies: list[tuple[str, str, str, msgspec.Raw]] = []  # kind, participant, message id, body
-        self._hurried: set[str] = set()
+        self._over: set[str] = set()  # replies whose text is complete
+        self._blind: dict[str, str] = {}  # the replies of a paced turn: message id → participant
+        self._ended: set[str] = set()  # replies of a paced turn whose ending is said
+        self._ticks = 0
+        self._first_tick = 0.0
         self._skip = 0
         self._done = False
         self._acked = -1  # the last event Redis is known to have
@@ -72,9 +78,11 @@ class Writer:
         self._done = True
         self._wake.set()
 
-    def hurry(self, message_id: str) -> None:
-        """The reply was cut short: show what is left of its text at once, there is no rhythm to hide any more."""
-        self._hurried.add(message_id)
+    def over(self, message_id: str, drop: bool = False) -> None:
+        """No more text of this reply comes. With `drop` what is not shown yet never will be: it was stopped."""
+        self._over.add(message_id)
+        if drop:
+            self._texts = {key: text for key, text in self._texts.items() if key[1] != message_id}
         self._wake.set()
 
     def skip_ahead(self) -> None:
@@ -116,38 +124,74 @@ class Writer:
 
     async def _wait_for_tick(self) -> None:
         """At once when nothing left lately; while busy, whatever gathered since, every few milliseconds."""
-        every = self._pace.tick or (self._pace.every if self._bus is not None else 0.0)
+        every = self._pace.every if self._bus is not None else 0.0
+        if self._pace.tick:
+            # Alone, the longer answer goes on as slowly as both went together: a sudden hurry would name the faster.
+            together = (self._sent_at - self._first_tick) / self._ticks if self._ticks else 0.0
+            every = max(self._pace.tick, together if self._ended else 0.0)
         wait = self._sent_at + every - time.monotonic()
         if wait > 0:
             await asyncio.sleep(wait)
         self._sent_at = time.monotonic()
 
     def _take(self) -> list[Entry]:
-        """Number what may leave now: one chunk a side, and each body once its reply's text is out."""
-        number = self.log.last
-        entries: list[Entry] = []
-        bodies = [body for body in self._bodies if body[0] == "created"]
-        for (participant, message_id), text in sorted(self._texts.items()) if not bodies else ():
-            paced = self._pace.tick and message_id not in self._hurried
-            piece = text[: self._pace.chars] if paced else text
-            number += 1
-            entries.append(Entry(number, number, "chunk", participant, message_id, piece))
-            if len(piece) == len(text):
-                del self._texts[participant, message_id]
-            else:
-                self._texts[participant, message_id] = text[len(piece) :]
-        unsaid = {id for _, id in self._texts}
-        bodies = bodies or [body for body in self._bodies if body[2] not in unsaid]
-        for kind, participant, message_id, body in bodies:
-            number += 1
-            entries.append(Entry(number, number, kind, participant, message_id, "", body))
+        """Number what may leave now: beginnings, or else one chunk a side and each ending whose text is out."""
+        created = [body for body in self._bodies if body[0] == "created"]
+        pieces = {} if created else self._pieces()
+        for key, piece in pieces.items():
+            self._texts[key] = self._texts[key][len(piece) :]
+        self._texts = {key: text for key, text in self._texts.items() if text}
+        bodies = created or self._endings(bool(pieces))
         self._bodies = [body for body in self._bodies if body not in bodies]
+        for _, participant, message_id, _ in created if self._pace.tick else ():
+            if participant:
+                self._blind[message_id] = participant
+        number = self.log.last + 1
+        entries = [
+            Entry(number + place, number + place, "chunk", side, message_id, piece)
+            for place, ((side, message_id), piece) in enumerate(pieces.items())
+        ]
+        for kind, side, message_id, body in bodies:
+            place = number + len(entries)
+            entries.append(Entry(place, place, kind, side, message_id, "", body))
         if self._done and not self._texts and not self._bodies:
-            entries.append(Entry(number + 1, number + 1, "end"))
+            place = number + len(entries)
+            entries.append(Entry(place, place, "end"))
         if entries and self._skip:
             entries = _moved(entries, self._skip)
             self._skip = 0
         return entries
+
+    def _pieces(self) -> dict[tuple[str, str], str]:
+        """The text that leaves now, by side. A blind battle moves both sides in step or not at all."""
+        if not self._pace.tick:
+            return dict(sorted(self._texts.items()))
+        chars, said = self._pace.chars, {id: text for (_, id), text in self._texts.items()}
+        # one character is kept back until the reply is over: the last piece and the ending must leave together
+        if not all(id in self._over or len(said.get(id, "")) > chars for id in self._blind):
+            return {}
+        if said and not self._ended:
+            self._first_tick = self._first_tick or time.monotonic()
+            self._ticks += 1
+        return {key: text[:chars] for key, text in sorted(self._texts.items())}
+
+    def _endings(self, moved: bool) -> list[tuple[str, str, str, msgspec.Raw]]:
+        """Each reply's ending, once its text is out; in a blind battle in the order of the sides, in step."""
+        unsaid = {id for _, id in self._texts}
+        endings = [body for body in self._bodies if body[2] not in unsaid]
+        if not self._blind:
+            return endings
+        ended = {id for id in self._blind if id in self._over and id not in unsaid} - self._ended
+        still = self._blind.keys() - self._ended - ended
+        ready = {body[2] for body in endings} >= ended and (moved or all(self._moves(id) for id in still))
+        if not ready:
+            return []
+        self._ended |= ended
+        return sorted(endings, key=lambda body: body[1])
+
+    def _moves(self, message_id: str) -> bool:
+        text = self._texts.get((self._blind[message_id], message_id), "")
+        return message_id in self._over or len(text) > self._pace.chars
 
     # -- Redis
 

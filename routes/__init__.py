@@ -2,7 +2,7 @@
 
 from starlette.routing import Route
 
-from . import accounts, messages, operations, sessions
+from . import accounts, arena, messages, operations, sessions
 
 # fmt: off
 table = [
@@ -39,5 +39,9 @@ table = [
     Route("/api/messages/{message_id}/regenerate",    messages.regenerate,        methods=["POST"]),
     Route("/api/sessions/{session_id}/stream",        messages.session_stream),
     Route("/api/sessions/{session_id}/stop",          messages.stop,              methods=["POST"]),
+
+    Route("/api/feedback",                            arena.feedback,             methods=["POST"]),
+    Route("/api/leaderboard",                         arena.leaderboard),
+    Route("/api/arena/votes.jsonl",                   arena.export),
 ]
 # fmt: on

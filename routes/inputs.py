@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
 from chat import accounts
@@ -15,7 +16,10 @@ from chat.limits import caller, is_loopback
 from chat.state import State
 
 T = TypeVar("T")
-ID = r"^[A-Za-z0-9_-]{1,64}$"
+ID = r"^[A-Za-z0-9_-]{1,64}\Z"  # `$` would let a line end through, into headers and event streams
+NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
+NUMBER = re.compile(r"-?[0-9]{1,15}")  # Python's isdigit() takes "²" as well
 
 
 def state(connection: HTTPConnection) -> State:
@@ -90,30 +94,45 @@ async def new_guest(connection: HTTPConnection, display_name: str | None = None)
 
 async def body(request: Request, kind: type[T]) -> T:
     """The JSON body as a struct. An empty body is `{}`; anything wrong is `invalid` with the path of it."""
-    raw = await request.body()
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ChatError("bad_request", "The body broke off.") from None
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if raw and content_type not in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
         raise ChatError("unsupported_media_type", f"Send JSON (application/json), not {content_type}.")
     return decode(raw or b"{}", kind)
 
 
-def decode(raw: bytes | str, kind: type[T]) -> T:
+def decode(raw: bytes, kind: type[T]) -> T:
+    if NUL.search(raw):
+        raise invalid("body", "text cannot contain NUL characters")  # PostgreSQL stores none
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as problem:
-        what, _, path = str(problem).partition(" - at `$")
-        raise invalid(path.rstrip("`").lstrip(".") or "body", what) from None
+        raise invalid(*_path_and_problem(str(problem))) from None
     except (msgspec.DecodeError, RecursionError) as problem:
         raise ChatError("bad_request", f"The body is not valid JSON: {problem}.") from None
     except UnicodeDecodeError:
         raise ChatError("bad_request", "The body is not valid UTF-8.") from None
 
 
+def _path_and_problem(text: str) -> tuple[str, str]:
+    """What msgspec says, as the path of the field (`messages[0].role`) and what is wrong with it."""
+    what, _, path = text.partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    found = FIELD.fullmatch(what)
+    if found is not None:
+        path = f"{path}.{found[2]}".lstrip(".")
+        what = "this is needed" if found[1] == "missing required" else "there is no such field"
+    return path or "body", what
+
+
 def number(request: Request, name: str, default: int, least: int, most: int) -> int:
     text = request.query_params.get(name)
     if text is None or text == "":
         return default
-    if not text.lstrip("-").isdigit() or not least <= int(text[:12]) <= most:
+    if not NUMBER.fullmatch(text) or not least <= int(text) <= most:
         raise invalid(name, f"expected a whole number from {least} to {most}, got {text[:20]!r}")
     return int(text)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -21,6 +23,7 @@ from . import inputs
 
 METADATA_MAX = 16_384  # bytes
 EXPORT_MAX = 100_000  # messages
+END_WAIT = 5.0  # seconds a turn has to end before its session is deleted; its worker may be dead
 Title = Annotated[str, Meta(max_length=255)]
 Id = Annotated[str, Meta(pattern=inputs.ID)]
 
@@ -56,11 +59,11 @@ async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = Fal
     limits = chat.settings
     if wish.metadata is not None and len(msgspec.json.encode(wish.metadata)) > METADATA_MAX:
         raise invalid("metadata", f"longer than {METADATA_MAX} bytes")
-    models = await choose_models(chat, wish)
     if wish.id is not None:
         existing = await _existing(chat, wish.id, account)
         if existing is not None:
             return existing, False
+    models = await choose_models(chat, wish)
     message = "You have made too many sessions this hour."
     await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_hour, 3600, message)
     id = wish.id or new_id()
@@ -84,7 +87,9 @@ async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = Fal
 async def _existing(chat: State, id: str, account: Account) -> Session | None:
     try:
         return await sessions.select_session(chat.database, id, account.id)
-    except ChatError:
+    except ChatError as problem:
+        if problem.code != "not_found":
+            raise
         return None
 
 
@@ -92,7 +97,8 @@ async def choose_models(chat: State, wish: Wish) -> tuple[str, str | None]:
     """The models a new session talks to. Raises `invalid` naming the field."""
     offered = chat.providers.models
     if wish.mode == "random":
-        return await votes.draw(chat.database, list(offered))
+        standings = await chat.leaderboard.standings("all_time", ("random",))
+        return votes.draw(list(offered), chat.generation.outages(), standings, chat.dice)
     first = wish.model_a_id or (next(iter(offered), None) if wish.mode == "direct" else None)
     wanted = {"model_a_id": first} | ({"model_b_id": wish.model_b_id} if wish.mode == "compare" else {})
     for field, id in wanted.items():
@@ -130,7 +136,7 @@ def _before(request: Request) -> tuple[int, str]:
     if not text:
         return 2**62, ""
     time, _, id = text.partition(".")
-    if not time.isdigit() or len(time) > 15:
+    if not inputs.NUMBER.fullmatch(time):
         raise invalid("before", "expected the cursor of a `Link` header")
     return int(time), id
 
@@ -185,13 +191,22 @@ async def delete(request: Request) -> Response:
     chat = inputs.state(request)
     account = await inputs.account(request)
     session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
-    await chat.generation.stop(session, account.id)
+    if await chat.generation.stop(session, account.id):
+        await _wait_for_end(chat, session.id)
     await sessions.delete_session(chat.database, session.id, account.id)
     event = session_event(
         "session_update", session={"id": session.id}, action="deleted", version=session.version + 1
     )
     await chat.relay.tell(session.id, event)
     return Response(status_code=204)
+
+
+async def _wait_for_end(chat: State, session_id: str) -> None:
+    """Let the worker that has the turn end it: without its rows it could not, and its readers would wait for ever."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_WAIT):
+            while (turn := await turns.select_latest_turn(chat.database, session_id)) and turn["status"] == "running":
+                await asyncio.sleep(0.02)
 
 
 async def share(request: Request) -> Response:

@@ -25,7 +25,6 @@ import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
-from vendors import CANARY, MODES, Call, Vendors
 
 from chat.errors import REPLY_SENTENCES
 from chat.providers import (
@@ -38,12 +37,10 @@ from chat.providers import (
     anthropic_messages,
     demo,
     openai_chat,
-    redacted,
-    retry_after,
-    status_of,
-    translated,
 )
+from chat.providers.upstream import redacted, retry_after, status_of, translated
 from chat.settings import Model, Settings
+from tests.vendors import CANARY, MODES, Call, Vendors
 
 ROOT = Path(__file__).resolve().parent.parent
 APIS = {"openai": "openai_chat", "anthropic": "anthropic_messages"}
@@ -153,7 +150,7 @@ async def test_two_answers_at_once_do_not_mix(providers: Providers) -> None:
 
 async def test_a_whole_answer_that_lingers_is_whole(providers: Providers, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finish reason came, the end of the stream does not: the reader has everything, nobody waits for the idle."""
-    monkeypatch.setattr("chat.providers.AFTERMATH", 0.1)
+    monkeypatch.setattr("chat.providers.upstream.AFTERMATH", 0.1)
     answer = await ask(providers, "finish-stall", "hello")
     assert answer.finish is not None
     assert answer.seconds < 5
@@ -244,7 +241,7 @@ async def test_a_bad_end_leaves_one_line_for_the_operator(
     mode: str, providers: Providers, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer = await ask(providers, mode, "hello")
-    assert [(record.name, record.levelname) for record in caplog.records] == [("chat.providers", "WARNING")]
+    assert [(record.name, record.levelname) for record in caplog.records] == [("chat.providers.upstream", "WARNING")]
     assert f"model {mode}: {answer.code}" in caplog.text
 
 
@@ -434,10 +431,11 @@ async def test_cancelling_the_reader_hangs_up_at_once(mode: str, providers: Prov
 
 async def test_a_cancelled_scope_hangs_up_too(providers: Providers, vendors: Vendors) -> None:
     """anyio cancels every await until the scope is left, the one that closes the connection as well."""
-    with anyio.move_on_after(0.3) as scope:
-        await ask(providers, "stall", "[[id:a]]")
-    left = time.monotonic()
-    assert scope.cancelled_caught
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask, providers, "stall", "[[id:a]]")
+        await said(vendors, "a")
+        left = time.monotonic()
+        group.cancel_scope.cancel()
     assert await hung_up(vendors, "a") - left < 1
 
 
@@ -496,35 +494,35 @@ async def test_a_model_without_a_key_is_not_sent_one_that_lies_about(
 
 
 TALK = [
+    ChatMessage("system", "You are a pirate."),
     ChatMessage("system", "Be brief."),
     ChatMessage("assistant", "Welcome!"),
     ChatMessage("user", "one"),
     ChatMessage("assistant", ""),
     ChatMessage("user", "two"),
 ]
-PIRATE = Model(id="m", provider="", model_code="code", system="You are a pirate.")
+REMOTE = Model(id="m", provider="", model_code="code")
 
 
-def test_openai_is_given_the_conversation_with_the_models_own_words_first() -> None:
-    messages = openai_chat.request(PIRATE, TALK, PATIENT)["messages"]
-    assert [message["role"] for message in messages] == ["system", "system", "assistant", "user", "assistant", "user"]
-    assert messages[0]["content"] == "You are a pirate."
+def test_openai_is_given_the_conversation_as_it_is() -> None:
+    messages = openai_chat.request(REMOTE, TALK, PATIENT)["messages"]
+    assert [(message["role"], message["content"]) for message in messages] == [(m.role, m.content) for m in TALK]
 
 
 def test_openai_is_told_the_temperature() -> None:
-    assert openai_chat.request(PIRATE, TALK, Limits(max_tokens=9, temperature=1.7))["temperature"] == 1.7
+    assert openai_chat.request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))["temperature"] == 1.7
 
 
 def test_openai_itself_wants_another_name_for_the_limit_than_those_who_speak_like_it() -> None:
-    assert "max_tokens" not in openai_chat.request(PIRATE, TALK, PATIENT)
-    assert openai_chat.request(PIRATE, TALK, PATIENT)["max_completion_tokens"] == 1000
+    assert "max_tokens" not in openai_chat.request(REMOTE, TALK, PATIENT)
+    assert openai_chat.request(REMOTE, TALK, PATIENT)["max_completion_tokens"] == 1000
     ollama = Model(id="m", provider="", base_url="http://127.0.0.1:11434/v1")
     assert openai_chat.request(ollama, TALK, PATIENT)["max_tokens"] == 1000
 
 
 def test_anthropic_is_given_what_it_accepts() -> None:
     """The user speaks first, nobody says nothing, the system stands apart, and no temperature (a 400 since 2026)."""
-    request = anthropic_messages.request(PIRATE, TALK, Limits(max_tokens=9, temperature=1.7))
+    request = anthropic_messages.request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))
     assert request["messages"] == [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     assert request["system"] == "You are a pirate.\n\nBe brief."
     assert "temperature" not in request
@@ -564,6 +562,7 @@ LAZY = """
 import sys
 from chat.providers import Providers
 from chat.settings import Model, Settings
+from tests.vendors import CANARY, MODES, Call, Vendors
 names = sys.argv[1:]
 Providers(Settings(models=tuple(Model(id=name, provider=name) for name in names)), {})
 print(*sorted({"openai", "anthropic", "httpx2"} & sys.modules.keys()))

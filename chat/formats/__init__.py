@@ -23,6 +23,12 @@ class Format:
         raise NotImplementedError
 
 
+def _sentence(log: TurnLog, entry: Entry) -> str:
+    """What a reader is told of a reply that failed."""
+    reason = log.bodies[entry.message_id]["failure_reason"] or "internal"
+    return REPLY_SENTENCES.get(reason, REPLY_SENTENCES["internal"])
+
+
 class EventStream(Format):
     """Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
 
@@ -69,8 +75,7 @@ def _arena_line(log: TurnLog, entry: Entry) -> bytes:
     message = log.bodies[entry.message_id]
     if message["status"] in ("success", "stopped"):
         return f'{entry.participant}d:{{"finishReason":"stop"}}\n'.encode()
-    sentence = REPLY_SENTENCES.get(message["failure_reason"] or "", REPLY_SENTENCES["internal"])
-    return f'{entry.participant}d:{{"finishReason": "error", "error": "{sentence}"}}\n'.encode()
+    return f'{entry.participant}d:{{"finishReason": "error", "error": "{_sentence(log, entry)}"}}\n'.encode()
 
 
 RULE = "\n\n────────\n\n"
@@ -89,8 +94,7 @@ class BareText(Format):
             if entry.kind == "chunk" and entry.participant == "a":
                 parts.append(entry.text)
             elif entry.kind == "complete" and log.bodies[entry.message_id]["status"] == "failed":
-                reason = log.bodies[entry.message_id]["failure_reason"] or ""
-                parts.append(f"\n[{REPLY_SENTENCES.get(reason, REPLY_SENTENCES['internal'])}]" if entry.participant == "a" else "")
+                parts.append(f"\n[{_sentence(log, entry)}]" if entry.participant == "a" else "")
             elif entry.kind == "end":
                 other = next((id for id, body in log.bodies.items() if body["participant"] == "b"), None)
                 parts.append("" if other is None else RULE + log.text(other))

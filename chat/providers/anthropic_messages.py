@@ -12,7 +12,8 @@ from typing import Any
 import anthropic
 
 from ..settings import Model
-from . import ChatMessage, Limits, Piece, Upstream
+from . import ChatMessage, Limits
+from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.anthropic.com"  # said aloud: left out, $ANTHROPIC_BASE_URL would decide who gets the key
 
@@ -43,7 +44,7 @@ class AnthropicMessages(Upstream):
 
 def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
     """Return the arguments of one call. The API wants the user first and no empty text, and refuses any temperature."""
-    system = [model.system, *(message.content for message in messages if message.role == "system")]
+    system = [message.content for message in messages if message.role == "system"]
     spoken = [message for message in messages if message.role != "system" and message.content.strip()]
     asked: dict[str, Any] = {
         "model": model.model_code or model.id,

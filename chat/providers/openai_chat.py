@@ -11,7 +11,8 @@ from typing import Any
 import openai
 
 from ..settings import Model
-from . import ChatMessage, Limits, Piece, ProviderError, Upstream
+from . import ChatMessage, Limits, ProviderError
+from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.openai.com/v1"  # said aloud: left out, $OPENAI_BASE_URL would decide who gets the key
 
@@ -44,10 +45,9 @@ class OpenAIChat(Upstream):
 def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
     """Return the arguments of one call. OpenAI's own models refuse `max_tokens`; most others know nothing else."""
     official = not model.base_url or model.base_url.rstrip("/") == OFFICIAL
-    system = [{"role": "system", "content": model.system}] if model.system else []
     asked: dict[str, Any] = {
         "model": model.model_code or model.id,
-        "messages": system + [{"role": message.role, "content": message.content} for message in messages],
+        "messages": [{"role": message.role, "content": message.content} for message in messages],
         "max_completion_tokens" if official else "max_tokens": limits.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -1,0 +1,150 @@
+"""The arena: votes and other feedback, the leaderboard, and the votes as a file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from chat import sessions, votes
+from chat.accounts import Account, iso
+from chat.database import new_id
+from chat.errors import ChatError, invalid, not_found
+from chat.sessions import model_card
+from chat.settings import Model
+from chat.state import State
+from chat.votes import Standing
+
+from . import inputs
+from .sessions import Id, tell_update
+
+PAGE = 1000  # votes read at once for the export
+WINNERS = {"model_a": "model_a", "model_b": "model_b", "tie": "tie", "both_bad": "tie (bothbad)"}  # FastChat's words
+
+
+class Feedback(msgspec.Struct):
+    """A vote, a rating or a report. The arena's own clients send more fields than these."""
+
+    session_id: Id
+    message_id: Id
+    feedback_type: Literal["preference", "rating", "report"]
+    preference: Literal["model_a", "model_b", "tie", "both_bad", "like", "dislike"] | None = None
+    rating: Annotated[int, Meta(ge=1, le=5)] | None = None
+    comment: Annotated[str, Meta(max_length=2000)] | None = None
+    categories: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=20)] | None = None
+
+
+async def feedback(request: Request) -> Response:
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    said = await inputs.body(request, Feedback)
+    body = await (_vote if said.feedback_type == "preference" else _rate)(chat, account, said)
+    return inputs.answer(body, 201)
+
+
+async def _vote(chat: State, account: Account, said: Feedback) -> dict[str, Any]:
+    """Store a vote and tell everyone in the session, which it may reveal."""
+    if said.preference not in votes.PREFERENCES:
+        raise invalid("preference", f"expected one of {', '.join(votes.PREFERENCES)}")
+    session = await sessions.select_session(chat.database, said.session_id, account.id)
+    known = {model.id: model for model in chat.settings.models}
+    vote = await votes.insert_vote(chat.database, session, account.id, said.message_id, said.preference, known)
+    was_blind = session.blind
+    session = await sessions.select_session(chat.database, session.id, account.id)
+    chat.relay.count("votes")
+    await tell_update(chat, session, "revealed" if was_blind else "voted")
+    return {
+        "id": vote.id,
+        "feedback_type": "preference",
+        "preference": vote.preference,
+        "created_at": iso(vote.created_at),
+        "session_update": chat.mask.session(session),
+    }
+
+
+async def _rate(chat: State, account: Account, said: Feedback) -> dict[str, Any]:
+    """Keep a rating or a report of one reply, replacing the one before."""
+    if said.feedback_type == "rating" and said.rating is None and said.preference not in ("like", "dislike"):
+        raise invalid("rating", "expected 1 to 5, or a preference of like or dislike")
+    kept = {
+        "id": new_id(),
+        "feedback_type": said.feedback_type,
+        "preference": said.preference,
+        "rating": said.rating,
+        "comment": said.comment,
+        "categories": said.categories or [],
+        "created_at": iso(chat.database.now()),
+    }
+    text = msgspec.json.encode(kept).decode()
+    if not await votes.update_feedback(chat.database, said.session_id, account.id, said.message_id, text):
+        raise not_found("message")
+    session = await sessions.select_session(chat.database, said.session_id, account.id)
+    return kept | {"session_update": chat.mask.session(session)}
+
+
+async def leaderboard(request: Request) -> Response:
+    chat = inputs.state(request)
+    period = inputs.choice(request, "period", tuple(votes.PERIODS)) or "all_time"
+    mode = inputs.choice(request, "mode", ("random", "compare", "all")) or "random"
+    limit = inputs.number(request, "limit", 100, 1, 1000)
+    modes = ("random", "compare") if mode == "all" else (mode,)
+    standings = await chat.leaderboard.standings(period, modes)
+    cards = {model.id: model_card(model) for model in chat.settings.models}
+    return inputs.answer([_line(each, cards) for each in standings[:limit]], headers={"Cache-Control": "no-store"})
+
+
+def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    rating = standing.rating
+    card = cards.get(rating.model) or model_card(Model(id=rating.model, provider="unknown"))
+    return {
+        "rank": rating.rank,
+        "id": rating.model,
+        "name": card["display_name"],
+        "provider": card["provider"],
+        "elo_rating": rating.rating,
+        "ci_lower": rating.lower,
+        "ci_upper": rating.upper,
+        "rating_change": round(standing.change, 2),
+        "battles": rating.battles,
+        "wins": rating.wins,
+        "losses": rating.losses,
+        "ties": rating.ties,
+        "both_bad": rating.both_bad,
+        "win_rate": rating.win_rate,
+        "preliminary": rating.preliminary,
+    }
+
+
+async def export(request: Request) -> Response:
+    """The counted votes, one JSON record a line, as FastChat's `clean_battle` files have them; no texts."""
+    chat = inputs.state(request)
+    if not chat.settings.votes_export:
+        raise ChatError("not_found", "The operator does not publish the votes.")
+    return StreamingResponse(_records(chat), media_type="application/x-ndjson")
+
+
+async def _records(chat: State) -> AsyncIterator[bytes]:
+    after = (-1, "")
+    while page := await votes.select_votes(chat.database, after, PAGE):
+        yield b"".join(msgspec.json.encode(_record(row)) + b"\n" for row in page)
+        after = (page[-1]["created_at"], page[-1]["id"])
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    judge = hashlib.sha256(f"judge:{row['account_id']}".encode()).hexdigest()[:16]
+    return {
+        "question_id": row["turn_id"],
+        "model_a": row["model_a"],
+        "model_b": row["model_b"],
+        "winner": WINNERS[row["preference"]],
+        "judge": f"arena_user_{judge}",
+        "turn": max(1, row["turn"]),
+        "anony": row["mode"] == "random",
+        "language": "unknown",
+        "tstamp": row["created_at"] / 1000,
+    }
