@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import consumers
@@ -52,7 +53,7 @@ class Service(Starlette):
                 Middleware(
                     CORSMiddleware,
                     allow_origins=settings.allowed_origins,
-                    allow_origin_regex=None if settings.production else r"https?://(localhost|127\.0\.0\.1)(:\d+)?",
+                    allow_origin_regex=None if settings.production else r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
                     allow_methods=["GET", "POST", "PATCH", "DELETE"],
                     allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
                     expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
@@ -97,14 +98,16 @@ class Service(Starlette):
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
+        failure = ""
         try:
             await self.ensure_started()
         except StartupError as problem:
-            await send({"type": "lifespan.startup.failed", "message": f"parley: {problem}"})
-            return
+            failure = f"parley: {problem}"
         except Exception:  # a server takes an exception here for "knows no lifespan" and goes on without us
             log.exception("the service could not start")
-            await send({"type": "lifespan.startup.failed", "message": "parley: the service could not start"})
+            failure = "parley: the service could not start"
+        if failure:
+            await send({"type": "lifespan.startup.failed", "message": failure})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -123,20 +126,22 @@ class Gate:
         self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in OPEN_TO_ALL:
-            connection = HTTPConnection(scope)
-            host, origin = connection.headers.get("host", ""), connection.headers.get("origin")
-            problem = self.refusal(host, origin)
-            if problem is not None:
-                await refuse(problem, scope, receive, send)
-                return
-
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        await self.app(scope, receive, send_safely if scope["type"] == "http" else send)
+        headers = HTTPConnection(scope).headers
+        sender = send_safely if scope["type"] == "http" else send
+        problem = None
+        if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
+            problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
+        elif scope["path"] not in OPEN_TO_ALL:
+            problem = self.refusal(headers.get("host", ""), headers.get("origin"))
+        if problem is not None:
+            await refuse(problem, scope, receive, sender)
+        else:
+            await self.app(scope, receive, sender)
 
     def refusal(self, host: str, origin: str | None) -> ChatError | None:
         allowed = self.settings.allowed_hosts
@@ -174,8 +179,9 @@ async def refuse(problem: ChatError, scope: Scope, receive: Receive, send: Send)
 
 
 def _host_allowed(host: str, allowed: tuple[str, ...]) -> bool:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    return name.lower() in allowed or any(each.startswith("*.") and name.lower().endswith(each[1:]) for each in allowed)
+    name = (host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host).lower()
+    names = [each.lower() for each in allowed]
+    return name in names or any(each.startswith("*.") and name.endswith(each[1:]) for each in names)
 
 
 # -- errors: every one leaves in the same shape
@@ -186,7 +192,7 @@ async def _chat_error(connection: Any, problem: Exception) -> Response:
     return error_answer(problem)
 
 
-async def _http_error(request: Any, problem: Exception) -> Response:
+async def _http_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
     sentences = {
         404: ("not_found", "There is nothing here."),
@@ -195,8 +201,9 @@ async def _http_error(request: Any, problem: Exception) -> Response:
     }
     code, sentence = sentences.get(problem.status_code, ("bad_request", "The request was not understood."))
     answer = error_answer(ChatError(code, sentence))
-    for name, value in (problem.headers or {}).items():
-        answer.headers[name] = value
+    if problem.status_code == 405:  # Starlette names the methods of the first route of this path only
+        found = [route for route in routes.table if route.matches(request.scope)[0] is not Match.NONE]
+        answer.headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
     return answer
 
 
@@ -250,11 +257,13 @@ def serve(settings: Settings) -> None:
     """Run uvicorn with what the service needs: small frames, no deflate, a bound on blocked sockets, a bounded stop."""
     import uvicorn
 
+    from consumers.direct import DirectProtocol
+
     listener = _listen(settings)
     config = uvicorn.Config(
         "service:app",
         workers=settings.workers,
-        ws="websockets-sansio",
+        ws=DirectProtocol,
         ws_max_size=settings.frame_max,
         ws_per_message_deflate=False,
         ws_ping_interval=settings.ping_interval,
@@ -263,17 +272,23 @@ def serve(settings: Settings) -> None:
         access_log=False,  # request lines carry tokens of clients that put them into the URL
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         server_header=False,
+        proxy_headers=False,  # whose word on the caller's address counts is `trusted_proxies` alone
     )
-    _say_hello(settings)
     if settings.workers > 1:
         from uvicorn.supervisors import Multiprocess
 
-        Multiprocess(config, sockets=[listener]).run()
+        parent = Multiprocess(config, sockets=[listener])
+        parent.run()
+        if any(worker.exitcode == STARTUP_FAILURE for worker in parent.processes):
+            sys.exit(STARTUP_FAILURE)
         return
-    server = uvicorn.Server(config)
-    server.run(sockets=[listener])
-    if not server.started:
-        sys.exit(STARTUP_FAILURE)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            _say_hello(settings)
+
+    Server(config).run(sockets=[listener])
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -285,8 +300,9 @@ def _listen(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.tcp_user_timeout * 1000))
     try:
         listener.bind((settings.host, settings.port))
-    except OSError as problem:
-        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {problem.strerror}") from None
+    except (OSError, OverflowError) as problem:
+        reason = getattr(problem, "strerror", None) or "a port is a number up to 65535"
+        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     listener.listen(2048)
     listener.set_inheritable(True)
     return listener
@@ -298,7 +314,7 @@ def _say_hello(settings: Settings) -> None:
     url = f"http://localhost:{settings.port}"
     print(f"{settings.name} is at {url}  (health: {url}/api/health/)")
     print(f"Try it:  curl -N '{url}/api/messages/stream/?format=text' -d '{{\"content\": \"Hello\"}}'")
-    print("Set OPENAI_API_KEY or ANTHROPIC_API_KEY for real models, DATABASE_URL for PostgreSQL, REDIS_URL for workers.")
+    print("Set OPENAI_API_KEY or ANTHROPIC_API_KEY for real models, DATABASE_URL for PostgreSQL, REDIS_URL for workers")
     sys.stdout.flush()
 
 

@@ -172,8 +172,8 @@ async def reserve(
 
 async def settle(database: Database, now: int, account_id: str, tokens: int) -> None:
     """Give back what was reserved and not used (negative `tokens`)."""
-    own, service = budgets_of(account_id)
-    await database.execute(
-        "UPDATE budgets SET tokens = tokens + :tokens WHERE day = :day AND name IN (:own, :service)",
-        {"tokens": tokens, "day": _day(now), "own": own, "service": service},
-    )
+    for name in budgets_of(account_id):  # one row a statement: two at once may lock them in the other order
+        await database.execute(
+            "UPDATE budgets SET tokens = tokens + :tokens WHERE day = :day AND name = :name",
+            {"tokens": tokens, "day": _day(now), "name": name},
+        )

@@ -184,8 +184,10 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
 class RedisBus(BroadcastBackend):
     """Broadcaster's backend over Redis, and the commands the relay and the limits need."""
 
-    def __init__(self, url: str, *, verify: bool = True, origin: str = "") -> None:
+    def __init__(self, url: str, *, verify: bool = True, origin: str = "", every: float = 0.0) -> None:
+        """every: seconds between two writes of gathered commands while busy; origin: this worker's name."""
         self.address = Address(url, verify)
+        self.every = every
         self.origin = origin  # messages that start with it are our own echo
         self.connected = False  # the command connection answers
         self.gaps = 0
@@ -198,6 +200,7 @@ class RedisBus(BroadcastBackend):
         self._listener: Wire | None = None
         self._wire: Wire | None = None
         self._first_try = asyncio.Event()
+        self._flushed_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- what broadcaster calls
@@ -246,7 +249,12 @@ class RedisBus(BroadcastBackend):
             _settle(future, RelayUnavailable("Redis is away"))
             return future
         if not self._commands:
-            loop.call_soon(self._flush)
+            # at once when nothing left lately; while busy, whatever gathers in a few milliseconds leaves together
+            wait = self._flushed_at + self.every - loop.time()
+            if wait <= 0:
+                loop.call_soon(self._flush)
+            else:
+                loop.call_later(wait, self._flush)
         self._commands.append((hiredis.pack_command(command), future))
         return future
 
@@ -258,6 +266,7 @@ class RedisBus(BroadcastBackend):
 
     def _flush(self) -> None:
         commands, self._commands = self._commands, []
+        self._flushed_at = asyncio.get_running_loop().time()
         if self._wire is None:
             for _, future in commands:
                 _settle(future, RelayUnavailable("Redis is away"))

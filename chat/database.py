@@ -332,7 +332,10 @@ SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 def _checked_url(url: str) -> str:
     """The URL as `databases` wants it. It ignores `sslmode` without a word and would connect unencrypted."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # "[" without "]", as in a password that is not percent-encoded
+        raise StartupError("DATABASE_URL is not a URL: percent-encode what is special in its password") from None
     if parts.scheme not in ("sqlite", "postgres", "postgresql"):
         raise StartupError("DATABASE_URL must start with sqlite:/// or postgresql://")
     if parts.scheme == "sqlite":

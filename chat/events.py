@@ -85,13 +85,19 @@ class TurnLog:
         return self.entries[-1].seq if self.entries else -1
 
     @property
-    def ended(self) -> bool:
+    def closed(self) -> bool:
+        """Whether the end is written; nothing can be appended behind it."""
         return bool(self.entries) and self.entries[-1].kind == "end"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end is shown: a reader that has everything may leave."""
+        return self.ended_at > 0
 
     def append(self, entries: Iterable[Entry]) -> bool:
         """Take what is new of `entries`. False at a gap: what comes after it is not taken."""
         for entry in entries:
-            if entry.seq <= self.last or self.ended:
+            if entry.seq <= self.last or self.closed:
                 continue
             if entry.from_seq != self.last + 1 and (entry.from_seq > self.last or entry.kind == "chunk"):
                 return False

@@ -30,7 +30,6 @@ from .writer import Writer
 log = logging.getLogger("parley.generation")
 
 CHARS_PER_TOKEN = 4  # a rough count for budgets and history, where the provider tells none
-STORE_FOR = 25.0  # seconds an ending is offered to a database that is away, before the reader is told it is not saved
 HISTORY_MESSAGES = 60
 OUTAGE = 60.0  # seconds a model that keeps failing is not drawn for a battle
 
@@ -351,8 +350,8 @@ class Generation:
         writer.complete(self.relay.mask.message(running.turn.session, row))
 
     async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
-        """Offer an ending to storage until it takes it. Raises `StorageUnavailable` after `STORE_FOR` seconds."""
-        deadline = time.monotonic() + (3.0 if self.draining else STORE_FOR)
+        """Offer an ending to storage until it takes it. Raises `StorageUnavailable` after `store_for` seconds."""
+        deadline = time.monotonic() + (3.0 if self.draining else self.settings.store_for)
         while True:
             try:
                 return await store()

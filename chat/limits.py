@@ -27,24 +27,24 @@ class Limits:
     def __init__(self, worker: str, bus: RedisBus | None = None) -> None:
         self._worker = worker
         self._bus = bus
-        self._windows: dict[str, tuple[int, int]] = {}  # name → (window, count)
+        self._windows: dict[str, tuple[float, int]] = {}  # name → (end of its window, count)
         self.open: Counter[str] = Counter()
         self._living: set[str] = {worker}
 
     async def hit(self, name: str, limit: int, window: float, message: str) -> None:
         """Count one more of `name` in this window of so many seconds. Raises `rate_limited` beyond the limit."""
         number = int(time.time() // window)
+        end = (number + 1) * window
         count = await self._shared_hit(f"parley:rate:{name}:{number}", window)
         if count is None:
-            count = self._local_hit(name, number)
+            count = self._local_hit(name, end)
         if count > limit:
-            rest = max(1.0, (number + 1) * window - time.time())
-            raise ChatError("rate_limited", message, retry_after=round(rest))
+            raise ChatError("rate_limited", message, retry_after=round(max(1.0, end - time.time())))
 
-    def _local_hit(self, name: str, number: int) -> int:
-        window, count = self._windows.get(name, (number, 0))
-        count = count + 1 if window == number else 1
-        self._windows[name] = (number, count)
+    def _local_hit(self, name: str, end: float) -> int:
+        kept, count = self._windows.get(name, (end, 0))
+        count = count + 1 if kept == end else 1
+        self._windows[name] = (end, count)
         return count
 
     async def _shared_hit(self, key: str, window: float) -> int | None:
@@ -93,7 +93,7 @@ class Limits:
     async def beat(self) -> None:
         """Say that this worker lives, learn who else does, forget windows that are over. Called every few seconds."""
         now = time.time()
-        self._windows = {name: kept for name, kept in self._windows.items() if len(self._windows) < 10_000}
+        self._windows = {name: kept for name, kept in self._windows.items() if kept[0] > now}
         if self._bus is None:
             return
         self._bus.command("ZADD", WORKERS, int(now), self._worker)
@@ -122,9 +122,14 @@ def is_loopback(address: str) -> bool:
 
 
 def address_key(address: str) -> str:
-    """The address as limits count it: one IPv6 customer has a whole /64 to pick from."""
+    """The address as limits count it: one IPv6 customer has a whole /64 to pick from.
+
+    On a socket that listens on both an IPv4 caller shows as `::ffff:1.2.3.4`: as IPv6 all of them would be one.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address or "unknown"
-    return str(ipaddress.ip_network(f"{ip}/64", strict=False)) if ip.version == 6 else str(ip)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network(f"{ip}/64", strict=False))

@@ -13,8 +13,9 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -33,6 +34,15 @@ log = logging.getLogger("parley.relay")
 NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
 
 
+class Direct(Protocol):
+    """A socket that can be written to without a task."""
+
+    @property
+    def blocked(self) -> bool: ...
+
+    def write(self, frames: bytes) -> None: ...
+
+
 class Follower:
     """One reader of a room: a cursor (`log`, `seq`) and the session events it has not taken yet."""
 
@@ -43,17 +53,28 @@ class Follower:
         self.log: TurnLog | None = None
         self.seq = -1
         self.lost = False  # it needs a snapshot before anything else
+        self.direct: Direct | None = None  # written to at once while it keeps up
+        self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
+        self._busy = True  # its own coroutine is speaking: nobody else may
         self.notices: deque[bytes] = deque(maxlen=NOTICES_KEPT)
         self._event = asyncio.Event()
 
     def wake(self) -> None:
-        self._event.set()
+        """There is something new. A reader in step that can be written to is, here; others are told."""
+        direct = self.direct
+        if direct is None or self._busy or self.lost or self.notices or direct.blocked:
+            self._event.set()
+            return
+        for frames in self.take():
+            direct.write(frames)
 
     async def next(self) -> list[bytes]:
         """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`."""
+        self._busy = False
         while not self.lost and not (frames := self.take()):
             self._event.clear()
             await self._event.wait()
+        self._busy = True
         return [] if self.lost else frames
 
     async def next_of_turn(self) -> list[bytes]:
@@ -68,7 +89,7 @@ class Follower:
         return []
 
     def take(self) -> list[bytes]:
-        frames = list(self.notices)
+        frames = [self.wrap(notice) for notice in self.notices]
         self.notices.clear()
         if self.log is None and self.room.logs:
             self.log, self.seq = self.room.logs[0], -1
@@ -467,7 +488,7 @@ class Relay:
         kept = await self._kept(row["id"])
         if kept is not None:
             turn_log.append(kept.entries)
-        if kept is None or (row["status"] == "ended" and not turn_log.ended):
+        if kept is None or (row["status"] == "ended" and not turn_log.closed):
             session = await sessions.select_unchecked(self.database, session_id)
             rows = await turns.select_turn_messages(self.database, row["id"])
             seq = max([row["seq"], *[each["seq"] for each in rows]])
@@ -482,7 +503,6 @@ class Relay:
         paced = session.blind
         pace = Pace(
             ack=settings.relay_ack,
-            every=settings.publish_every,
             tick=settings.pace if paced else 0.0,
             chars=settings.pace_chars,
             kept=settings.log_kept,

@@ -79,6 +79,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     lease: float = 10.0
     lease_renew: float = 3.0
     sweep_every: float = 5.0
+    store_for: float = 25.0
     drain: float = 15.0
     first_token_timeout: float = 60.0
     idle_timeout: float = 30.0

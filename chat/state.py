@@ -53,7 +53,11 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     providers = Providers(settings)
     stack.push_async_callback(providers.close)
     bus = (
-        RedisBus(settings.redis_url, verify=settings.relay_tls_verify, origin=worker) if settings.redis_url else None
+        RedisBus(
+            settings.redis_url, verify=settings.relay_tls_verify, origin=worker, every=settings.publish_every
+        )
+        if settings.redis_url
+        else None
     )
     database = open_database(settings)
     stack.push_async_callback(database.disconnect)

@@ -22,8 +22,8 @@ PROTOCOL = "parley.v1"
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-class Refused(Exception):
-    """The socket is not admitted; the code and reason are said after accept, so that a browser can see them."""
+class Closed(Exception):
+    """The socket is to be closed with this code and reason."""
 
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
@@ -36,23 +36,11 @@ class Admitted:
 
     account: Account | None
     session: Session
-    guest: bool
 
 
 def subprotocol(socket: WebSocket) -> str | None:
     """Ours if it was offered. The token that is offered beside it must not be echoed."""
     return PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None
-
-
-async def admit(socket: WebSocket, chat: State) -> Admitted:
-    """Raises `Refused`."""
-    session_id = socket.path_params["session_id"]
-    if not SESSION_ID.fullmatch(session_id):
-        raise Refused(4404, "no such session")
-    try:
-        return await _admit(socket, chat, session_id)
-    except ChatError as problem:
-        raise Refused(*REFUSALS.get(problem.code, (1012, "try again"))) from None
 
 
 REFUSALS = {
@@ -61,23 +49,44 @@ REFUSALS = {
     "token_expired": (4401, "authentication expired"),
     "forbidden": (4403, "forbidden"),
     "not_found": (4404, "no such session"),
-    "conflict": (4404, "no such session"),
     "rate_limited": (4429, "too many requests"),
 }
+
+
+async def admit(socket: WebSocket, chat: State) -> Admitted:
+    """Who speaks on this socket, and where. Raises `Closed`."""
+    session_id = socket.path_params["session_id"]
+    if not SESSION_ID.fullmatch(session_id):
+        raise Closed(4404, "no such session")
+    try:
+        return await _admit(socket, chat, session_id)
+    except ChatError as problem:
+        raise Closed(*REFUSALS.get(problem.code, (1012, "try again"))) from None
 
 
 async def _admit(socket: WebSocket, chat: State, session_id: str) -> Admitted:
     account = await _account(socket, chat)
     share_token = socket.query_params.get("share_token")
-    if account is None and share_token:
-        session = await sessions.select_shared(chat.database, share_token)
-        if session.id != session_id:
-            raise Refused(4404, "no such session")
-        return Admitted(None, session, False)
+    if share_token:
+        return await _admit_by_share(chat, session_id, share_token, account)
     guest = account is None and chat.settings.open_sessions
     if account is None:
         account = await _guest(socket, chat) if guest else await _first_frame(socket, chat)
-    return Admitted(account, await _session(chat, session_id, account, guest), guest)
+    return Admitted(account, await _session(chat, session_id, account, guest))
+
+
+async def _admit_by_share(chat: State, session_id: str, share_token: str, account: Account | None) -> Admitted:
+    """Whoever has the link may read, also somebody with an account; its owner goes on as its owner."""
+    if account is not None:
+        try:
+            return Admitted(account, await sessions.select_session(chat.database, session_id, account.id))
+        except ChatError as problem:
+            if problem.code != "not_found":
+                raise
+    session = await sessions.select_shared(chat.database, share_token)
+    if session.id != session_id:
+        raise Closed(4404, "no such session")
+    return Admitted(None, session)
 
 
 async def _account(socket: WebSocket, chat: State) -> Account | None:
@@ -103,7 +112,7 @@ def credential(connection: HTTPConnection, in_query: bool) -> tuple[str, str] | 
 
 async def _guest(socket: WebSocket, chat: State) -> Account:
     address = _address(socket, chat)
-    if not is_loopback(address):
+    if chat.settings.production or not is_loopback(address):
         limit = chat.settings.guests_per_hour
         await chat.limits.hit(f"guests:{address}", limit, 3600, "Too many new guests from this address.")
     return await accounts.insert_guest(chat.database, None)
@@ -120,15 +129,15 @@ async def _first_frame(socket: WebSocket, chat: State) -> Account:
         async with asyncio.timeout(chat.settings.auth_timeout):
             message = await socket.receive()
     except TimeoutError:
-        raise Refused(4401, "authentication required") from None
+        raise Closed(4401, "authentication required") from None
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code") or 1006)
     try:
         frame = frames.parse(message.get("text") or "")
     except ChatError:
-        raise Refused(4401, "authentication required") from None
+        raise Closed(4401, "authentication required") from None
     if not isinstance(frame, frames.Auth):
-        raise Refused(4401, "authentication required")
+        raise Closed(4401, "authentication required")
     return await accounts.verified(chat.database, chat.tokens, "access", frame.token)
 
 
@@ -144,16 +153,23 @@ async def _session(chat: State, id: str, account: Account, guest: bool) -> Sessi
     return await sessions.select_session(chat.database, id, account.id)
 
 
-async def take_places(socket: WebSocket, chat: State, admitted: Admitted) -> list[str]:
-    """Count the socket in. Raises `Refused` when the session, the account or the address has too many."""
-    settings = chat.settings
-    address = _address(socket, chat)
-    limits = [
-        (f"session:{admitted.session.id}", settings.sockets_per_session),
-        (f"address:{address}", settings.sockets_per_address),
-    ]
+# -- how many are open
+
+
+def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
+    """What limits a socket before anyone knows who it is: one that waits silently costs memory, too."""
+    return [(f"address:{_address(socket, chat)}", chat.settings.sockets_per_address)]
+
+
+def inside(chat: State, admitted: Admitted) -> list[tuple[str, int]]:
+    limits = [(f"session:{admitted.session.id}", chat.settings.sockets_per_session)]
     if admitted.account is not None:
-        limits.append((f"account:{admitted.account.id}", settings.sockets_per_account))
+        limits.append((f"account:{admitted.account.id}", chat.settings.sockets_per_account))
+    return limits
+
+
+async def take_places(chat: State, limits: list[tuple[str, int]]) -> list[str]:
+    """Count the socket in; the names to give back. Raises `Closed` when one of them has too many."""
     if not await chat.limits.enter(limits):
-        raise Refused(4429, "too many sockets")
+        raise Closed(4429, "too many sockets")
     return [name for name, _ in limits]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from chat.errors import ChatError
 
-Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]  # `$` would let a line end through
+Echo = msgspec.Raw  # said back as it came: what need not be decoded cannot fail to be encoded again
 
 
 class Ping(msgspec.Struct, tag="ping"):
-    timestamp: Any = None
+    timestamp: Echo = Echo(b"null")
 
 
 class Test(msgspec.Struct, tag="test"):
-    message: Any = None
+    message: Echo = Echo(b"null")
 
 
 class Message(msgspec.Struct, tag="message"):

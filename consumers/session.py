@@ -1,7 +1,8 @@
 """One socket in one session: admit it, join it to the room, say what the room says, do what its frames ask.
 
-A socket is three coroutines in one group: one reads frames, one follows the room, and every send keeps a deadline.
-Whichever ends first ends the others. Generation is none of its business: a socket that leaves stops nothing.
+A socket is three coroutines in one group: one takes frames, one does what they ask, one follows the room; every send
+keeps a deadline. Whichever ends first ends the others. Generation is none of its business: a socket that leaves stops
+nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -23,44 +25,59 @@ from chat.state import State
 from chat.turns import Ask
 
 from . import admission, frames
+from .admission import Admitted, Closed
+from .direct import direct_of, framed, socket_frames
 
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
+LAG_MAX = 64  # events an arena's reader is told one by one: its sides alternate and do not merge
+SLOWEST = 4096  # bytes a second: a large frame may take this long to leave before its reader counts as silent
 
-
-class Closed(Exception):
-    """The socket is to be closed with this code and reason."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        self.code = code
-        self.reason = reason
-
-
-class Slow(Exception):
-    """The reader took nothing for too long: nothing more can be said to it, not even a close."""
+Cursor = tuple[str, int]
 
 
 async def session(socket: WebSocket) -> None:
-    """The consumer of `/ws/chat/session/<session_id>`."""
+    """The consumer of `/ws/chat/session/<session_id>`. What it refuses it says after accept: a browser sees it then."""
     chat: State = socket.scope["state"]["chat"]
     await socket.accept(subprotocol=admission.subprotocol(socket))
     places: list[str] = []
     try:
+        places += await admission.take_places(chat, admission.outside(socket, chat))
         admitted = await admission.admit(socket, chat)
-        places = await admission.take_places(socket, chat, admitted)
-        await Conversation(chat, socket, admitted).run()
-    except admission.Refused as refusal:
-        await _close(socket, chat, refusal.code, refusal.reason)
-    except (WebSocketDisconnect, Slow):
+        places += await admission.take_places(chat, admission.inside(chat, admitted))
+        await _converse(socket, chat, admitted)
+    except Closed as closed:
+        await _close(socket, chat, closed)
+    except WebSocketDisconnect:
         pass
     finally:
         chat.limits.leave(places)
 
 
-async def _close(socket: WebSocket, chat: State, code: int, reason: str) -> None:
+async def _converse(socket: WebSocket, chat: State, admitted: Admitted) -> None:
+    """Speak until either side ends it. Raises `Closed` or `WebSocketDisconnect`."""
+    try:
+        account_id = admitted.account.id if admitted.account is not None else ""
+        dialect = socket_json if direct_of(socket.scope) is None else socket_frames
+        follower = await chat.relay.join(admitted.session.id, dialect, account_id)
+        conversation = Conversation(chat, socket, admitted, follower)
+        try:
+            await conversation.run()
+        finally:
+            conversation.end()
+            chat.generation.spawn(chat.relay.leave(follower))
+    except ChatError as problem:
+        # Storage is away while joining, or the room lost its place: let the client come back for a snapshot.
+        await _close(socket, chat, Closed(1012, "try again"), error_event(problem))
+
+
+async def _close(socket: WebSocket, chat: State, closed: Closed, *last_words: bytes) -> None:
+    """Close, if the peer still reads. A reader that took nothing hears why when it wakes up soon enough."""
     try:
         async with asyncio.timeout(chat.settings.send_timeout):
-            await socket.close(code, reason)
+            for event in last_words:
+                await socket.send_text(event.decode())
+            await socket.close(closed.code, closed.reason)
     except (TimeoutError, WebSocketDisconnect, RuntimeError):
         pass  # gone already
 
@@ -68,62 +85,60 @@ async def _close(socket: WebSocket, chat: State, code: int, reason: str) -> None
 class Conversation:
     """An admitted socket and its follower."""
 
-    def __init__(self, chat: State, socket: WebSocket, admitted: admission.Admitted) -> None:
+    def __init__(self, chat: State, socket: WebSocket, admitted: Admitted, follower: Follower) -> None:
         self.chat = chat
         self.socket = socket
         self.account = admitted.account
         self.session = admitted.session
-        self.cursor = parse_cursor(socket.query_params.get("cursor", ""))
-        self.follower: Follower | None = None
+        self.follower = follower
+        self.direct = direct_of(socket.scope)
+        if self.direct is not None:
+            follower.direct, follower.wrap = self.direct, framed
+        self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
+        self._todo: asyncio.Queue[frames.Frame] = asyncio.Queue(chat.settings.frames_per_second)
         self._bad: deque[float] = deque(maxlen=chat.settings.bad_frames)
         self._frames: deque[float] = deque(maxlen=chat.settings.frames_per_second)
-        self._typed_at = 0.0
-
-    @property
-    def account_id(self) -> str:
-        return self.account.id if self.account is not None else ""
+        self._types: bool | None = None  # said by the client, not passed on yet
+        self._typing: asyncio.TimerHandle | None = None  # runs for a second after an indicator
+        self._written = 0  # bytes of the last write
 
     async def run(self) -> None:
-        """Speak until either side ends it."""
-        try:
-            self.follower = await self.chat.relay.join(self.session.id, socket_json, self.account_id)
-            await self._greet()
-            await self._first_of(self._read(), self._follow())
-        except Closed as closed:
-            await _close(self.socket, self.chat, closed.code, closed.reason)
-        except ChatError as problem:
-            # Storage is away while joining: there is nothing to say yet, so let the client come back.
-            await self.send(error_event(problem))
-            await _close(self.socket, self.chat, 1012, "try again")
-        finally:
-            if self.follower is not None:
-                self.chat.generation.spawn(self.chat.relay.leave(self.follower))
+        await self._greet()
+        await _first_of(self._read(), self._work(), self._follow())
 
-    async def _first_of(self, *work: Any) -> None:
-        """Run coroutines until the first ends; end the others; raise what ended it."""
-        tasks = [asyncio.ensure_future(each) for each in work]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
+    def end(self) -> None:
+        if self._typing is not None:
+            self._typing.cancel()
 
     # -- out
 
     async def send(self, event: bytes) -> None:
+        """Say one event. Raises `Closed` when the reader takes nothing for too long."""
+        await self._write(event if self.direct is None else framed(event))
+
+    async def _write(self, said: bytes) -> None:
+        """Write what the follower gives: an event, or on a direct socket finished frames."""
+        patience = self.chat.settings.send_timeout + self._written / SLOWEST
+        self._written = len(said)
         try:
-            async with asyncio.timeout(self.chat.settings.send_timeout):
-                await self.socket.send({"type": "websocket.send", "text": event.decode()})
+            async with asyncio.timeout(patience):
+                if self.direct is None:
+                    await self.socket.send({"type": "websocket.send", "text": said.decode()})
+                else:
+                    await self.direct.writable.wait()
+                    self.direct.write(said)
         except TimeoutError:
             self.chat.relay.count("readers_cut")
-            raise Slow from None
+            if self.direct is None:
+                raise Closed(4408, "slow") from None
+            self.direct.abort(4408, "slow")
+            raise WebSocketDisconnect(4408) from None
+        except RuntimeError:  # the server has closed it by itself, for a ping unanswered or a broken frame
+            raise WebSocketDisconnect(1006) from None
 
     async def _greet(self) -> None:
         user = {
-            "id": self.account_id or None,
+            "id": self.account.id if self.account else None,
             "display_name": self.account.display_name if self.account else "Guest",
             "is_anonymous": True,
         }
@@ -131,30 +146,38 @@ class Conversation:
             "connection_established", user=user, session_id=self.session.id, version=self.session.version
         )
         await self.send(hello)
-        if self.cursor is None or not await self._resume(self.cursor):
-            await self._send_state()
+        await self._start_over(parse_cursor(self.socket.query_params.get("cursor", "")))
 
-    async def _resume(self, cursor: tuple[str, int]) -> bool:
-        assert self.follower is not None
-        if not await self.chat.relay.resume(self.follower, cursor):
-            return False
-        await self.send(session_event("resumed", turn_id=cursor[0], from_seq=cursor[1] + 1))
-        return True
-
-    async def _send_state(self) -> None:
-        """A snapshot; the follower goes on right behind it."""
-        assert self.follower is not None
+    async def _start_over(self, cursor: Cursor | None = None) -> None:
+        """Go on behind the cursor if it can be served exactly, else behind a snapshot."""
+        self.follower.lost = False
+        if cursor is not None and await self.chat.relay.resume(self.follower, cursor):
+            await self.send(session_event("resumed", turn_id=cursor[0], from_seq=cursor[1] + 1))
+            return
         session = await sessions.select_unchecked(self.chat.database, self.session.id)
         state = await self.chat.relay.snapshot(self.follower, session)
         await self.send(session_event("session_state", **state))
 
     async def _follow(self) -> None:
-        assert self.follower is not None
+        """The one that says numbered events and where they start: an event that overtook another would be a gap."""
         while True:
-            for frame in await self.follower.next():
-                await self.send(frame)
-            if self.follower.lost:
-                await self._send_state()
+            for said in await self.follower.next():
+                await self._write(said)
+            if self._asked:
+                await self._answer(self._asked.pop())
+            elif self.follower.lost or self._far_behind:
+                await self._start_over()
+
+    async def _answer(self, cursor: Cursor | None) -> None:
+        self._asked.clear()
+        try:
+            await self._start_over(cursor)
+        except ChatError as problem:  # it can do without: it goes on where it was
+            await self.send(error_event(problem))
+
+    @property
+    def _far_behind(self) -> bool:
+        return len(self.session.sides) > 1 and self.follower.lag > LAG_MAX
 
     # -- in
 
@@ -167,23 +190,16 @@ class Conversation:
             text = message.get("text")
             if text is None:
                 raise Closed(1003, "text frames only")
-            if len(text) > self.chat.settings.frame_max:
+            if len(text.encode()) > self.chat.settings.frame_max:
                 raise Closed(1009, "frame too big")
-            await self._take(text)
-
-    async def _take(self, text: str) -> None:
-        self._count_frame()
-        try:
-            frame = frames.parse(text)
-        except ChatError as problem:
-            await self.send(error_event(problem))
-            self._count_bad()
-            return
-        try:
-            await self._do(frame)
-        except ChatError as problem:
-            message_id = frame.id if isinstance(frame, frames.Message) else None
-            await self.send(error_event(problem, message_id))
+            self._count_frame()
+            try:
+                self._todo.put_nowait(frames.parse(text))
+            except ChatError as problem:
+                await self.send(error_event(problem))
+                self._count_bad()
+            except asyncio.QueueFull:
+                raise Closed(4429, "too many frames") from None
 
     def _count_frame(self) -> None:
         now = time.monotonic()
@@ -197,6 +213,16 @@ class Conversation:
         if len(self._bad) == self._bad.maxlen and now - self._bad[0] < BAD_FRAMES_WINDOW:
             raise Closed(4400, "bad frames")
 
+    async def _work(self) -> None:
+        """Do what the frames ask, in their order. Beside `_read`: storage that hangs must not stop the reading."""
+        while True:
+            frame = await self._todo.get()
+            try:
+                await self._do(frame)
+            except ChatError as problem:
+                message_id = frame.id if isinstance(frame, frames.Message) else None
+                await self.send(error_event(problem, message_id))
+
     async def _do(self, frame: frames.Frame) -> None:
         match frame:
             case frames.Ping(timestamp):
@@ -204,11 +230,9 @@ class Conversation:
             case frames.Test(message):
                 await self.send(session_event("test", message=message))
             case frames.RequestState():
-                await self._send_state()
+                self._ask(None)
             case frames.Resume(text):
-                cursor = parse_cursor(text)
-                if cursor is None or not await self._resume(cursor):
-                    await self._send_state()
+                self._ask(parse_cursor(text))
             case frames.Auth():
                 pass  # admitted already: a client that says it twice means no harm
             case frames.Message(content, id):
@@ -216,7 +240,13 @@ class Conversation:
             case frames.Stop():
                 await self.chat.generation.stop(self.session, self._writer().id)
             case frames.Typing(is_typing):
-                await self._typing(is_typing)
+                self._hear_typing(is_typing)
+
+    def _ask(self, cursor: Cursor | None) -> None:
+        """Have the follower start over, after what it is saying just now."""
+        self._asked.append(cursor)
+        self.follower.lost = True
+        self.follower.wake()
 
     def _writer(self) -> Account:
         if self.account is None:
@@ -228,11 +258,32 @@ class Conversation:
         current = await sessions.select_session(self.chat.database, self.session.id, account.id)
         await self.chat.generation.begin(current, account, Ask(id or new_id(), content, {}))
 
-    async def _typing(self, is_typing: bool) -> None:
-        account = self._writer()
-        now = time.monotonic()
-        if is_typing and now - self._typed_at < TYPING_EVERY:
+    def _hear_typing(self, is_typing: bool) -> None:
+        self._writer()
+        self._types = is_typing
+        if self._typing is None:
+            self._tell_typing()
+
+    def _tell_typing(self) -> None:
+        """Pass on the last word; what comes within a second of it waits, or "no more" would be lost."""
+        self._typing = None
+        if self._types is None:
             return
-        self._typed_at = now
-        event = session_event("typing_indicator", user_id=account.id, is_typing=is_typing)
-        await self.chat.relay.tell(self.session.id, event, but=account.id)
+        account = self._writer()
+        event = session_event("typing_indicator", user_id=account.id, is_typing=self._types)
+        self._types = None
+        self._typing = asyncio.get_running_loop().call_later(TYPING_EVERY, self._tell_typing)
+        self.chat.generation.spawn(self.chat.relay.tell(self.session.id, event, but=account.id))
+
+
+async def _first_of(*work: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines until the first ends; end the others; raise what ended it."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

@@ -11,13 +11,10 @@ from starlette.responses import Response
 
 from chat import accounts
 from chat.accounts import Account, account_json
-from chat.errors import invalid
 from chat.state import State
 from chat.tokens import LIFETIMES
 
 from . import inputs
-
-PREFERENCES_MAX = 16_384  # bytes
 
 
 class Guest(msgspec.Struct):
@@ -77,8 +74,7 @@ async def me(request: Request) -> Response:
 async def change_me(request: Request) -> Response:
     account = await inputs.account(request)
     change = await inputs.body(request, Change)
-    if change.preferences is not None and len(msgspec.json.encode(change.preferences)) > PREFERENCES_MAX:
-        raise invalid("preferences", f"longer than {PREFERENCES_MAX} bytes")
+    inputs.check_object("preferences", change.preferences)
     changed = await accounts.update_account(
         inputs.state(request).database, account.id, change.display_name, change.preferences
     )

@@ -17,6 +17,8 @@ from chat.state import State
 
 T = TypeVar("T")
 ID = r"^[A-Za-z0-9_-]{1,64}\Z"  # `$` would let a line end through, into headers and event streams
+OBJECT_MAX = 16_384  # bytes of `metadata` or `preferences` as JSON
+OBJECT_DEPTH = 8  # what is nearly as deep as the parser goes could be stored and never read again
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
 NUMBER = re.compile(r"-?[0-9]{1,15}")  # Python's isdigit() takes "²" as well
@@ -126,6 +128,19 @@ def _path_and_problem(text: str) -> tuple[str, str]:
         path = f"{path}.{found[2]}".lstrip(".")
         what = "this is needed" if found[1] == "missing required" else "there is no such field"
     return path or "body", what
+
+
+def check_object(name: str, value: dict[str, Any] | None) -> None:
+    """Refuse an object of the client's own making that is too big or too deep to be kept and handed out again."""
+    if value is not None and _deep(value, OBJECT_DEPTH):
+        raise invalid(name, f"nested deeper than {OBJECT_DEPTH}")
+    if value is not None and len(msgspec.json.encode(value)) > OBJECT_MAX:
+        raise invalid(name, f"longer than {OBJECT_MAX} bytes")
+
+
+def _deep(value: Any, most: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most < 0 or any(_deep(each, most - 1) for each in inside)
 
 
 def number(request: Request, name: str, default: int, least: int, most: int) -> int:

@@ -54,9 +54,12 @@ class Post(msgspec.Struct):
 async def stream(request: Request) -> Response:
     """Start the turn a message asks for, and follow it."""
     chat = inputs.state(request)
+    known = await _speaker(request)
     post = await inputs.body(request, Post)
-    account, guest = await _speaker(request)
     ask = read_ask(post)
+    turns.checked_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
+    guest = known is None
+    account = known or await inputs.new_guest(request)
     session = await _session(chat, account, post, guest)
     _check_models(session, post)
     turn = await chat.generation.begin(
@@ -68,12 +71,11 @@ async def stream(request: Request) -> Response:
     return await follow(request, session.id, turn.id, headers=headers)
 
 
-async def _speaker(request: Request) -> tuple[Account, bool]:
-    """Who posts; on a local start with open sessions whoever has no token is given a guest."""
-    account = await inputs.optional_account(request)
-    if account is None and inputs.state(request).settings.open_sessions:
-        return await inputs.new_guest(request), True
-    return account or await inputs.account(request), False
+async def _speaker(request: Request) -> Account | None:
+    """Who posts; None on a local start with open sessions for whoever has no token and is to be given a guest."""
+    if inputs.state(request).settings.open_sessions:
+        return await inputs.optional_account(request)
+    return await inputs.account(request)
 
 
 def read_ask(post: Post) -> Ask:

@@ -21,7 +21,6 @@ from chat.state import State
 
 from . import inputs
 
-METADATA_MAX = 16_384  # bytes
 EXPORT_MAX = 100_000  # messages
 END_WAIT = 5.0  # seconds a turn has to end before its session is deleted; its worker may be dead
 Title = Annotated[str, Meta(max_length=255)]
@@ -57,8 +56,7 @@ async def create(request: Request) -> Response:
 async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = False) -> tuple[Session, bool]:
     """The session a client wishes for, and whether it is new: an id that is already the account's is that session."""
     limits = chat.settings
-    if wish.metadata is not None and len(msgspec.json.encode(wish.metadata)) > METADATA_MAX:
-        raise invalid("metadata", f"longer than {METADATA_MAX} bytes")
+    inputs.check_object("metadata", wish.metadata)
     if wish.id is not None:
         existing = await _existing(chat, wish.id, account)
         if existing is not None:

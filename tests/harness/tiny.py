@@ -1,4 +1,4 @@
-"""A service in miniature for the harness's own tests: it speaks the contract's events about one turn that never changes.
+"""A service in miniature for the harness's own tests: it speaks the contract's events about one and the same turn.
 
 The name of a session says which rule is broken: a gap, a duplicate, a connection that ends in the middle, …
 """

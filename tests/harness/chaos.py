@@ -1,0 +1,513 @@
+"""Faults at random over readers and turns at random, all from one seed; afterwards the invariants.
+
+    python -m tests.harness.chaos --seed 7 --seconds 20
+
+replays a seed: who says what, who reads, what breaks and for how long are drawn from it beforehand; how the machine
+interleaves them is not. Prints the story when something was violated. `--count` runs so many seeds from `--seed` on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.vendors import CANARY, Vendors
+
+from .api import Guest, call, guest, new_session
+from .checker import INVARIANTS, Violations
+from .client import SocketReader, SSEReader
+from .evidence import Allowed, Evidence, Rows, gather, read_rows
+from .journal import Journal
+from .processes import StartFailed
+from .reader import Reader
+from .servers import Postgres, Redis
+from .service import ROOT, Service
+from .view import TERMINAL, difference
+
+KEY = "sk-CANARY-the-key-of-the-service-itself"
+GOOD = ("ok", "slow", "length", "reasoning", "no-usage", "finish-stall")  # modes that end in an answer
+BAD = ("stall", "rst", "cut", "clean-eof", "garbage", "non-utf8", "error-event", "429", "500", "529", "no-header")
+BAD += ("rst-first", "html200", "empty200", "429-retry-after", "ping-stall", "refuse", "odd-finish", "quota")
+QUIET = 40.0  # seconds after the last fault in which everything has to have ended: 25 s are an ending's to be stored
+EXIT = 25.0  # seconds from SIGTERM to the end
+FRESH = 1.0  # seconds after Redis is back in which what it forgot may not have been said again
+STALE = 2.0  # seconds a worker may be frozen before its turns are taken: the lease of the tests
+CLOSES = (1006, 1011, 4408)  # killed; frozen longer than a ping may take; on hold
+
+
+def models(vendors: Vendors) -> list[dict[str, Any]]:
+    """One model of each remote provider."""
+    return [
+        {"id": "alpha", "provider": "openai_chat", "model_code": "fake-alpha", "display_name": "Alpha"}
+        | {"base_url": f"{vendors.url}/v1", "api_key_env": "VENDOR_KEY", "vendor": "A"},
+        {"id": "beta", "provider": "anthropic_messages", "model_code": "fake-beta", "display_name": "Beta"}
+        | {"base_url": vendors.url, "api_key_env": "VENDOR_KEY", "vendor": "B"},
+    ]
+
+
+@dataclass
+class World:
+    """What outlives one run."""
+
+    redis: Redis
+    postgres: Postgres
+    vendors: Vendors
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """A service of its own on a fresh database."""
+        return {
+            "DATABASE_URL": self.postgres.create_database(),
+            "REDIS_URL": self.redis.url,
+            "PARLEY_ENV": "local",
+            "PARLEY_OPEN_SESSIONS": "false",
+            "PARLEY_MODELS": json.dumps(models(self.vendors)),
+            "VENDOR_KEY": KEY,
+        } | more
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[World]:
+    async with Redis() as redis, Postgres() as postgres:
+        with Vendors() as vendors:
+            yield World(redis, postgres, vendors)
+
+
+@dataclass
+class Report:
+    """What a run did and found."""
+
+    seed: int
+    violations: Violations
+    journal: Journal
+    log: str
+    counts: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[str] = field(default_factory=Counter)
+    growth: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        done = ", ".join(f"{n} {what}" for what, n in sorted(self.counts.items()))
+        ends = ", ".join(f"{n} {what}" for what, n in sorted(self.statuses.items()))
+        return f"seed {self.seed}: {len(self.violations)} violation(s); {done}; replies: {ends}"
+
+    def story(self) -> str:
+        return "\n".join([str(self), *self.violations[:50], "", self.journal.story(1500), "", self.log[-8000:]])
+
+
+class Chaos:
+    """One run: sessions that talk, readers that come and go, faults, then quiet and the invariants.
+
+    every: seconds between two strokes of faults, shortest and longest.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        service: Service,
+        seed: int,
+        seconds: float,
+        *,
+        sessions: int = 3,
+        readers: int = 3,
+        every: tuple[float, float] = (0.3, 2.0),
+    ) -> None:
+        self.world, self.service, self.seed, self.seconds = world, service, seed, seconds
+        self.sessions, self.watchers, self.every = sessions, readers, every
+        self.database_url = str(service.processes[0].env["DATABASE_URL"])  # type: ignore[index]
+        self.journal = Journal()
+        self.counts: Counter[str] = Counter()
+        self.readers: list[Reader] = []
+        self.violations: Violations = []
+        self._busy: set[str] = set()  # what a fault has in its hands
+        self._redis_away: list[list[float]] = []  # spans, monotonic
+        self._deaths: list[float] = []
+        self._until = 0.0
+
+    async def run(self) -> Report:
+        self._until = time.monotonic() + self.seconds
+        someone = await guest(self.service.url)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._faults())
+            for n in range(self.sessions):
+                group.create_task(self._session(n, someone))
+        self.journal.note("quiet")
+        await self._settle()
+        for reader in self.readers:
+            await reader.leave()
+        evidence = await gather(
+            self.journal,
+            self.readers,
+            self.database_url,
+            calls=list(self.world.vendors.calls),
+            logs=self.service.log(),
+            canaries=[CANARY, KEY],
+            allowed=Allowed(lost=self._may_lose(), codes=CLOSES, log=LOUD),
+        )
+        self.violations += [violation for invariant in INVARIANTS for violation in invariant(evidence)]
+        self.violations += _success_of_nothing(evidence)
+        self.violations += _positions(evidence.rows)
+        report = Report(self.seed, self.violations, self.journal, evidence.logs, self.counts)
+        for row in evidence.rows.messages if evidence.rows else ():
+            if row.role == "assistant":
+                report.statuses[row.status + (f"/{row.failure_reason}" if row.failure_reason else "")] += 1
+        report.counts["tokens"] = sum(len(call.sent) for call in self.world.vendors.calls)
+        return report
+
+    def _dice(self, name: str) -> random.Random:
+        return random.Random(f"{self.seed} {name}")
+
+    def _running(self) -> bool:
+        return time.monotonic() < self._until
+
+    # -- sessions
+
+    async def _session(self, n: int, someone: Guest) -> None:
+        """Turn after turn in one session, each asked for until it is there and waited for until it has ended."""
+        dice = self._dice(f"session {n}")
+        wish: dict[str, Any] = {"mode": "direct", "model_a_id": dice.choice(["alpha", "beta"])}
+        if dice.random() < 0.4:
+            wish = {"mode": "compare", "model_a_id": "alpha", "model_b_id": "beta"}
+        session = (await self._patiently(lambda: new_session(self.service.url, someone.access, **wish)))["id"]
+        async with asyncio.TaskGroup() as group:
+            for m in range(self.watchers):
+                group.create_task(self._watcher(f"s{n}r{m}", session, someone))
+            turn = 0
+            while self._running():
+                await self._turn(dice, f"s{n}t{turn}", session, someone)
+                turn += 1
+
+    async def _turn(self, dice: random.Random, name: str, session: str, someone: Guest) -> None:
+        mode = dice.choice(GOOD) if dice.random() < 0.6 else dice.choice(BAD)
+        asked = {"mode": mode, "tokens": dice.randint(20, 150), "pace": round(dice.uniform(0.002, 0.03), 3)}
+        asked |= {"after": dice.randint(0, 40), "id": name, "times": dice.choice([1, 9])}
+        content = f"[[{' '.join(f'{key}:{value}' for key, value in asked.items())}]]"
+        way, stop_after = dice.choice(["socket", "post", "post"]), dice.uniform(0.1, 3.0) if dice.random() < 0.1 else 0
+        base = dice.randrange(len(self.service.urls))
+        self.counts["turns"] += 1
+        self.journal.note(f"{name} ({way}): {content}")
+        if way == "socket":
+            await self._said_by_socket(session, content, name)
+        bases = self.service.urls[base:] + self.service.urls[:base]
+        poster = SSEReader(self.journal, name, bases, session, token=someone.access, content=content, id=name)
+        self.readers.append(poster)
+        await poster.start()  # posts under the same id until there is an answer: one turn, whoever came first
+        if stop_after:
+            await asyncio.sleep(stop_after)
+            with contextlib.suppress(httpx.HTTPError):
+                self.journal.note(f"{name}: stop")
+                await call(bases[-1], "POST", f"/api/sessions/{session}/stop/", someone.access)
+        await poster.ended(60.0)
+        await self._patiently(lambda: self._turn_over(session), within=60.0)
+        await asyncio.sleep(dice.uniform(0, 0.3))
+
+    async def _turn_over(self, session: str) -> bool:
+        rows = await read_rows(self.database_url, session)
+        return all(turn.status != "running" for turn in rows.turns)
+
+    async def _said_by_socket(self, session: str, content: str, id: str) -> None:
+        sockets = [r for r in self.readers if isinstance(r, SocketReader) and r.session_id == session]
+        for reader in sockets[::-1]:
+            with contextlib.suppress(Exception):  # between two connections; the POST that follows says it again
+                await reader.say(content, id)
+                return
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Any]], within: float = 45.0) -> Any:
+        """The first truthy answer, whatever goes wrong meanwhile; faults last less than `within` seconds."""
+        deadline = time.monotonic() + within
+        while True:
+            with contextlib.suppress(Exception):  # PostgreSQL away, a worker away, a refusal: all of it passes
+                if answer := await ask():
+                    return answer
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {within} s\n{self.journal.story()}")
+            await asyncio.sleep(0.05)
+
+    # -- readers
+
+    async def _watcher(self, name: str, session: str, someone: Guest) -> None:
+        """One reader after another: each joins, drops its connection, holds, and leaves at moments of its own."""
+        dice = self._dice(f"watcher {name}")
+        life = 0
+        while self._running():
+            await asyncio.sleep(dice.uniform(0, 1.5))
+            bases = dice.sample(self.service.urls, len(self.service.urls))
+            kind: type[SocketReader] | type[SSEReader] = SocketReader if dice.random() < 0.75 else SSEReader
+            reader = kind(self.journal, f"{name}.{life}", bases, session, token=someone.access)
+            life += 1
+            self.readers.append(reader)
+            with contextlib.suppress(TimeoutError):  # nobody there to accept it: it goes on trying
+                await reader.start()
+            leaves = time.monotonic() + dice.uniform(1.0, max(2.0, self.seconds))
+            while self._running() and time.monotonic() < leaves and not reader.finished:
+                await asyncio.sleep(dice.uniform(0.2, 2.0))
+                deed = dice.random()
+                if deed < 0.3:
+                    reader.drop()
+                    self.counts["drops"] += 1
+                elif deed < 0.45:
+                    reader.hold()
+                    await asyncio.sleep(dice.uniform(0.1, 2.5))
+                    reader.release()
+                    self.counts["holds"] += 1
+
+    # -- faults
+
+    async def _faults(self) -> None:
+        dice = self._dice("faults")
+        async with asyncio.TaskGroup() as group:
+            await asyncio.sleep(dice.uniform(0.2, 1.0))
+            while self._running():
+                for _ in range(dice.choice([1, 1, 2, 3])):
+                    group.create_task(self._fault(dice.choice(FAULTS), random.Random(dice.random())))
+                await asyncio.sleep(dice.uniform(*self.every))
+
+    async def _fault(self, fault: Fault, dice: random.Random) -> None:
+        """One fault, unless another has the same thing in its hands."""
+        worker = dice.randrange(self.service.workers)
+        held = fault.on if fault.on != "worker" else f"worker {worker}"
+        if held in self._busy:
+            return
+        self._busy.add(held)
+        self.counts["faults"] += 1
+        try:
+            await fault.strike(self, dice, worker)
+        finally:
+            self._busy.discard(held)
+
+    async def redis_killed(self, dice: random.Random, _: int) -> None:
+        with self._no_redis():
+            self.journal.fault("redis killed")
+            self.world.redis.kill()
+            await asyncio.sleep(dice.uniform(0, 2.0))
+            await self.world.redis.start()
+            self.journal.fault("redis started")
+
+    async def redis_paused(self, dice: random.Random, _: int) -> None:
+        with self._no_redis():
+            self.journal.fault("redis paused")
+            self.world.redis.pause()
+            await asyncio.sleep(dice.uniform(0.1, 3.0))
+            self.world.redis.resume()
+            self.journal.fault("redis resumed")
+
+    @contextlib.contextmanager
+    def _no_redis(self) -> Any:
+        span = [time.monotonic(), float("inf")]
+        self._redis_away.append(span)
+        try:
+            yield
+        finally:
+            span[1] = time.monotonic()
+
+    async def pubsub_cut(self, dice: random.Random, _: int) -> None:
+        from redis.asyncio import Redis as Client
+
+        for _ in range(dice.randint(1, 3)):
+            self.journal.fault("redis: CLIENT KILL TYPE pubsub")
+            async with Client.from_url(self.world.redis.url) as client:
+                await client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            await asyncio.sleep(dice.uniform(0, 0.3))
+
+    async def postgres_crashed(self, dice: random.Random, _: int) -> None:
+        self.journal.fault("postgres: immediate restart")
+        await self.world.postgres.restart("immediate")
+        self.journal.fault("postgres is back")
+
+    async def postgres_paused(self, dice: random.Random, _: int) -> None:
+        self.journal.fault("postgres paused")
+        self.world.postgres.pause()
+        await asyncio.sleep(dice.uniform(0.1, 3.0))
+        self.world.postgres.resume()
+        self.journal.fault("postgres resumed")
+
+    async def worker_killed(self, dice: random.Random, worker: int) -> None:
+        self.journal.fault(f"worker {worker} killed")
+        self._deaths.append(time.monotonic())
+        self.service.kill(worker)
+        await asyncio.sleep(dice.uniform(0, 4.0))
+        await self._launch(worker)
+
+    async def worker_frozen(self, dice: random.Random, worker: int) -> None:
+        self.journal.fault(f"worker {worker} frozen")
+        self._deaths.append(time.monotonic())
+        self.service.pause(worker)
+        await asyncio.sleep(dice.uniform(0.1, 2.5 * STALE))
+        self.service.resume(worker)
+        self.journal.fault(f"worker {worker} goes on")
+
+    async def worker_stopped(self, dice: random.Random, worker: int) -> None:
+        self.journal.fault(f"worker {worker}: SIGTERM")
+        self._deaths.append(time.monotonic())
+        self.service.terminate(worker)
+        started = time.monotonic()
+        try:
+            code = await self.service.ended(worker, EXIT)
+            self.journal.note(f"worker {worker} ended with {code} after {time.monotonic() - started:.1f} s")
+        except subprocess.TimeoutExpired:
+            self.violations.append(f"P8 worker {worker} was there {EXIT} s after SIGTERM")
+            self.service.kill(worker)
+        await self._launch(worker)
+
+    async def _launch(self, worker: int) -> None:
+        """As a platform does: again and again until it stands."""
+        for _ in range(10):
+            with contextlib.suppress(StartFailed):
+                await self.service.launch(worker)
+                self.journal.fault(f"worker {worker} started")
+                return
+            self.service.processes[worker].stop(signal.SIGKILL)
+        raise StartFailed(f"worker {worker} does not start\n{self.service.log(worker)[-4000:]}")
+
+    def _may_lose(self) -> bool:
+        """Text that only a worker knew is lost with it: said while Redis was away, or before Redis had it again."""
+        spans = [(start - 0.1, end + FRESH) for start, end in self._redis_away]
+        return any(start <= death <= end for death in self._deaths for start, end in spans)
+
+    # -- the end
+
+    async def _settle(self) -> None:
+        """Nothing is being done to anything any more: every turn ends, every socket has all of its session."""
+        for reader in self.readers:
+            reader.release()
+        deadline = time.monotonic() + QUIET
+        await self._patiently(self._all_over, QUIET)
+        try:
+            while behind := await self._behind():
+                if time.monotonic() > deadline:
+                    self.violations += [f"P2 {each}" for each in behind]
+                    break
+                await asyncio.sleep(0.05)
+        finally:
+            self.journal.note("settled")
+
+    async def _all_over(self) -> bool:
+        rows = await read_rows(self.database_url)
+        return all(row.status in TERMINAL for row in rows.messages) and all(t.status != "running" for t in rows.turns)
+
+    async def _behind(self) -> list[str]:
+        rows = await read_rows(self.database_url)
+        found = []
+        for reader in self.readers:
+            if reader.finished:
+                continue
+            for row in [row for row in rows.messages if row.session_id == reader.session_id][-2:]:
+                known = reader.view.messages.get(row.id)
+                if isinstance(reader, SSEReader):
+                    found.append(f"{reader.name} is still being answered")
+                elif known is None:
+                    found.append(f"{reader.name} has not heard of {row.id}")
+                elif (known.text, known.status) != (row.content, row.status):
+                    found.append(f"{reader.name}: {row.id} {known.status}: {difference(known.text, row.content)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`on`: what it has in its hands; two faults never hold the same thing."""
+
+    on: str
+    strike: Callable[[Chaos, random.Random, int], Awaitable[None]]
+
+
+FAULTS = (
+    Fault("redis", Chaos.redis_killed),
+    Fault("redis", Chaos.redis_paused),
+    Fault("redis", Chaos.pubsub_cut),
+    Fault("postgres", Chaos.postgres_crashed),
+    Fault("postgres", Chaos.postgres_paused),
+    Fault("worker", Chaos.worker_killed),
+    Fault("worker", Chaos.worker_frozen),
+    Fault("worker", Chaos.worker_stopped),
+)
+LOUD = None
+
+
+def _success_of_nothing(evidence: Evidence) -> Violations:
+    """A success is the whole of a call that meant to end: never what a vendor left half said."""
+    whole = {(call.prompt, "".join(call.sent)) for call in evidence.calls or () if getattr(call, "mode", "") in GOOD}
+    rows = evidence.rows.messages if evidence.rows else []
+    prompts = {row.turn_id: row.content for row in rows if row.role == "user"}
+    return [
+        f"P4 {row.id} is a success of {len(row.content)} characters, which no call said to its end"
+        for row in rows
+        if row.role == "assistant" and row.status == "success" and (prompts[row.turn_id], row.content) not in whole
+    ]
+
+
+def _positions(rows: Rows | None) -> Violations:
+    taken = Counter((row.session_id, row.position) for row in rows.messages) if rows else Counter()
+    return [f"P9 position {position} of {session} is taken {n} times" for (session, position), n in taken.items() if n > 1]
+
+
+async def chaos(
+    world: World, seed: int, seconds: float, *, workers: int = 2, root: Path = ROOT, **options: Any
+) -> Report:
+    """Run one seed against a service of its own."""
+    world.vendors.reset()
+    async with Service(world.environment(), workers=workers, root=root) as service:
+        run = Chaos(world, service, seed, seconds, **options)
+        try:
+            return await run.run()
+        except BaseExceptionGroup as group:
+            why = [f"HANG {problem!r:.300}" for problem in _leaves(group)]
+        except TimeoutError as problem:
+            why = [f"HANG {problem!r:.300}"]
+        finally:
+            for server in (world.redis, world.postgres):
+                server.resume() if server.running else await server.start()
+        return Report(seed, run.violations + why, run.journal, service.log(), run.counts)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for problem in group.exceptions
+        for leaf in (_leaves(problem) if isinstance(problem, BaseExceptionGroup) else [problem])
+    ]
+
+
+async def _main(arguments: argparse.Namespace) -> int:
+    failed = []
+    async with world() as here:
+        for seed in range(arguments.seed, arguments.seed + arguments.count):
+            report = await chaos(here, seed, arguments.seconds, workers=arguments.workers, root=arguments.root)
+            print(report, flush=True)
+            if report.violations:
+                failed.append(seed)
+                path = Path(arguments.stories) / f"chaos-{seed}.txt" if arguments.stories else None
+                if path is None:
+                    print(report.story(), flush=True)
+                else:
+                    path.write_text(report.story())
+                    print("\n".join(f"    {each[:300]}" for each in report.violations[:6]), flush=True)
+    print(f"{arguments.count - len(failed)} seeds passed, failed: {failed or 'none'}")
+    return bool(failed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the tree to serve")
+    parser.add_argument("--stories", help="write the stories of failures into this folder instead of printing them")
+    sys.exit(asyncio.run(_main(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
