@@ -49,7 +49,6 @@ class Service(Starlette):
         super().__init__(
             routes=[*routes.table, *consumers.table],
             middleware=[
-                Middleware(Gate, settings=settings),
                 Middleware(
                     CORSMiddleware,
                     allow_origins=settings.allowed_origins,
@@ -65,6 +64,7 @@ class Service(Starlette):
         )
         self.router.redirect_slashes = False
         self.settings = settings
+        self.gate = Gate(super().__call__, settings)  # outermost: what Starlette answers by itself passes it, too
         self.chat: State | None = None
         self._starting = asyncio.Lock()
         self._stack = AsyncExitStack()
@@ -94,7 +94,7 @@ class Service(Starlette):
         # Every path answers with and without its trailing slash; a redirect would lose a POST's body in some clients.
         if len(scope["path"]) > 1 and scope["path"].endswith("/"):
             scope["path"] = scope["path"].rstrip("/") or "/"
-        await super().__call__(scope, receive, send)
+        await self.gate(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -138,6 +138,8 @@ class Gate:
             problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
         elif scope["path"] not in OPEN_TO_ALL:
             problem = self.refusal(headers.get("host", ""), headers.get("origin"))
+        if problem is None and int(headers.get("content-length", 0)) > self.settings.body_max:
+            problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
         if problem is not None:
             await refuse(problem, scope, receive, sender)
         else:

@@ -154,20 +154,21 @@ async def reserve(
 
     limits: tokens a day of the account and of the service, 0 for none.
     """
-    for name, limit, messages in zip(budgets_of(account_id), limits, (daily_messages, 0), strict=True):
-        row = await query.fetch_one(
-            """INSERT INTO budgets (name, day, tokens, messages) VALUES (:name, :day, :tokens, 1)
-               ON CONFLICT (name, day) DO UPDATE
-                   SET tokens = budgets.tokens + :tokens, messages = budgets.messages + 1
-               RETURNING tokens, messages""",
-            {"name": name, "day": _day(now), "tokens": tokens},
-        )
-        assert row is not None
-        if messages and row["messages"] > messages:
-            raise ChatError("daily_limit_reached", f"You have reached today's limit of {messages} messages.")
-        if limit and row["tokens"] > limit:
-            message = "Today's budget is used up. Please come back tomorrow."
-            raise ChatError("budget_exhausted", message, retry_after=3600)
+    own, service = budgets_of(account_id)
+    rows = await query.fetch_all(
+        """INSERT INTO budgets (name, day, tokens, messages)
+           VALUES (:own, :day, :tokens, 1), (:service, :day, :tokens, 1)
+           ON CONFLICT (name, day) DO UPDATE
+               SET tokens = budgets.tokens + :tokens, messages = budgets.messages + 1
+           RETURNING name, tokens, messages""",
+        {"own": own, "service": service, "day": _day(now), "tokens": tokens},
+    )
+    spent = {row["name"]: row for row in rows}
+    if daily_messages and spent[own]["messages"] > daily_messages:
+        raise ChatError("daily_limit_reached", f"You have reached today's limit of {daily_messages} messages.")
+    if any(limit and spent[name]["tokens"] > limit for name, limit in zip((own, service), limits, strict=True)):
+        message = "Today's budget is used up. Please come back tomorrow."
+        raise ChatError("budget_exhausted", message, retry_after=3600)
 
 
 async def settle(database: Database, now: int, account_id: str, tokens: int) -> None:

@@ -285,7 +285,7 @@ class RedisBus(BroadcastBackend):
             except (OSError, TimeoutError, hiredis.HiredisError) as problem:
                 log.debug("redis %r: %s", self.address, problem)
             self._first_try.set()
-            if asyncio.get_running_loop().time() - started > BACKOFF[1]:
+            if asyncio.get_running_loop().time() - started > wait:  # it had served, or took its time to fail
                 wait = BACKOFF[0]
             await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
             wait = min(wait * 2, BACKOFF[1])

@@ -18,6 +18,7 @@ from .errors import RETRYABLE, ChatError
 
 encode = msgspec.json.encode
 
+TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
 
 Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
 
@@ -57,7 +58,27 @@ class Stop(msgspec.Struct, array_like=True, tag="stop", frozen=True):
     turn_id: str
 
 
-decode_bus = msgspec.json.Decoder(Said | Notice | Stop).decode
+_decode = msgspec.json.Decoder(Said | Notice | Stop).decode
+
+
+def decode_bus(payload: str | bytes) -> Said | Notice | Stop:
+    """A message from the bus. Raises `msgspec.DecodeError` for what no worker says: others may reach Redis, too."""
+    try:
+        message: Said | Notice | Stop = _decode(payload)
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deeply") from None
+    if isinstance(message, Said) and not all(map(_sound, message.entries)):
+        raise msgspec.ValidationError("events that cannot be shown")
+    return message
+
+
+def _sound(entry: Entry) -> bool:
+    if entry.kind not in TYPES or entry.from_seq > entry.seq:
+        return False
+    if entry.kind in ("chunk", "end"):
+        return True
+    body = msgspec.json.decode(entry.body)
+    return isinstance(body, dict) and isinstance(body.get("message"), dict) and "content" in body["message"]
 
 
 class TurnLog:
@@ -221,9 +242,6 @@ def _joined(run: list[Entry]) -> Entry:
     first, last = run[0], run[-1]
     text = "".join(entry.text for entry in run)
     return Entry(last.seq, first.from_seq, "chunk", first.participant, first.message_id, text)
-
-
-TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
 
 
 def entry_json(turn_id: str, entry: Entry) -> bytes:

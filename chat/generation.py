@@ -81,6 +81,7 @@ class Generation:
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beat_at = time.monotonic()
+        self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         relay.on_stop = self._stop_here
 
     # -- life
@@ -406,18 +407,20 @@ class Generation:
         known = set(self.running)
         try:
             await self.database.set_clock()
-            lease = int(self.settings.lease * 1000)
-            owned = await turns.renew_leases(self.database, self.worker, lease) if known else {}
+            owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
         finally:
             self._beat_at = time.monotonic()
-        for turn_id in known:
-            running = self.running.get(turn_id)
-            if running is None:
-                continue
+        for turn_id in known & self.running.keys():
+            running = self.running[turn_id]
             if turn_id not in owned and not running.writer.log.ended:
                 self._fence(running)
-            elif owned.get(turn_id):
+            elif turn_id in owned and owned[turn_id]["stop_requested"]:
                 self._end_early(running, "stopped")
+        # A turn whose insertion outlasted its caller's patience is ours, and nobody answers it.
+        strangers = owned.keys() - known - self.running.keys()
+        for turn_id in strangers & self._strangers:
+            self.spawn(self._bury(owned[turn_id]))
+        self._strangers = strangers
 
     async def _checkpoint(self) -> None:
         """Write the text so far of every reply that said something since the last time, in one transaction."""

@@ -37,8 +37,7 @@ NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indi
 class Direct(Protocol):
     """A socket that can be written to without a task."""
 
-    @property
-    def blocked(self) -> bool: ...
+    blocked: bool
 
     def write(self, frames: bytes) -> None: ...
 
@@ -62,11 +61,16 @@ class Follower:
     def wake(self) -> None:
         """There is something new. A reader in step that can be written to is, here; others are told."""
         direct = self.direct
-        if direct is None or self._busy or self.lost or self.notices or direct.blocked:
+        if direct is None or direct.blocked or not self.idle:
             self._event.set()
             return
         for frames in self.take():
             direct.write(frames)
+
+    @property
+    def idle(self) -> bool:
+        """Whether its coroutine waits for news and has nothing of its own to say first."""
+        return not (self._busy or self.lost or self.notices)
 
     async def next(self) -> list[bytes]:
         """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`."""
@@ -123,6 +127,7 @@ class Room:
         self.logs: list[TurnLog] = []
         self.followers: set[Follower] = set()
         self.writing = 0  # turns this process owns here
+        self.before = ""  # the turn that had ended when this room opened; what came after it readers have to be told
         self._early: list[Said] | None = []  # what is heard before the first read is done
         self._subscription: AbstractAsyncContextManager[Any] | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -145,6 +150,8 @@ class Room:
         latest = await turns.select_latest_turn(self.relay.database, self.session_id)
         if latest is not None and (latest["status"] == "running" or latest["id"] in self.relay.writers):
             await self.relay.bring(self, latest)
+        elif latest is not None:
+            self.before = latest["id"]
         early, self._early = self._early or [], None
         for said in early:
             self._said(said)
@@ -186,7 +193,9 @@ class Room:
             return
         turn_log = self.find(said.turn_id)
         if turn_log is None:
-            if not said.entries or said.entries[0].from_seq > 0:
+            first = said.entries[0] if said.entries else None
+            # Said again after an outage it may be an older turn; only storage knows the order.
+            if first is None or first.from_seq or first.kind != "created" or said.turn_id <= self.newest:
                 self.repair()
                 return
             turn_log = TurnLog(said.turn_id)
@@ -203,8 +212,21 @@ class Room:
                 follower.wake()
 
     def notify(self) -> None:
+        """Say what is new: the same bytes, at once, to everyone in step; the others are woken."""
+        turn_log = self.logs[-1] if self.logs else None
+        step: tuple[int, Dialect] | None = None
+        said = b""
         for follower in self.followers:
-            follower.wake()
+            direct = follower.direct
+            if direct is None or direct.blocked or follower.log is not turn_log or not follower.idle:
+                follower.wake()
+                continue
+            if turn_log is not None and follower.seq < turn_log.shown:
+                if step != (follower.seq, follower.dialect):
+                    step = (follower.seq, follower.dialect)
+                    said = b"".join(turn_log.frames(follower.seq, follower.dialect))
+                follower.seq = turn_log.shown
+                direct.write(said)
 
     def resync(self) -> None:
         """Have every reader start over from a snapshot."""
@@ -242,24 +264,29 @@ class Room:
         while self._again:
             self._again = False
             try:
-                await self._read_again()
+                await self.read_again()
             except StorageUnavailable:
                 return  # the silence watch or the next gap asks again
 
-    async def _read_again(self) -> None:
-        start = self.logs[-1].id if self.logs else None
-        if start is None:
-            latest = await turns.select_latest_turn(self.relay.database, self.session_id)
-            rows = [latest] if latest is not None and latest["status"] == "running" else []
-        else:
-            rows = await turns.select_turns_since(self.relay.database, self.session_id, start)
-        for row in rows:
-            if row["id"] in self.relay.writers:
+    async def catch_up(self, running: Row) -> None:
+        """Bring the running turn into the room, after the turns before it that were missed as well."""
+        await self.read_again()
+        if self.find(running["id"]) is None:
+            await self.relay.bring(self, running)
+
+    @property
+    def newest(self) -> str:
+        return self.logs[-1].id if self.logs else self.before
+
+    async def read_again(self) -> None:
+        newest = self.newest
+        for row in await turns.select_turns_since(self.relay.database, self.session_id, newest):
+            if row["id"] in self.relay.writers or row["id"] == self.before:
                 continue
-            if self.find(row["id"]) is None and start != (self.logs[-1].id if self.logs else None):
+            if self.find(row["id"]) is None and newest != self.newest:
                 self.resync()  # a later turn was heard meanwhile: readers are past this one
                 return
-            start = row["id"]
+            newest = row["id"]
             if await self.relay.bring(self, row):
                 self.relay.count("gaps_filled")
         self.notify()
@@ -427,8 +454,12 @@ class Relay:
             rows = await turns.select_turns_since(self.database, follower.room.session_id, turn_id)
             if not rows:
                 return False
-            turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
-            await self.refresh(follower.room.session_id, turn_log, rows[0])
+            if rows[0]["status"] == "running":  # it began elsewhere and this room has not heard of it
+                await follower.room.catch_up(rows[0])
+            turn_log = follower.room.find(turn_id)
+            if turn_log is None:
+                turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
+                await self.refresh(follower.room.session_id, turn_log, rows[0])
         if not turn_log.serves(seq):
             seq = -1
         follower.log, follower.seq = turn_log, seq
@@ -437,6 +468,8 @@ class Relay:
     async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
         """The fields of `session_state`, and the follower moved to just behind it."""
         rows = await turns.select_messages(self.database, session.id)
+        if rows and rows[-1]["turn_id"] != follower.room.newest:
+            await follower.room.read_again()  # a turn said while the bus was away: it must not come after this again
         messages = self.mask.messages(session, rows)
         known = {message["id"]: place for place, message in enumerate(messages)}
         logs = follower.room.logs
@@ -468,7 +501,9 @@ class Relay:
             return None
         turn_log = TurnLog(turn_id)
         for batch in batches:
-            turn_log.append(decode_bus(batch).entries)
+            said = decode_bus(batch)
+            if isinstance(said, Said):
+                turn_log.append(said.entries)
         turn_log.show()
         return turn_log if turn_log.entries else None
 

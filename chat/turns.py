@@ -81,25 +81,28 @@ async def insert_turn(database: Database, session: Session, account_id: str, ask
 
     async def work(query: Query) -> Turn:
         now = database.now()
-        position = await _lock(query, session, account_id)
-        existing = await select_turn_of_message(query, session, ask.message_id)
-        if existing is not None:
-            return existing
-        await _check_free(query, session.id, account_id, terms.turns_per_account)
-        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
+        places = 1 + len(session.sides)
+        position = await _lock(query, session, account_id, now, places, first_words(ask.content))
+        await _check_free(query, session.id, account_id, terms.turns_per_account, ask.message_id)
         turn_id = new_id()
         rows = _rows(session, turn_id, ask, position, now)
         await _insert_turn_row(query, turn_id, session.id, account_id, rows[0], terms, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
-        await query.execute(
-            """UPDATE sessions SET next_position = :next, version = version + 1, updated_at = :now,
-                      last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
-                WHERE id = :id""",
-            {"id": session.id, "next": position + len(rows), "now": now, "title": first_words(ask.content)},
-        )
+        # last: the service's budget is one row that all turns write
+        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
         return Turn(turn_id, session, account_id, tuple(rows), True)
 
-    return await database.transaction(work)
+    try:
+        return await database.transaction(work)
+    except _Known:
+        existing = await select_turn_of_message(database, session, ask.message_id)
+        if existing is None:
+            raise ChatError("conflict", "This message was deleted meanwhile.") from None
+        return existing
+
+
+class _Known(Exception):
+    """The session has a message of this id: nothing is to be written."""
 
 
 async def insert_regeneration(
@@ -109,7 +112,7 @@ async def insert_regeneration(
 
     async def work(query: Query) -> Turn:
         now = database.now()
-        position = await _lock(query, session, account_id)
+        position = await _lock(query, session, account_id, now, 1 + len(session.sides))
         await _check_free(query, session.id, account_id, terms.turns_per_account)
         last = await query.fetch_one(
             """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
@@ -136,36 +139,42 @@ async def insert_regeneration(
         )
         await _insert_turn_row(query, turn_id, session.id, account_id, user | {"position": position}, terms, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in fresh])
-        await query.execute(
-            """UPDATE sessions SET next_position = :next, version = version + 1, updated_at = :now,
-                      last_message_at = :now WHERE id = :id""",
-            {"id": session.id, "next": position + 1 + len(fresh), "now": now},
-        )
         return Turn(turn_id, session, account_id, (user, *fresh), True)
 
     return await database.transaction(work)
 
 
-async def _lock(query: Query, session: Session, account_id: str) -> int:
-    """Hold the account's row, then the session's: turns of one session, and of one account, start one at a time."""
+async def _lock(
+    query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
+) -> int:
+    """Hold the account's row, then the session's: turns of one session, and of one account, start one at a time.
+
+    The first of so many positions allotted to the new messages.
+    """
     await query.fetch_one("UPDATE accounts SET id = id WHERE id = :id RETURNING id", {"id": account_id})
     row = await query.fetch_one(
-        """UPDATE sessions SET id = id WHERE id = :id AND (account_id = :account_id OR is_open = 1)
-           RETURNING next_position""",
-        {"id": session.id, "account_id": account_id},
+        """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
+                  last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
+            WHERE id = :id AND (account_id = :account_id OR is_open = 1) RETURNING next_position""",
+        {"id": session.id, "account_id": account_id, "places": places, "now": now, "title": title},
     )
     if row is None:
         raise not_found("session")
-    return int(row["next_position"])
+    return int(row["next_position"]) - places
 
 
-async def _check_free(query: Query, session_id: str, account_id: str, turns_per_account: int) -> None:
+async def _check_free(
+    query: Query, session_id: str, account_id: str, turns_per_account: int, message_id: str = ""
+) -> None:
     row = await query.fetch_one(
-        """SELECT COUNT(CASE WHEN session_id = :session_id THEN 1 END) AS here, COUNT(*) AS running
+        """SELECT COUNT(CASE WHEN session_id = :session_id THEN 1 END) AS here, COUNT(*) AS running,
+                  (SELECT COUNT(*) FROM messages WHERE session_id = :session_id AND id = :message_id) AS known
              FROM turns WHERE status = 'running' AND (session_id = :session_id OR account_id = :account_id)""",
-        {"session_id": session_id, "account_id": account_id},
+        {"session_id": session_id, "account_id": account_id, "message_id": message_id},
     )
     assert row is not None
+    if row["known"]:
+        raise _Known
     if row["here"]:
         raise ChatError("busy", "An answer is still being written in this session.", retry_after=1)
     if row["running"] >= turns_per_account:
@@ -287,11 +296,12 @@ async def select_latest_turn(database: Database, session_id: str) -> Row | None:
 
 
 async def select_turns_since(database: Database, session_id: str, turn_id: str) -> list[Row]:
-    """The turn and all after it, oldest first; empty when the session has no such turn."""
+    """The turn and all after it, or for "" all there are, oldest first; empty when the session has no such turn."""
     return await database.fetch_all(
         """SELECT id, status, owner, seq FROM turns
             WHERE session_id = :session_id
-              AND position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :session_id)
+              AND (:turn_id = '' OR position >= (SELECT position FROM turns
+                                                  WHERE id = :turn_id AND session_id = :session_id))
             ORDER BY position LIMIT 50""",
         {"session_id": session_id, "turn_id": turn_id},
     )
@@ -309,14 +319,14 @@ async def select_turn_messages(database: Database, turn_id: str) -> list[Row]:
 OWNED = "EXISTS (SELECT 1 FROM turns t WHERE t.id = :turn_id AND t.owner = :owner AND t.status = 'running')"
 
 
-async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, bool]:
-    """Prolong all of this worker's turns; each turn's id with whether someone asked it to stop."""
+async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, Row]:
+    """Prolong all of this worker's turns, and return them; `stop_requested` says whether someone asked."""
     rows = await database.fetch_all(
         """UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
-           RETURNING id, stop_requested""",
+           RETURNING id, session_id, account_id, stop_requested""",
         {"owner": owner, "until": database.now() + lease},
     )
-    return {row["id"]: bool(row["stop_requested"]) for row in rows}
+    return {row["id"]: row for row in rows}
 
 
 async def checkpoint(database: Database, values: list[Values]) -> None:

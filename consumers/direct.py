@@ -7,8 +7,9 @@ there is none, and the consumer sends through ASGI.
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import struct
-from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -16,21 +17,60 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from chat.events import Entry, TurnLog, socket_json
 
 EXTENSION = "parley.direct"
+BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
+UNSENT = 8_192  # bytes the kernel takes beyond what is on its way; else it takes megabytes, and pings wait behind them
 
 
 class DirectProtocol(WebSocketsSansIOProtocol):
     """A socket that can be written to without a task. `blocked` while its kernel buffer and ours are full."""
 
-    on_resume: Callable[[], None] | None = None
+    blocked = False
+
+    _stuck = 0  # bytes that waited when a pong was late
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.set_write_buffer_limits(BACKLOG)
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+
+    def keepalive_timeout(self) -> None:
+        """A pong is late while its ping waits behind a backlog that moves: such a reader is slow, not gone."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and waiting != self._stuck:
+            self._stuck = waiting
+            self.pong_timer = self.loop.call_later(self.ping_timeout or 0, self.keepalive_timeout)
+        else:
+            super().keepalive_timeout()
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
 
-    @property
-    def blocked(self) -> bool:
-        return not self.writable.is_set()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.blocked = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.blocked = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.blocked = False  # a transport that is lost while paused never resumes: who waits would wait for ever
+
+    async def room(self, patience: float) -> None:
+        """Wait until more may be written. Raises `TimeoutError` when for so many seconds nothing leaves."""
+        while not self.writable.is_set():
+            waiting = self.transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(patience):
+                    await self.writable.wait()
+            except TimeoutError:
+                if self.transport.get_write_buffer_size() >= waiting:
+                    raise
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, unless the socket is closing."""

@@ -31,7 +31,7 @@ from .direct import direct_of, framed, socket_frames
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
 LAG_MAX = 64  # events an arena's reader is told one by one: its sides alternate and do not merge
-SLOWEST = 4096  # bytes a second: a large frame may take this long to leave before its reader counts as silent
+SLOWEST = 4096  # bytes a second: where nobody can see bytes leave, a large frame is given this long
 
 Cursor = tuple[str, int]
 
@@ -118,15 +118,15 @@ class Conversation:
 
     async def _write(self, said: bytes) -> None:
         """Write what the follower gives: an event, or on a direct socket finished frames."""
-        patience = self.chat.settings.send_timeout + self._written / SLOWEST
-        self._written = len(said)
+        patience = self.chat.settings.send_timeout
         try:
-            async with asyncio.timeout(patience):
-                if self.direct is None:
+            if self.direct is not None:
+                await self.direct.room(patience)
+                self.direct.write(said)
+            else:
+                async with asyncio.timeout(patience + self._written / SLOWEST):
                     await self.socket.send({"type": "websocket.send", "text": said.decode()})
-                else:
-                    await self.direct.writable.wait()
-                    self.direct.write(said)
+                self._written = len(said)
         except TimeoutError:
             self.chat.relay.count("readers_cut")
             if self.direct is None:

@@ -192,7 +192,7 @@ async def test_redis_drops_its_listeners_five_times(scene: Scene) -> None:
     await near.say("/count 250")
     async with RedisClient.from_url(scene.stage.redis.url) as redis:
         for n in range(5):
-            await far.chunks(20 * (n + 1))
+            await far.until(lambda n=n: len(text_of(far)) >= 100 * (n + 1), what="more text")
             scene.journal.fault("listeners dropped")
             assert await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub") > 0
     await asyncio.gather(near.turn_ended(), far.turn_ended())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from zlib import crc32
@@ -100,10 +101,14 @@ class Demo:
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Finish, None]:
         script, count = scripted(model, messages), 0
+        clock = asyncio.get_running_loop().time
+        started = clock()
         for token in script.tokens:
             if count == limits.max_tokens:
                 break
-            await _pass(script.pace if count else 0, limits.idle_timeout)
+            # by the clock from the start: the time a token takes to leave would otherwise slow the next ones down
+            due = started + count * script.pace - clock()
+            await _pass(max(0.0, due), limits.idle_timeout)
             yield Delta(token)
             count += 1
         else:
@@ -169,9 +174,13 @@ def _prose(model: Model, count: float) -> Iterable[str]:
 
 
 def _count(model: Model, argument: str) -> Script:
-    """`/count 200`: that many numbered tokens."""
-    count = int(_number(argument, 100)[0])
-    return Script((f"⟨{n}⟩" + " " * (n < count - 1) for n in range(count)), model.pace)
+    """`/count 200`: that many numbered tokens; `/count 200 50`: so many a second, each with its time in µs."""
+    number, rest = _number(argument, 100)
+    count, (rate, rest) = int(number), _number(rest, 0)
+    filler = "·" * int(_number(rest, 0)[0])
+    timed = (f"⟨{n}:{time.monotonic_ns() // 1000}⟩{filler}" + " " * (n < count - 1) for n in range(count))
+    plain = (f"⟨{n}⟩" + " " * (n < count - 1) for n in range(count))
+    return Script(timed if rate else plain, 1 / rate if rate else model.pace)
 
 
 def _echo(model: Model, argument: str) -> Script:

@@ -210,8 +210,8 @@ class Chaos:
             with contextlib.suppress(httpx.HTTPError):
                 self.journal.note(f"{name}: stop")
                 await call(bases[-1], "POST", f"/api/sessions/{session}/stop/", someone.access)
-        await poster.ended(60.0)
-        await self._patiently(lambda: self._turn_over(session), within=60.0)
+        await poster.ended(45.0)
+        await self._patiently(lambda: self._turn_over(session))
         await asyncio.sleep(dice.uniform(0, 0.3))
 
     async def _turn_over(self, session: str) -> bool:
@@ -493,6 +493,7 @@ async def _main(arguments: argparse.Namespace) -> int:
                     print(report.story(), flush=True)
                 else:
                     path.write_text(report.story())
+                    path.with_suffix(".log").write_text(report.log)
                     print("\n".join(f"    {each[:300]}" for each in report.violations[:6]), flush=True)
     print(f"{arguments.count - len(failed)} seeds passed, failed: {failed or 'none'}")
     return bool(failed)

@@ -135,7 +135,7 @@ class Scene:
     async def __aexit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         await asyncio.gather(*[reader.leave() for reader in self.readers])
         if kind is not None:
-            print(self.journal.story())
+            print(self.journal.story(), self.stage.service.log()[self.logged :][-8000:], sep="\n")
 
 
 def text_of(reader: Reader) -> str:

@@ -1,0 +1,360 @@
+"""Storage that refuses, clocks that differ, keys that change, and many posts at once: exact counts on both stores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import CLOSED, SECRET, STORES, store
+from tests.harness import until
+from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn, short_body
+from tests.harness.chaos import KEY, models
+from tests.harness.checker import Allowed, check, gather, read_rows
+from tests.harness.client import SocketReader
+from tests.harness.journal import Journal
+from tests.harness.servers import Postgres, Redis
+from tests.harness.service import Service
+from tests.vendors import Vendors
+
+
+@pytest.fixture(scope="module")
+def vendors() -> Iterator[Vendors]:
+    with Vendors() as running:
+        yield running
+
+
+def two_workers(name: str, request: pytest.FixtureRequest, folder: Path) -> dict[str, str]:
+    """The environment of two workers on this kind of storage: SQLite with Redis beside it, or PostgreSQL."""
+    redis: Redis = request.getfixturevalue("redis_server")
+    return CLOSED | store(name, request, folder) | {"REDIS_URL": redis.url, "PARLEY_ENV": "local"}
+
+
+@pytest.fixture(params=STORES)
+def pair(request: pytest.FixtureRequest, vendors: Vendors, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of two workers whose model is the vendor."""
+    vendors.reset()
+    yield two_workers(request.param, request, tmp_path) | {
+        "PARLEY_MODELS": json.dumps(models(vendors)),
+        "VENDOR_KEY": KEY,
+    }
+
+
+# -- a database that cannot write (row 14)
+
+
+async def _refused(base: str, token: str, session: str) -> None:
+    """A new turn is refused in time, in the one shape, as something to try again."""
+    started = time.monotonic()
+    answer = await post_turn(base, token, session, "/count 3")
+    assert (answer.status, answer.error["error"]) == (503, "storage_unavailable"), answer.error
+    assert time.monotonic() - started < 5.5
+    assert "Retry-After" in answer.headers
+
+
+@pytest.mark.slow
+async def test_a_read_only_postgres_refuses_politely_and_recovers(postgres_server: Postgres, redis_server: Redis) -> None:
+    """A running answer is said to its end and stored once it may be; new turns are refused meanwhile."""
+    url, journal = postgres_server.create_database(), Journal()
+    name = url.rpartition("/")[2]
+    async with Service(CLOSED | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}, workers=2) as service:
+        token = (await guest(service.url)).access
+        session, other = [(await new_session(service.url, token))["id"] for _ in range(2)]
+        async with SocketReader(journal, "reader", service.urls[-1], session, token=token) as reader:
+            await reader.say("/count 60")
+            await reader.chunks(3)
+            journal.fault("read-only")
+            await postgres_server.sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+            await _drop_connections(postgres_server, name)
+            for base in service.urls:
+                await _refused(base, token, other)
+                assert len((await call(base, "GET", "/api/sessions/", token)).json()) == 2  # reading goes on
+            await reader.until(lambda: reader.view.texts() == [COUNTED], what="the whole text")
+            journal.fault("writable again")
+            await postgres_server.sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = off')
+            await _drop_connections(postgres_server, name)
+            await reader.turn_ended()
+            answer = await post_turn(service.url, token, other, "/count 3")
+            assert answer.status == 200 and answer.ended
+            check(await gather(journal, [reader], url, logs=service.log()))
+
+
+COUNTED = " ".join(f"⟨{n}⟩" for n in range(60))
+
+
+async def _drop_connections(server: Postgres, database: str) -> None:
+    """A setting of the database is for those who connect from now on."""
+    await server.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND pid <> pg_backend_pid()", database
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "parley-test", str(place)]
+    if os.geteuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=False)
+
+
+@pytest.mark.slow
+async def test_a_full_disk_refuses_politely_and_recovers(small_disk: Path) -> None:
+    """SQLite on a full disk: the text so far is shown and the reply ends as not saved; with room again all works."""
+    url, journal, ballast = f"sqlite:///{small_disk / 'parley.db'}", Journal(), small_disk / "ballast"
+    async with Service(CLOSED | {"DATABASE_URL": url}) as service:
+        token = (await guest(service.url)).access
+        session, other = [(await new_session(service.url, token))["id"] for _ in range(2)]
+        async with SocketReader(journal, "reader", service.url, session, token=token) as reader:
+            await reader.say("/count 60")
+            await reader.chunks(3)
+            journal.fault("disk full")
+            _fill(ballast)
+            await until(lambda: _is_refused(service.url, token, other), 10, "a refusal", journal.story)
+            await _refused(service.url, token, other)
+            await reader.until(lambda: reader.view.texts() == [COUNTED], what="the whole text")
+            journal.fault("room again")
+            ballast.unlink()
+            await reader.turn_ended()
+            answer = await post_turn(service.url, token, other, "/count 3")
+            assert answer.status == 200 and answer.ended
+            check(await gather(journal, [reader], url, logs=service.log()))
+    with contextlib.closing(sqlite3.connect(small_disk / "parley.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def _fill(ballast: Path) -> None:
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+
+
+async def _is_refused(base: str, token: str, session: str) -> bool:
+    """The write-ahead log may have room for a few pages more."""
+    return (await post_turn(base, token, session, "/count 1")).status == 503
+
+
+# -- the same thing many times at once (rows 15 and 33)
+
+
+@pytest.mark.slow
+async def test_one_message_id_ten_times_is_one_turn(pair: dict[str, str], vendors: Vendors) -> None:
+    """In parallel on two workers: one message, one call, ten equal streams."""
+    async with Service(pair, workers=2) as service:
+        token = (await guest(service.url)).access
+        for round in range(3):
+            session = (await new_session(service.url, token, model_a_id="alpha"))["id"]
+            content, id = f"[[tokens:60 pace:0.01 id:m]] {session}", str(uuid.uuid4())
+            answers = await asyncio.gather(
+                *[post_turn(service.urls[n % 2], token, session, content, id=id) for n in range(10)]
+            )
+            assert [answer.status for answer in answers] == [200] * 10
+            assert {answer.turn_id for answer in answers} == {answers[0].turn_id}, round
+            whole = "".join(f"⟨m:{n}⟩ " for n in range(60))
+            assert [answer.sides() for answer in answers] == [{"a": whole}] * 10
+            assert vendors.count(content) == 1
+            rows = await messages(service.url, token, session)
+            assert [(row["role"], row["status"]) for row in rows] == [("user", "success"), ("assistant", "success")]
+            later = await post_turn(service.urls[1], token, session, content, id=id)
+            assert later.turn_id == answers[0].turn_id and later.sides() == {"a": whole}
+            assert vendors.count(content) == 1
+
+
+@pytest.mark.slow
+async def test_one_turn_runs_in_a_session_whoever_asks(pair: dict[str, str], vendors: Vendors) -> None:
+    """Fifty different messages at once on two workers: one is answered, the others are told that it is busy."""
+    async with Service(pair, workers=2) as service:
+        token = (await guest(service.url)).access
+        session = (await new_session(service.url, token, model_a_id="alpha"))["id"]
+        answers = await asyncio.gather(
+            *[post_turn(service.urls[n % 2], token, session, f"[[mode:stall id:m{n}]]") for n in range(50)]
+        )
+        assert Counter(answer.status for answer in answers) == {200: 1, 409: 49}, [a.error for a in answers]
+        assert {answer.error["error"] for answer in answers if answer.error} == {"busy"}
+        assert len([call for call in vendors.calls if call.mode == "stall"]) == 1
+        rows = await read_rows(pair["DATABASE_URL"])
+        assert [row.role for row in rows.messages] == ["user", "assistant"] and len(rows.turns) == 1
+
+
+@pytest.mark.slow
+async def test_the_daily_cap_is_exact(pair: dict[str, str]) -> None:
+    """Fifty posts at once in fifty sessions with twenty messages a day: twenty are answered, whoever counts."""
+    async with Service(pair | {"PARLEY_DAILY_MESSAGES": "20"}, workers=2) as service:
+        someone = await guest(service.url)
+        sessions = await _sessions(service, someone, 50)
+        answers = await asyncio.gather(
+            *[post_turn(service.urls[n % 2], someone.access, session, "[[tokens:3]]") for n, session in enumerate(sessions)]
+        )
+        assert Counter(answer.status for answer in answers) == {200: 20, 403: 30}, [a.error for a in answers]
+        assert {answer.error["error"] for answer in answers if answer.error} == {"daily_limit_reached"}
+        assert len((await read_rows(pair["DATABASE_URL"])).turns) == 20
+
+
+@pytest.mark.slow
+async def test_turns_at_once_are_counted_exactly(pair: dict[str, str]) -> None:
+    """Fifty sessions of one account asked at once, three may run: three do."""
+    async with Service(pair | {"PARLEY_TURNS_PER_ACCOUNT": "3"}, workers=2) as service:
+        someone = await guest(service.url)
+        sessions = await _sessions(service, someone, 50)
+        asked = [
+            post_turn(service.urls[n % 2], someone.access, session, f"[[mode:no-header id:m{n}]]")
+            for n, session in enumerate(sessions)
+        ]
+        answers = await asyncio.gather(*asked)
+        refused = [answer.error["error"] for answer in answers if answer.status != 200]
+        assert len(refused) == 47 and set(refused) == {"rate_limited"}, Counter(refused)
+
+
+async def _sessions(service: Service, someone: Guest, count: int) -> list[str]:
+    made = [new_session(service.urls[n % 2], someone.access, model_a_id="alpha") for n in range(count)]
+    return [session["id"] for session in await asyncio.gather(*made)]
+
+
+@pytest.mark.slow
+async def test_positions_are_distinct_under_parallel_posts(pair: dict[str, str]) -> None:
+    """Twenty turns forced into one session from both workers: positions have no gap and no pair, in order of time."""
+    async with Service(pair, workers=2) as service:
+        token = (await guest(service.url)).access
+        session = (await new_session(service.url, token, mode="compare", model_a_id="alpha", model_b_id="beta"))["id"]
+        done: list[int] = []
+
+        async def talk(base: str, n: int) -> None:
+            while len(done) < 20:
+                answer = await post_turn(base, token, session, f"[[tokens:2 id:m{n}x{len(done)}]] {uuid.uuid4()}")
+                assert answer.status in (200, 409), answer.error
+                if answer.status == 200:
+                    done.append(n)
+
+        await asyncio.gather(*[talk(service.urls[n % 2], n) for n in range(8)])
+        rows = (await read_rows(pair["DATABASE_URL"], session)).messages
+        first = rows[0].position
+        assert [row.position for row in rows] == list(range(first, first + 3 * len(done)))
+        assert [row.role for row in rows] == ["user", "assistant", "assistant"] * len(done)
+
+
+# -- clocks and keys (rows 35 and 36)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skew", ["-50", "+50"])
+async def test_a_worker_whose_clock_is_wrong(
+    pair: dict[str, str], vendors: Vendors, skew: str, request: pytest.FixtureRequest
+) -> None:
+    """50 seconds off: its tokens are good everywhere, leases are kept, turns are in order, a dead worker is noticed."""
+    library = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+    if library is None or shutil.which("faketime") is None:
+        pytest.skip("libfaketime is not installed")
+    if pair["DATABASE_URL"].startswith("sqlite"):
+        pytest.skip("SQLite's clock is its only machine's")
+    wrong = {"LD_PRELOAD": library, "FAKETIME": f"{skew}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
+    journal = Journal()
+    async with Service(pair, workers=2, each=[{}, wrong]) as service:
+        offset = await _clock_of(service.urls[1]) - time.time()
+        assert abs(offset - int(skew)) < 3, "the clock is not faked"
+        for mint, use in ((0, 1), (1, 0)):
+            someone = await guest(service.urls[mint])
+            assert (await call(service.urls[use], "GET", "/api/users/me/", someone.access)).status_code in (200, 404)
+            session = (await new_session(service.urls[use], someone.access, model_a_id="alpha"))["id"]
+            async with SocketReader(
+                journal, f"of {use}", service.urls[use], session, token=someone.access, credentials="ticket"
+            ) as reader:
+                for n in range(2):
+                    content = f"[[tokens:100 pace:0.03 id:s{mint}t{n}]]"  # longer than a lease
+                    answer = await post_turn(service.urls[(mint + n) % 2], someone.access, session, content)
+                    assert answer.ended and answer.sides() == {"a": "".join(f"⟨s{mint}t{n}:{i}⟩ " for i in range(100))}
+                await reader.turn_ended(2)
+                check(await gather(journal, [reader], pair["DATABASE_URL"], logs=service.log()))
+        for owner in (0, 1):
+            session = (await new_session(service.urls[1 - owner], someone.access, model_a_id="alpha"))["id"]
+            async with SocketReader(
+                journal, f"orphan of {owner}", service.urls[1 - owner], session, token=someone.access
+            ) as reader:
+                posting = asyncio.create_task(
+                    post_turn(service.urls[owner], someone.access, session, f"[[tokens:900 pace:0.05 id:o{owner}]]")
+                )
+                await reader.chunks(3)
+                killed = journal.fault(f"worker {owner} killed")
+                service.kill(owner)
+                await reader.turn_ended(within=8)
+                assert time.monotonic() - killed < 5  # lease 2, sweep 1, and what it takes
+                posting.cancel()
+                await asyncio.gather(posting, return_exceptions=True)
+                await service.launch(owner)
+                await gather(journal, [reader], pair["DATABASE_URL"], allowed=Allowed(codes=(1006,)))
+
+
+async def _clock_of(base: str) -> float:
+    """A worker's time, as its answers are dated."""
+    from email.utils import parsedate_to_datetime
+
+    return parsedate_to_datetime((await call(base, "GET", "/livez")).headers["date"]).timestamp()
+
+
+@pytest.mark.slow
+async def test_keys_are_rotated_under_load(pair: dict[str, str]) -> None:
+    """[old] → [old, new] → [new] by rolling restarts: no 401 for anybody who renewed in between."""
+    new = "another-secret-key-of-more-than-32-characters"
+    refused: list[str] = []
+    done: Counter[str] = Counter()
+    async with Service(pair | {"SECRET_KEY": SECRET}, workers=2) as service:
+        people = [await guest(service.url) for _ in range(6)]
+        tokens = {person.id: (person.access, person.refresh) for person in people}
+        finished = asyncio.Event()
+
+        async def use(person: Guest) -> None:
+            n = 0
+            while not finished.is_set():
+                n += 1
+                with contextlib.suppress(httpx.TransportError):  # that worker is being restarted
+                    async with http(service.urls[n % 2], tokens[person.id][0]) as client:
+                        answer = await client.get("/api/sessions/")
+                    done[person.id] += 1
+                    if answer.status_code == 401:
+                        refused.append(answer.text)
+
+        async def renew() -> None:
+            for person in people:
+                answer = await call(
+                    service.url, "POST", "/api/auth/refresh/", json={"refresh": tokens[person.id][1]}
+                )
+                body = answer.json()
+                given = body.get("tokens", body)
+                tokens[person.id] = given["access"], given.get("refresh", tokens[person.id][1])
+
+        async def roll(keys: str) -> None:
+            for n in range(2):
+                service.processes[n].env = dict(service.processes[n].env or {}) | {"SECRET_KEY": keys}
+                await service.restart(n)
+
+        async with asyncio.TaskGroup() as group:
+            for person in people:
+                group.create_task(use(person))
+            await roll(f"{SECRET},{new}")
+            await renew()
+            await roll(new)
+            seen = dict(done)
+            await until(lambda: all(done[p.id] > seen[p.id] + 5 for p in people), 10, "requests with the new key")
+            finished.set()
+        assert not refused, refused[:3]
+        old = await call(service.url, "GET", "/api/sessions/", people[0].access)
+        assert (old.status_code, old.json()["error"]) == (401, "token_invalid")
+
+
