@@ -81,6 +81,7 @@ class Generation:
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beat_at = time.monotonic()
+        self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         relay.on_stop = self._stop_here
 
@@ -113,7 +114,9 @@ class Generation:
                     await work()
                 except (ChatError, TimeoutError) as problem:
                     log.warning("%s: %s", getattr(work, "__name__", work), problem)
+            due = time.monotonic() + every
             await asyncio.sleep(every)
+            self.lag = time.monotonic() - due
 
     async def drain(self) -> None:
         """Let running answers finish for a while, then end the rest `interrupted`. Ends in bounded time."""

@@ -313,6 +313,8 @@ class Relay:
         self.rooms: dict[str, Room] = {}
         self.writers: dict[str, Writer] = {}  # running ones, and ended ones while their log is kept
         self.counts: dict[str, int] = {}
+        self.lag = 0.0  # seconds that message took
+        self._sent_at = 0.0
         self.heard_at = 0.0  # monotonic: when our own sign of life last came back through the bus
         self.on_stop: Any = lambda turn_id: None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -345,9 +347,11 @@ class Relay:
             started.set()
             while await subscriber.get():
                 self.heard_at = time.monotonic()
+                self.lag = self.heard_at - self._sent_at
 
     async def beat(self) -> None:
         """Send a sign of life through the bus, look after silent turns, forget old logs. Called every second or so."""
+        self._sent_at = time.monotonic()
         await self._publish(self._channel, "alive")
         now = time.monotonic()
         for turn_id, writer in list(self.writers.items()):

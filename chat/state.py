@@ -13,6 +13,7 @@ from .bus import RedisBus
 from .database import Database
 from .generation import Generation
 from .limits import Limits
+from .metrics import Metrics
 from .providers import Providers
 from .relay import Relay
 from .sessions import Mask
@@ -34,6 +35,7 @@ class State:
     generation: Generation
     providers: Providers
     leaderboard: Leaderboard
+    metrics: Metrics
     dice: random.Random  # draws the pairs of blind battles
     bus: RedisBus | None
     worker: str
@@ -73,6 +75,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     generation.start()
     stack.push_async_callback(generation.drain)
     tokens = Tokens(settings.secret_keys)
+    metrics = _metrics(relay, generation)
     leaderboard = Leaderboard(database, settings.leaderboard_cache)
     dice = random.Random(settings.draw_seed) if settings.draw_seed else random.SystemRandom()
     return State(
@@ -85,7 +88,32 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         generation=generation,
         providers=providers,
         leaderboard=leaderboard,
+        metrics=metrics,
         dice=dice,
         bus=bus,
         worker=worker,
     )
+
+
+def _metrics(relay: Relay, generation: Generation) -> Metrics:
+    def followers() -> float:
+        return sum(len(room.followers) for room in relay.rooms.values())
+
+    metrics = Metrics(
+        relay.counts,
+        {
+            "chat_followers": ("Sockets and streams that follow a session here", followers),
+            "chat_rooms": ("Sessions somebody follows or writes here", lambda: len(relay.rooms)),
+            "chat_turns_running": ("Turns this worker answers", lambda: len(generation.running)),
+            "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
+            "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.lag),
+        },
+    )
+    generation.observe = lambda model, result, seconds: metrics.reply(
+        model,
+        result.reason,
+        seconds,
+        result.first_token,
+        (result.finish.input_tokens, result.finish.output_tokens) if result.finish else (None, None),
+    )
+    return metrics

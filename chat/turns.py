@@ -347,12 +347,12 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
 
 async def update_reply(database: Database, owner: str, row: Row) -> bool:
     """Write a reply's end. False when the turn is no longer this worker's: someone else has ended it."""
-    names = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason")
+    names = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms")
     updated = await database.fetch_one(
         f"""UPDATE messages SET content = :content, seq = :seq, status = :status, failure_reason = :failure_reason,
                    latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
              WHERE session_id = :session_id AND id = :id AND {OWNED} RETURNING id""",
-        {name: row[name] for name in (*names, "latency_ms", "first_token_ms")} | {"owner": owner, "now": database.now()},
+        {name: row[name] for name in (*names, "first_token_ms")} | {"owner": owner, "now": database.now()},
     )
     return updated is not None
 

@@ -13,6 +13,8 @@ table = [
     Route("/readyz",                                  operations.ready),
     Route("/ready",                                   operations.ready),
 
+    Route("/metrics",                                 operations.metrics),
+
     Route("/api/auth/anonymous",                      accounts.anonymous,         methods=["POST"]),
     Route("/api/auth/refresh",                        accounts.refresh,           methods=["POST"]),
     Route("/api/auth/ticket",                         accounts.ticket,            methods=["POST"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -69,6 +70,17 @@ async def ready(request: Request) -> Response:
     if chat.generation.draining or "failed" in (await _checks(chat)).values():
         return PlainTextResponse("not ready", 503, {"Retry-After": "2"})
     return PlainTextResponse("ok")
+
+
+async def metrics(request: Request) -> Response:
+    """This worker's metrics, for whoever has ADMIN_TOKEN; nothing is here where none is set."""
+    chat = inputs.state(request)
+    found = inputs.credential(request)
+    if not chat.settings.admin_token:
+        raise ChatError("not_found", "There is nothing here.")
+    if found is None or not secrets.compare_digest(found[1].encode(), chat.settings.admin_token.encode()):
+        raise ChatError("authentication_required", "This needs the operator's token.")
+    return Response(chat.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def models(request: Request) -> Response:

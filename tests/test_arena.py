@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
+
+import routes
 
 from tests.conftest import CLOSED, STORES, store
 from tests.harness.api import call, guest, messages, new_session, post_turn
@@ -218,3 +222,82 @@ async def test_sides_are_shuffled(arena: Service) -> None:
         shown = (await vote(arena.url, someone.access, session_id, sides["a"]["id"], "tie")).json()["session_update"]
         firsts.add(shown["model_a"]["id"])
     assert firsts == {"quick-fox", "slow-owl"}
+
+
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32}")
+CLOCK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
+PUBLIC = re.compile(r"^/api/(leaderboard|arena/votes\.jsonl)")  # what earlier, counted votes have revealed
+OTHER = {"{token}": "none", "{model_id}": "none"}
+
+
+async def everything(arena: Service, content: str) -> tuple[list[str], dict[str, str], list[str]]:
+    """All a voter can get of one battle: each frame, and each GET route of the table, without ids and clocks.
+
+    Returns that, the models by side as the vote reveals them, and all of it as it was.
+    """
+    journal, someone = Journal(), await guest(arena.url, "Voter")
+    session = await new_session(arena.url, someone.access, mode="random", title="A battle")
+    raw = [json.dumps(session)]
+    async with SocketReader(journal, "voter", arena.url, session["id"], token=someone.access) as voter:
+        await voter.event("session_state")
+        await voter.say(content)
+        await voter.turn_ended()
+        await voter.send({"type": "request_state"})
+        await voter.event("session_state", after=1)
+        raw += [json.dumps(event) for event in journal.events("voter")]
+    sides = {row["participant"] or "user": row for row in await messages(arena.url, someone.access, session["id"])}
+    places = {"{session_id}": session["id"], "{message_id}": sides["a"]["id"]} | OTHER
+    for route in routes.table:
+        if "GET" in (route.methods or ()) and not route.path.startswith(("/api/models", "/metrics")):
+            path = route.path
+            for name, value in places.items():
+                path = path.replace(name, value)
+            query = {"session_id": session["id"], "format": "txt"}
+            answer = await call(arena.url, "GET", path, someone.access, params=query)
+            raw.append(f"{path} {answer.status_code} {sorted(answer.headers.items())} {answer.text}")
+    shown = (await vote(arena.url, someone.access, session["id"], sides["user"]["id"], "tie")).json()["session_update"]
+    models = {side: shown[f"model_{side}"]["id"] for side in "ab"}
+    return [CLOCK.sub("<time>", UUID.sub("<id>", text)) for text in raw], models, raw
+
+
+async def test_the_blind_diff(arena: Service) -> None:
+    """Everything a voter can get, recorded with the models one way round and the other: the same, and nameless."""
+    seen: dict[str, list[str]] = {}
+    for _ in range(20):
+        normal, models, raw = await everything(arena, "/count 40")
+        before_the_vote = [text for text in raw if not PUBLIC.search(text)]
+        for name in NAMES:
+            assert not [text for text in before_the_vote if name.lower() in text.lower()], name
+        seen[models["a"]] = [text for text in normal if not PUBLIC.search(text)]
+        if len(seen) == 2:
+            break
+    one, other = (seen[name] for name in ("quick-fox", "slow-owl"))
+    assert len(one) > 30
+    assert one == other
+
+
+async def test_the_frames_rhythm_tells_nothing(arena: Service) -> None:
+    """From the moments of the frames alone, guess which side is ten times as fast: no better than a coin.
+
+    Both sides' pieces leave in pairs, so the only thing to go by is which of a pair is read first, and by how much.
+    """
+    right = 0
+    rounds = 12
+    for _ in range(rounds):
+        journal, someone = Journal(), await guest(arena.url)
+        session = await new_session(arena.url, someone.access, mode="random")
+        async with SocketReader(journal, "voter", arena.url, session["id"], token=someone.access) as voter:
+            await voter.event("session_state")
+            await voter.say("/count 30")
+            await voter.turn_ended()
+        times: dict[str, list[float]] = {"a": [], "b": []}
+        for entry in journal.of("voter"):
+            if entry.data.get("type") == "message_chunk":
+                times[entry.data["participant"]].append(entry.at)
+        assert len(times["a"]) == len(times["b"])
+        gaps = {side: sum(b - a for a, b in pairwise(at)) for side, at in times.items()}
+        rows = await messages(arena.url, someone.access, session["id"])
+        shown = (await vote(arena.url, someone.access, session["id"], rows[0]["id"], "tie")).json()["session_update"]
+        guess = min(gaps, key=lambda side: gaps[side])
+        right += shown[f"model_{guess}"]["id"] == "quick-fox"
+    assert 0 < right < rounds  # 12 heads or 12 tails: once in 2,048 for a fair coin
