@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import AsyncExitStack
 
+from tests.conftest import CLOSED
 from tests.harness.api import guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
+from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
 
 
@@ -47,6 +50,30 @@ async def test_seven_readers_on_all_workers_see_the_same_tokens_once(service: Se
 async def _join(reader: SocketReader | SSEReader, after: float) -> None:
     await asyncio.sleep(after)
     await reader.start()
+
+
+async def test_workers_behind_one_port_are_one_service(
+    postgres_server: Postgres, redis_server: Redis
+) -> None:
+    """A plain `uvicorn --workers 2`: whichever worker a reader lands on, it sees every token once."""
+    environment = CLOSED | {"DATABASE_URL": postgres_server.create_database(), "REDIS_URL": redis_server.url}
+    journal = Journal()
+    async with Service(environment, workers=2, shared_port=True) as service, AsyncExitStack() as stack:
+        someone = await guest(service.url)
+        session = await new_session(service.url, someone.access)
+        readers = [
+            await stack.enter_async_context(
+                SocketReader(journal, f"socket{n}", service.url, session["id"], token=someone.access)
+            )
+            for n in range(8)  # all on one worker: once in 128
+        ]
+        for reader in readers:
+            await reader.event("session_state")
+        await readers[0].say("/count 50")
+        for reader in readers:
+            await reader.turn_ended()
+            assert reader.view.texts() == [" ".join(f"⟨{n}⟩" for n in range(50))], journal.story()
+    assert not journal.violations(), journal.story()
 
 
 async def test_leaving_does_not_stop_the_answer(service: Service) -> None:
