@@ -1,0 +1,139 @@
+"""Redis as a bus, by itself: it hears the first message, comes back, says where it was away, and speaks TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from broadcaster import Broadcast
+
+from chat.bus import GAP, RedisBus, RelayUnavailable
+from chat.errors import StartupError
+from tests.harness.servers import Redis, make_certificate
+
+
+@asynccontextmanager
+async def opened(url: str, **options: object) -> AsyncIterator[tuple[RedisBus, Broadcast]]:
+    bus = RedisBus(url, **options)  # type: ignore[arg-type]
+    async with Broadcast(backend=bus) as broadcast:
+        yield bus, broadcast
+
+
+async def test_a_sole_subscriber_hears_the_first_message(redis_server: Redis) -> None:
+    """broadcaster's own backend loses it on Python 3.11: forty tries of a new bus each."""
+    for n in range(40):
+        async with opened(redis_server.url) as (_, broadcast), broadcast.subscribe(f"room-{n}") as subscriber:
+            await broadcast.publish(f"room-{n}", "hello")
+            async with asyncio.timeout(2):
+                assert (await subscriber.get()).message == "hello"
+
+
+async def test_it_comes_back_and_says_that_it_was_away() -> None:
+    """Redis killed and started again: a gap marker on every channel, then messages as before, old and new channels."""
+    with Redis() as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("old") as old:
+            await broadcast.publish("old", "one")
+            assert (await old.get()).message == "one"
+            server.kill()
+            with pytest.raises(RelayUnavailable):
+                while True:  # what is on its way while the connection breaks may still be taken
+                    await broadcast.publish("old", "lost")
+            await server.start()
+            async with asyncio.timeout(5):
+                while (await old.get()).message != GAP:
+                    pass
+            async with broadcast.subscribe("new") as new, asyncio.timeout(5):
+                while not bus.connected:
+                    await asyncio.sleep(0.01)
+                for channel, subscriber in (("old", old), ("new", new)):
+                    await broadcast.publish(channel, "two")
+                    message = GAP
+                    while message == GAP:
+                        message = (await subscriber.get()).message
+                    assert message == "two"
+
+
+async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
+    """What this worker appended it has shown already; another worker hears it with the origin in front."""
+    async with (
+        opened(redis_server.url, origin="aaaaaaaa") as (bus, ours),
+        opened(redis_server.url, origin="bbbbbbbb") as (_, theirs),
+        ours.subscribe("echo") as here,
+        theirs.subscribe("echo") as there,
+    ):
+        await bus.append("parley:turn:echo", "echo", b'["turn"]', 60)
+        await ours.publish("echo", "for all")
+        async with asyncio.timeout(2):
+            assert [(await there.get()).message for _ in range(2)] == ['aaaaaaaa["turn"]', "for all"]
+            assert (await here.get()).message == "for all"
+        assert await bus.command("LRANGE", "parley:turn:echo", 0, -1) == [b'["turn"]']
+        assert 0 < await bus.command("TTL", "parley:turn:echo") <= 60
+
+
+async def test_a_payload_that_is_no_text_is_dropped_and_counted(redis_server: Redis) -> None:
+    async with opened(redis_server.url) as (bus, broadcast), broadcast.subscribe("poison") as subscriber:
+        await bus.command("PUBLISH", "poison", b"\xff\xfe\x00")
+        await broadcast.publish("poison", "good")
+        async with asyncio.timeout(2):
+            assert (await subscriber.get()).message == "good"
+        assert bus.foreign == 1
+
+
+async def test_a_refused_command_is_an_error_of_its_own(redis_server: Redis) -> None:
+    """The answers behind it still reach those who asked."""
+    async with opened(redis_server.url) as (bus, _):
+        bad, good = bus.command("INCRBY", "parley:x", "no-number"), bus.command("PING")
+        with pytest.raises(RelayUnavailable):
+            await bad
+        assert await good == b"PONG"
+
+
+async def test_password_and_database_number() -> None:
+    with Redis(password="s3cret-pass") as server:
+        async with opened(server.url.removesuffix("/0") + "/3") as (bus, _):
+            await bus.command("SET", "here", "yes")
+            assert b"db=3" in await bus.command("CLIENT", "LIST")
+        wrong = RedisBus(server.url.replace("s3cret", "other"))
+        await wrong.connect()
+        assert not wrong.connected
+        assert "other" not in repr(wrong.address)
+        await wrong.disconnect()
+
+
+async def test_rediss_verifies_unless_told_otherwise(redis_server: Redis, tmp_path: Path) -> None:
+    """A self-signed certificate is refused, accepted with verification off, and accepted when it is the authority."""
+    certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", redis_server.port)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+
+    async with await asyncio.start_server(forward, "127.0.0.1", 0, ssl=context) as server:
+        url = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        for options, works in (({}, False), ({"verify": False}, True)):
+            bus = RedisBus(url, **options)  # type: ignore[arg-type]
+            await bus.connect()
+            assert bus.connected is works
+            await bus.disconnect()
+        trusted = RedisBus(f"{url}?ssl_ca_certs={certificate}")
+        await trusted.connect()
+        assert trusted.connected
+        await trusted.disconnect()
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "redis://localhost:port/0", "redis://localhost/x"])
+def test_a_bad_address_is_one_line(url: str) -> None:
+    with pytest.raises(StartupError, match="REDIS_URL"):
+        RedisBus(url)
