@@ -38,8 +38,8 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Values = dict[str, Any]
 UNREACHABLE = (OSError, sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
-OUR_FAULT = (asyncpg.IntegrityConstraintViolationError, asyncpg.SyntaxOrAccessError, asyncpg.DataError,
-             sqlite3.IntegrityError, sqlite3.ProgrammingError)  # fmt: skip
+TAKEN = (asyncpg.IntegrityConstraintViolationError, sqlite3.IntegrityError)
+OUR_FAULT = (asyncpg.SyntaxOrAccessError, asyncpg.DataError, sqlite3.ProgrammingError)
 SQLITE_READERS = 2
 NAME = re.compile(r":([a-z_][a-z0-9_]*)")
 
@@ -251,6 +251,8 @@ class Database:
             async with asyncio.timeout(timeout or self.timeout):
                 return await asyncio.shield(task)
         except UNREACHABLE as problem:
+            if isinstance(problem, TAKEN):
+                raise ChatError("conflict", "This id is taken already.") from problem
             if isinstance(problem, OUR_FAULT):
                 raise
             self.failed_at = time.monotonic()

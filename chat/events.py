@@ -99,7 +99,7 @@ class TurnLog:
         self.bodies: dict[str, dict[str, Any]] = {}  # message id → Message as last said, without running text
         self.ended_at = 0.0  # monotonic, when `end` was shown
         self.heard_at = time.monotonic()
-        self._frames: dict[tuple[int, int, str], list[bytes]] = {}  # what followers in step share
+        self._frames: dict[tuple[int, int, Dialect], list[bytes]] = {}  # what followers in step share
 
     @property
     def last(self) -> int:
@@ -218,7 +218,7 @@ class TurnLog:
 
     def frames(self, seq: int, dialect: Dialect) -> list[bytes]:
         """What is shown after `seq`, in a dialect: encoded once for all who ask for the same span."""
-        key = (seq, self.shown, dialect.__name__)
+        key = (seq, self.shown, dialect)
         if key not in self._frames:
             if len(self._frames) > 8:  # spans move on: only the newest are asked for again
                 self._frames.clear()
@@ -294,6 +294,6 @@ def error_event(problem: ChatError, message_id: str | None = None) -> bytes:
 def parse_cursor(text: str) -> tuple[str, int] | None:
     """`<turn_id>.<seq>` → its parts, or None for what is no cursor."""
     turn_id, dot, number = text.rpartition(".")
-    if not dot or not turn_id or not number.removeprefix("-").isdigit() or len(number) > 12:
+    if not dot or not turn_id or len(number) > 12 or not (number.isascii() and number.removeprefix("-").isdigit()):
         return None
     return turn_id, int(number)

@@ -77,7 +77,7 @@ async def metrics(request: Request) -> Response:
     chat = inputs.state(request)
     found = inputs.credential(request)
     if not chat.settings.admin_token:
-        raise ChatError("not_found", "There is nothing here.")
+        raise ChatError("not_found", "There are no metrics here.")
     if found is None or not secrets.compare_digest(found[1].encode(), chat.settings.admin_token.encode()):
         raise ChatError("authentication_required", "This needs the operator's token.")
     return Response(chat.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import routes
-
 from tests.conftest import CLOSED, STORES, store
 from tests.harness.api import call, guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader

@@ -14,14 +14,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import CLOSED, SECRET, STORES, store
 from tests.harness import until
-from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn, short_body
+from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn
 from tests.harness.chaos import KEY, models
 from tests.harness.checker import Allowed, check, gather, read_rows
 from tests.harness.client import SocketReader

@@ -1,0 +1,95 @@
+"""A start that cannot work says why in one line, exits, and prints no secret and no traceback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SECRET
+from tests.harness.processes import Port
+from tests.harness.service import OURS, ROOT
+
+CANARY = "canary-p4ssword"
+
+
+def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
+    """Run a command that is expected to end by itself; its exit code and all it printed."""
+    kept = {name: value for name, value in os.environ.items() if name not in OURS and not name.startswith("PARLEY_")}
+    default = {"SECRET_KEY": SECRET, "DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "PORT": str(int(Port()))}
+    ended = subprocess.run(
+        [sys.executable, *(command or ("service.py", "serve"))],
+        cwd=ROOT,
+        env=kept | default | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=30,
+    )
+    return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"DATABASE_URL": f"mysql://u:{CANARY}@localhost/x"}, "DATABASE_URL must start with"),
+        ({"DATABASE_URL": f"postgresql://u:{CANARY}@localhost:port/x"}, "port that is not a number"),
+        ({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/x"}, "cannot open the database at 127.0.0.1:1/x"),
+        ({"DATABASE_URL": f"postgresql://u:{CANARY}@127.0.0.1:1/x?sslmode=often"}, "unknown sslmode"),
+        ({"DATABASE_URL": "sqlite:////proc/nowhere/parley.db"}, "cannot open the database"),
+        ({"REDIS_URL": f"http://:{CANARY}@localhost"}, "REDIS_URL must start with"),
+        ({"PARLEY_NO_SUCH": "1"}, "unknown setting PARLEY_NO_SUCH"),
+        ({"PARLEY_LEASE": "soon"}, "settings: "),
+        ({"PARLEY_MODELS": "[]"}, "no [[models]]"),
+        ({"PARLEY_ENV": "production", "SECRET_KEY": ""}, "SECRET_KEY is not set"),
+        ({"PARLEY_ENV": "production", "SECRET_KEY": "short"}, "SECRET_KEY is too short"),
+        ({"WEB_CONCURRENCY": "2"}, "2 workers need REDIS_URL"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+    code, said = start(tmp_path, **environment)
+    assert code != 0
+    assert words in said
+    assert "Traceback" not in said and CANARY not in said and SECRET not in said
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, said = start(tmp_path, PORT=str(taken.getsockname()[1]))
+    assert code != 0 and "cannot listen on" in said and "Traceback" not in said
+
+
+def test_a_plain_uvicorn_refuses_two_workers_without_redis(tmp_path: Path) -> None:
+    """The parent stops as well: it would start them again for ever."""
+    code, said = start(tmp_path, "-m", "uvicorn", "service:app", "--workers", "2", "--port", str(int(Port())))
+    assert "2 workers need REDIS_URL" in said and "Traceback" not in said
+    assert code in (0, 3)  # uvicorn's parent reports its children's failure in words only
+
+
+def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
+    """A copy of the project with a broken, an unknown and a secret setting in its file."""
+    for text, words in (
+        ("[service\n", "is not valid TOML"),
+        ("[service]\nno_such = 1\n", "unknown setting `no_such`"),
+        (f'[service]\nadmin_token = "{CANARY}"\n', "is a secret"),
+        ("port = 1\n", "stands outside every section"),
+    ):
+        for name in ("service.py", "chat", "routes", "consumers", "models.sql"):
+            if not (tmp_path / name).exists():
+                (tmp_path / name).symlink_to(ROOT / name)
+        (tmp_path / "settings.toml").write_text(text)
+        file = str(tmp_path / "settings.toml")
+        program = "from pathlib import Path; from chat.settings import read_settings as read"
+        program += f"; read(Path({file!r}), {{}})"
+        code, said = start(tmp_path, "-c", program)
+        assert code != 0 and words in said.splitlines()[-1] and CANARY not in said
+
+
+def test_release_applies_the_schema_once(tmp_path: Path) -> None:
+    assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 1 step applied\n")
+    assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 0 steps applied\n")
+    assert start(tmp_path, "service.py", "dance")[0] != 0
