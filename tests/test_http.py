@@ -512,26 +512,6 @@ async def test_name_and_preferences_change_and_nothing_else(service: Service, pa
     assert kept["preferences"] == changed["preferences"]
 
 
-async def test_a_credential_is_taken_from_the_first_place_it_is_in(service: Service) -> None:
-    """A bad one is refused even where a good one stands behind it."""
-    ann, ben = await guest(service.url), await guest(service.url)
-
-    async def me(**headers: str) -> httpx.Response:
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await call(service.url, "GET", "/api/users/me/", headers=names)
-
-    assert (await me(Authorization=f"Bearer {ann.access}")).json()["id"] == ann.id
-    assert (await me(Authorization=f"Bearer {ann.anonymous_token}")).json()["id"] == ann.id
-    assert (await me(X_Anonymous_Token=ann.anonymous_token)).json()["id"] == ann.id
-    both = await me(Authorization=f"Bearer {ann.access}", X_Anonymous_Token=ben.anonymous_token)
-    assert both.json()["id"] == ann.id
-    refused(await me(Authorization="Bearer x", X_Anonymous_Token=ben.anonymous_token), "token_invalid")
-    refused(await me(Authorization="Bearer "), "token_invalid")
-    refused(await me(X_Anonymous_Token=ann.access), "token_invalid")
-    refused(await me(X_Anonymous_Token=""), "token_invalid")
-    refused(await me(Authorization="Basic YTpi"), "authentication_required")
-
-
 def token(account_id: str, kind: str = "access", *, key: str = SECRET, age: float = 0.0, **body: Any) -> str:
     """A token as the service signs it, `age` seconds past its end (before it, when negative)."""
     payload = {"id": account_id, "tv": 1, "exp": int(time.time() - age), "jti": secrets.token_hex(8)} | body
