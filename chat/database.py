@@ -37,7 +37,14 @@ logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceba
 T = TypeVar("T")
 Row = dict[str, Any]
 Values = dict[str, Any]
-UNREACHABLE = (OSError, sqlite3.Error, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError)
+UNREACHABLE = (
+    OSError,
+    sqlite3.Error,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a connection cut inside executemany says: "cannot switch to state 15"
+    TimeoutError,
+)
 TAKEN = (asyncpg.IntegrityConstraintViolationError, sqlite3.IntegrityError)
 OUR_FAULT = (asyncpg.SyntaxOrAccessError, asyncpg.DataError, sqlite3.ProgrammingError)
 SQLITE_READERS = 2
@@ -120,6 +127,7 @@ class Database:
         self.postgres = self.url.startswith("postgres")
         self.timeout = timeout
         self.failed_at = 0.0  # monotonic: when a call last found the database away
+        self._away_since = 0.0  # monotonic: the first of the failures since it last answered
         self._exclusive = exclusive
         self._lock_file: int | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -249,15 +257,21 @@ class Database:
         task.add_done_callback(self._finished)
         try:
             async with asyncio.timeout(timeout or self.timeout):
-                return await asyncio.shield(task)
+                answer = await asyncio.shield(task)
         except UNREACHABLE as problem:
             if isinstance(problem, TAKEN):
                 raise ChatError("conflict", "This id is taken already.") from problem
             if isinstance(problem, OUR_FAULT):
                 raise
             self.failed_at = time.monotonic()
-            log.warning("database: %s", _reason(problem))
+            if not self._away_since:
+                self._away_since = self.failed_at
+                log.warning("storage %s is away: %s", self._place(), _reason(problem))
             raise StorageUnavailable from problem
+        if self._away_since:
+            log.warning("storage answers again after %.1f s", time.monotonic() - self._away_since)
+            self._away_since = 0.0
+        return answer
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -181,6 +181,11 @@ class TurnLog:
             pieces[:] = ["".join(pieces)]
         return pieces[0] if pieces else ""
 
+    def ending(self, message_id: str) -> dict[str, Any] | None:
+        """The reply's Message as readers were told that it ended; None before."""
+        body = self.bodies.get(message_id)
+        return body if body is not None and body["status"] != "pending" else None
+
     def serves(self, seq: int) -> bool:
         """Whether a reader that has applied `seq` can go on from here: not beyond the end, nor inside a merged run."""
         if seq == -1:

@@ -45,6 +45,7 @@ class Running:
     fenced: bool = False
     streams: list[asyncio.Task[None]] = field(default_factory=list)
     checkpointed: int = -1
+    unsaved: list[Row] = field(default_factory=list)  # ended replies that storage does not have so
 
 
 @dataclass
@@ -80,7 +81,8 @@ class Generation:
         self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._beat_at = time.monotonic()
+        self._awake_at = time.monotonic()
+        self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         relay.on_stop = self._stop_here
@@ -92,6 +94,7 @@ class Generation:
         self.spawn(self._forever(self._renew, self.settings.lease_renew))
         self.spawn(self._forever(self._sweep, self.settings.sweep_every))
         self.spawn(self._forever(self.relay.beat, 1.0))
+        self.spawn(self._forever(self._watch, self.settings.lease_renew))
         self.spawn(self._forever(self.limits.beat, 5.0))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -109,11 +112,12 @@ class Generation:
     async def _forever(self, work: Callable[[], Awaitable[None]], every: float) -> None:
         """Do something again and again; an error now is no reason not to try later."""
         while True:
-            with contextlib.suppress(StorageUnavailable):
-                try:
-                    await work()
-                except (ChatError, TimeoutError) as problem:
-                    log.warning("%s: %s", getattr(work, "__name__", work), problem)
+            try:
+                await work()
+            except StorageUnavailable:
+                pass  # said once where it was found
+            except (ChatError, TimeoutError) as problem:
+                log.warning("%s: %s", getattr(work, "__name__", work), problem)
             due = time.monotonic() + every
             await asyncio.sleep(every)
             self.lag = time.monotonic() - due
@@ -226,10 +230,13 @@ class Generation:
     async def _end(self, running: Running, reserved: int) -> None:
         turn = running.turn
         try:
-            with contextlib.suppress(StorageUnavailable):  # the sweep of whoever comes next finds the row
+            with contextlib.suppress(StorageUnavailable):  # the next renewal or sweep finds the row and ends it as said
                 await self._keep_trying(
-                    lambda: turns.end_turn(self.database, self.worker, turn.id, running.writer.log.last)
+                    lambda: turns.end_turn(
+                        self.database, self.worker, turn.id, running.writer.log.last, running.unsaved
+                    )
                 )
+                running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
                 await accounts.settle(self.database, self.database.now(), turn.account_id, min(0, spent - reserved))
         finally:
@@ -342,9 +349,10 @@ class Generation:
             "first_token_ms": None if result.first_token is None else int(result.first_token * 1000),
         }
         try:
-            ours = await self._keep_trying(lambda: turns.update_reply(self.database, self.worker, row))
+            ours = await self._keep_trying(lambda: turns.update_reply(self.database, self.worker, row, self.database.now()))
         except StorageUnavailable:
             row |= {"status": "failed", "failure_reason": "storage_unavailable"}
+            running.unsaved.append(row)
             ours = True
         if not ours:
             self._fence(running)
@@ -396,13 +404,17 @@ class Generation:
 
     async def _still_ours(self, running: Running) -> bool:
         """Cheap while this process was awake; after a freeze longer than the lease it asks the database."""
-        if running.fenced:
-            return False
-        if time.monotonic() - self._beat_at < self.settings.lease:
-            return True
-        with contextlib.suppress(StorageUnavailable):  # nobody else can have taken it then
-            await self._renew()
+        await self._watch()
+        if self._slept and not running.fenced:
+            with contextlib.suppress(StorageUnavailable):  # nobody else can have taken it then
+                await self._renew()
         return not running.fenced
+
+    async def _watch(self) -> None:
+        """Notice a freeze. A clock of its own: that storage answers late is no sign of having slept."""
+        now = time.monotonic()
+        self._slept = self._slept or now - self._awake_at > self.settings.lease
+        self._awake_at = now
 
     # -- what beats
 
@@ -412,7 +424,8 @@ class Generation:
             await self.database.set_clock()
             owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
         finally:
-            self._beat_at = time.monotonic()
+            self._awake_at = time.monotonic()
+        self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
         for turn_id in known & self.running.keys():
             running = self.running[turn_id]
             if turn_id not in owned and not running.writer.log.ended:
@@ -471,13 +484,18 @@ class Generation:
         running = self.running[turn.id] = Running(turn, writer)
         writer.skip_ahead()
         saying = self.spawn(writer.run())
-        status = "stopped" if row["stop_requested"] else "interrupted"
+        status, reason = ("stopped", None) if row["stop_requested"] else ("interrupted", "interrupted")
         for reply in turn.replies:
-            if reply["status"] in ("pending", "streaming"):
-                result = Result(status, None if status == "stopped" else "interrupted")
-                await self._finish(running, reply, result, 0.0)
-            elif not any(each.kind == "complete" and each.message_id == reply["id"] for each in writer.log.entries):
-                writer.complete(self.relay.mask.message(session, reply))
+            said, known = writer.log.ending(reply["id"]), self.relay.mask.message(session, reply)
+            if said is not None:
+                # What readers were told stays true, also where storage took something else or nothing in time.
+                if any(said[name] != known[name] for name in ("content", "status", "failure_reason")):
+                    ending = {name: said[name] for name in turns.ENDING if name in said}
+                    running.unsaved.append(reply | ending | {"seq": writer.log.shown})
+            elif reply["status"] in ("pending", "streaming"):
+                await self._finish(running, reply, Result(status, reason), 0.0)
+            else:
+                writer.complete(known)
         writer.end()
         await saying
         await self._end(running, 0)

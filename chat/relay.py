@@ -355,7 +355,7 @@ class Relay:
         await self._publish(self._channel, "alive")
         now = time.monotonic()
         for turn_id, writer in list(self.writers.items()):
-            if writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
+            if writer.stored and writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
                 del self.writers[turn_id]
         for room in self.rooms.values():
             running = room.running

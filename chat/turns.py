@@ -345,26 +345,39 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
     await database.transaction(work)
 
 
-async def update_reply(database: Database, owner: str, row: Row) -> bool:
+ENDING = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms", "first_token_ms")
+
+
+async def update_reply(query: Database | Query, owner: str, row: Row, now: int) -> bool:
     """Write a reply's end. False when the turn is no longer this worker's: someone else has ended it."""
-    names = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms")
-    updated = await database.fetch_one(
+    updated = await query.fetch_one(
         f"""UPDATE messages SET content = :content, seq = :seq, status = :status, failure_reason = :failure_reason,
                    latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
              WHERE session_id = :session_id AND id = :id AND {OWNED} RETURNING id""",
-        {name: row[name] for name in (*names, "first_token_ms")} | {"owner": owner, "now": database.now()},
+        {name: row[name] for name in ENDING} | {"owner": owner, "now": now},
     )
     return updated is not None
 
 
-async def end_turn(database: Database, owner: str, turn_id: str, seq: int) -> bool:
-    """Mark the turn ended. False when it is no longer this worker's."""
-    row = await database.fetch_one(
-        """UPDATE turns SET status = 'ended', seq = :seq, ended_at = :now
-            WHERE id = :id AND owner = :owner AND status = 'running' RETURNING id""",
-        {"id": turn_id, "owner": owner, "seq": seq, "now": database.now()},
-    )
-    return row is not None
+async def end_turn(database: Database, owner: str, turn_id: str, seq: int, unsaved: list[Row]) -> bool:
+    """Mark the turn ended. False when it is no longer this worker's.
+
+    unsaved: replies whose end storage did not take before it was told. They are written with the turn's: an earlier
+    attempt that arrives late finds the turn ended, and changes nothing.
+    """
+    now = database.now()
+
+    async def work(query: Database | Query) -> bool:
+        for row in unsaved:
+            await update_reply(query, owner, row, now)
+        ended = await query.fetch_one(
+            """UPDATE turns SET status = 'ended', seq = :seq, ended_at = :now
+                WHERE id = :id AND owner = :owner AND status = 'running' RETURNING id""",
+            {"id": turn_id, "owner": owner, "seq": seq, "now": now},
+        )
+        return ended is not None
+
+    return await (database.transaction(work) if unsaved else work(database))
 
 
 # -- anyone's

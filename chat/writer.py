@@ -55,6 +55,7 @@ class Writer:
         self._first_tick = 0.0
         self._skip = 0
         self._done = False
+        self.stored = False  # whether storage has the end; until then this log alone knows how the turn ended
         self._acked = -1  # the last event Redis is known to have
         self._sending: asyncio.Future[Any] | None = None
         self._sent_at = 0.0

@@ -496,6 +496,59 @@ async def test_postgres_restarts_in_the_middle_of_an_answer(frail: Postgres, red
             await scene.check()
 
 
+@pytest.mark.slow
+async def test_postgres_stalls_for_five_seconds(frail: Postgres, redis_server: Redis) -> None:
+    """13. 5 s without an answer from storage: no reader sees anything of it, an ending waits for it."""
+    url = frail.create_database()
+    async with Proxy.before(url) as way:
+        environment = ENVIRONMENT | {"DATABASE_URL": way.through(url), "REDIS_URL": redis_server.url}
+        async with Service(environment, workers=2) as service, await Stage(service, url).scene() as scene:
+            near, far = await scene.socket("near", 0), await scene.socket("far", 1)
+            await near.say("/count 400")
+            await far.chunks(20)
+            begun = scene.journal.fault("postgres stalls")
+            way.stall()
+            await near.until(lambda: now() - begun > 5, what="the stall's end")
+            way.ok()
+            done = scene.journal.fault("postgres answers")
+            await asyncio.gather(near.turn_ended(), far.turn_ended())
+            assert max(longest_silence(scene.journal, name, begun, done) for name in ("near", "far")) < STALL
+            assert near.view.texts() == far.view.texts() == [counted(400)]
+            await scene.check()
+
+
+@pytest.mark.slow
+async def test_postgres_stalls_longer_than_endings_wait(frail: Postgres, redis_server: Redis) -> None:
+    """13. Longer than an ending is offered to storage (3 s in this test): `failed/storage_unavailable` with the text;
+    new turns are refused within 5 s; afterwards everything works and the database agrees with what was shown."""
+    url = frail.create_database()
+    clocks = {"PARLEY_STORE_FOR": "3", "PARLEY_STORAGE_TIMEOUT": "1"}
+    async with Proxy.before(url) as way:
+        environment = ENVIRONMENT | clocks | {"DATABASE_URL": way.through(url), "REDIS_URL": redis_server.url}
+        async with Service(environment, workers=2) as service, await Stage(service, url).scene() as scene:
+            near, far = await scene.socket("near", 0), await scene.socket("far", 1)
+            await near.say("/count 100")
+            await far.chunks(20)
+            scene.journal.fault("postgres stalls")
+            way.stall()
+            await asyncio.gather(near.turn_ended(within=12), far.turn_ended(within=12))
+            asked = now()
+            refused = await post_turn(service.url, scene.someone.access, scene.id, "hello?")
+            measured("storage stalled: a new turn is refused after", now() - asked)
+            assert (refused.status, refused.error["error"]) == (503, "storage_unavailable")
+            assert now() - asked < 5
+            way.ok()
+            scene.journal.fault("postgres answers")
+            ends = [event["failure_reason"] for event in scene.journal.events(None, "message_complete")]
+            assert ends == ["storage_unavailable"] * 2
+            assert near.view.texts() == far.view.texts() == [counted(100)]
+            await scene.over()
+            await near.say("/count 10")
+            await asyncio.gather(near.turn_ended(2), far.turn_ended(2))
+            assert near.view.texts() == far.view.texts() == [counted(100), counted(10)]
+            await scene.check()
+
+
 # SQLite
 
 
