@@ -349,7 +349,9 @@ class Generation:
             "first_token_ms": None if result.first_token is None else int(result.first_token * 1000),
         }
         try:
-            ours = await self._keep_trying(lambda: turns.update_reply(self.database, self.worker, row, self.database.now()))
+            ours = await self._keep_trying(
+                lambda: turns.update_reply(self.database, self.worker, row, self.database.now())
+            )
         except StorageUnavailable:
             row |= {"status": "failed", "failure_reason": "storage_unavailable"}
             running.unsaved.append(row)

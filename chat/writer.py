@@ -52,7 +52,7 @@ class Writer:
         self._blind: dict[str, str] = {}  # the replies of a paced turn: message id → participant
         self._ended: set[str] = set()  # replies of a paced turn whose ending is said
         self._ticks = 0
-        self._first_tick = 0.0
+        self._first_tick = self._last_tick = 0.0  # monotonic: when both sides moved together
         self._skip = 0
         self._done = False
         self.stored = False  # whether storage has the end; until then this log alone knows how the turn ended
@@ -127,7 +127,7 @@ class Writer:
         if not self._pace.tick:
             return
         # Alone, the longer answer goes on as slowly as both went together: a sudden hurry would name the faster.
-        together = (self._sent_at - self._first_tick) / self._ticks if self._ticks else 0.0
+        together = (self._last_tick - self._first_tick) / max(1, self._ticks - 1)
         every = max(self._pace.tick, together if self._ended else 0.0)
         wait = self._sent_at + every - time.monotonic()
         if wait > 0:
@@ -171,7 +171,8 @@ class Writer:
         if not all(id in self._over or len(said.get(id, "")) > chars for id in self._blind):
             return {}
         if said and not self._ended:
-            self._first_tick = self._first_tick or time.monotonic()
+            self._last_tick = time.monotonic()
+            self._first_tick = self._first_tick or self._last_tick
             self._ticks += 1
         return {key: text[:chars] for key, text in sorted(self._texts.items())}
 
