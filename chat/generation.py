@@ -338,7 +338,7 @@ class Generation:
     async def _finish(self, running: Running, reply: Row, result: Result, seconds: float) -> None:
         """Store how a reply ended, then say so; say `storage_unavailable` when it cannot be stored."""
         writer = running.writer
-        writer.over(reply["id"], drop=result.status in ("stopped", "interrupted"))
+        writer.over(reply["id"], result.status)
         await writer.spoken(reply["id"])
         row = reply | {
             "content": writer.log.text(reply["id"]),

@@ -50,6 +50,7 @@ class Writer:
         self._bodies: list[tuple[str, str, str, msgspec.Raw]] = []  # kind, participant, message id, body
         self._over: set[str] = set()  # replies whose text is complete
         self._blind: dict[str, str] = {}  # the replies of a paced turn: message id → participant
+        self._failed = False
         self._ended: set[str] = set()  # replies of a paced turn whose ending is said
         self._ticks = 0
         self._first_tick = self._last_tick = 0.0  # monotonic: when both sides moved together
@@ -78,10 +79,11 @@ class Writer:
         self._done = True
         self._wake.set()
 
-    def over(self, message_id: str, drop: bool = False) -> None:
-        """No more text of this reply comes. With `drop` what is not shown yet never will be: it was stopped."""
+    def over(self, message_id: str, status: str = "success") -> None:
+        """No more text of this reply comes. Of one that was stopped what is not shown yet never will be."""
         self._over.add(message_id)
-        if drop:
+        self._failed = self._failed or status == "failed"
+        if status in ("stopped", "interrupted"):
             self._texts = {key: text for key, text in self._texts.items() if key[1] != message_id}
         self._wake.set()
 
@@ -170,8 +172,9 @@ class Writer:
         # one character is kept back until the reply is over: the last piece and the ending must leave together
         if not all(id in self._over or len(said.get(id, "")) > chars for id in self._blind):
             return {}
-        if said and not self._ended:
-            self._last_tick = time.monotonic()
+        if said and not self._ended and not self._failed:
+            # the silence before a failure is no pace: the other side would take minutes for what it has
+            self._last_tick = self._sent_at
             self._first_tick = self._first_tick or self._last_tick
             self._ticks += 1
         return {key: text[:chars] for key, text in sorted(self._texts.items())}
