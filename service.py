@@ -126,8 +126,12 @@ class Gate:
         self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = scope["type"] != "http"
+
         async def send_safely(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
             await send(message)
 
@@ -142,8 +146,13 @@ class Gate:
             problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
         if problem is not None:
             await refuse(problem, scope, receive, sender)
-        else:
+            return
+        try:
             await self.app(scope, receive, sender)
+        except asyncio.CancelledError:
+            # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
+            if not begun:
+                await refuse(ChatError("draining", "The service is restarting.", retry_after=2), scope, receive, sender)
 
     def refusal(self, host: str, origin: str | None) -> ChatError | None:
         allowed = self.settings.allowed_hosts

@@ -20,6 +20,8 @@ encode = msgspec.json.encode
 
 TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
 
+ENDED = ("success", "stopped", "interrupted", "failed")  # how a message can end
+
 Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
 
 
@@ -93,6 +95,8 @@ class TurnLog:
         self.next: TurnLog | None = None
         self.entries: list[Entry] = []
         self._ends: list[int] = []  # entries[i].seq, for bisection
+        self._covered = -1  # the last event that was taken without being kept: its message had ended here already
+        self._over: set[str] = set()  # messages whose end is written
         self.shown = -1
         self._visible = 0  # how many entries are shown
         self._texts: dict[str, list[str]] = {}
@@ -103,7 +107,7 @@ class TurnLog:
 
     @property
     def last(self) -> int:
-        return self.entries[-1].seq if self.entries else -1
+        return max(self._covered, self.entries[-1].seq if self.entries else -1)
 
     @property
     def closed(self) -> bool:
@@ -120,19 +124,28 @@ class TurnLog:
         for entry in entries:
             if entry.seq <= self.last or self.closed:
                 continue
-            if entry.from_seq != self.last + 1 and (entry.from_seq > self.last or entry.kind == "chunk"):
+            if entry.from_seq > self.last + 1 or (entry.from_seq <= self.last and entry.kind == "chunk"):
                 return False
+            if entry.message_id in self._over:
+                self._covered = entry.seq  # its end was read from storage before the bus told all of it
+                continue
+            # It may begin before our end: a new owner knew less than we do, or what was between is covered.
+            start = self.entries[-1].seq + 1 if self.entries else 0
+            if entry.from_seq != start:
+                entry = msgspec.structs.replace(entry, from_seq=start)
             self.entries.append(entry)
             self._ends.append(entry.seq)
+            if entry.kind == "complete":
+                self._over.add(entry.message_id)
         return True
 
-    def catch_up(self, messages: list[dict[str, Any]], seq: int, ended: bool) -> None:
+    def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], seq: int, ended: bool) -> None:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
 
-        seq: the last event the stored text covers. The numbers meet the real ones there; inside the one chunk a side
-        that is made here no cursor can be served.
+        seqs: the last event each message's stored text covers, by its id; seq: that of all. The numbers meet the real
+        ones there; inside the one chunk a side that is made here no cursor can be served.
         """
-        if seq <= self.last and not ended:
+        if self.closed:
             return
         replies = [message for message in messages if message["role"] == "assistant"]
         known = {(entry.kind, entry.message_id) for entry in self.entries}
@@ -142,14 +155,19 @@ class TurnLog:
             rest = message["content"].removeprefix(said[message["id"]])
             if rest and message["content"].startswith(said[message["id"]]) and ("complete", message["id"]) not in known:
                 parts.append(("chunk", message, rest))
+        over = [each for each in replies if each["status"] in ENDED and ("complete", each["id"]) not in known]
+        # An end that was stored last is told behind what it covers; one that others have gone on after, within it.
+        late = [] if ended else [each for each in over if seqs[each["id"]] >= seq]
+        parts += [("complete", each, "") for each in over if each not in late]
         if ended:
-            parts += [("complete", message, "") for message in replies if ("complete", message["id"]) not in known]
             parts.append(("end", {"id": "", "participant": ""}, ""))
-        stretch = max(0, seq - self.last - len(parts))
         chunks = [place for place, part in enumerate(parts) if part[0] == "chunk"]
+        parts += [("complete", each, "") for each in late]
+        stretch = max(0, seq - self.last - (len(parts) - len(late)))
+        stretched = chunks[-1] if chunks else 0
         for place, (kind, message, text) in enumerate(parts):
             start = self.last + 1
-            number = start + (stretch if chunks[-1:] == [place] else 0)
+            number = start + (stretch if place == stretched else 0)
             self.append([_made(start, number, kind, message, text)])
 
     def _said(self, message_id: str) -> str:
@@ -170,9 +188,14 @@ class TurnLog:
             elif entry.kind == "end":
                 self.ended_at = time.monotonic()
         self._visible = len(self.entries)
-        self.shown = self.last
+        self.shown = self._ends[-1] if self._ends else -1
         self.heard_at = time.monotonic()
         return bool(fresh)
+
+    def forget_unshown(self) -> None:
+        """Drop what was appended and not shown: another worker has gone on with these numbers."""
+        del self.entries[self._visible :], self._ends[self._visible :]
+        self._over = {entry.message_id for entry in self.entries if entry.kind == "complete"}
 
     def text(self, message_id: str) -> str:
         """The text of a reply as far as `shown`."""
@@ -220,6 +243,11 @@ class TurnLog:
         if run:
             merged.append(_joined(run))
         return merged
+
+    def endings(self, seq: int) -> list[Entry]:
+        """The shown events after `seq` without their text, which an end repeats: for a cursor inside a run."""
+        found = [entry for entry in self.after(seq) if entry.kind != "chunk"]
+        return [msgspec.structs.replace(found[0], from_seq=seq + 1), *found[1:]] if found else []
 
     def frames(self, seq: int, dialect: Dialect) -> list[bytes]:
         """What is shown after `seq`, in a dialect: encoded once for all who ask for the same span."""

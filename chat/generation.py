@@ -230,6 +230,8 @@ class Generation:
     async def _end(self, running: Running, reserved: int) -> None:
         turn = running.turn
         try:
+            if running.fenced:
+                return
             with contextlib.suppress(StorageUnavailable):  # the next renewal or sweep finds the row and ends it as said
                 await self._keep_trying(
                     lambda: turns.end_turn(
@@ -241,11 +243,6 @@ class Generation:
                 await accounts.settle(self.database, self.database.now(), turn.account_id, min(0, spent - reserved))
         finally:
             self.running.pop(turn.id, None)
-            if running.fenced:
-                self.relay.writers.pop(turn.id, None)
-                room = self.relay.rooms.get(turn.session.id)
-                if room is not None:
-                    room.repair()  # the new owner's words, which this room did not listen to so far
             await self.relay.finish(turn.session.id)
 
     async def _history(self, turn: Turn) -> list[Row]:
@@ -340,9 +337,19 @@ class Generation:
         writer = running.writer
         writer.over(reply["id"], result.status)
         await writer.spoken(reply["id"])
+        row = None if running.fenced else await self._store(running, reply, result, seconds)
+        if row is None:
+            return
+        self._note(reply["model"], result)
+        self.observe(reply["model"], result, seconds)
+        writer.complete(self.relay.mask.message(running.turn.session, row))
+
+    async def _store(self, running: Running, reply: Row, result: Result, seconds: float) -> Row | None:
+        """The reply as it is to be told; None when the turn is no longer ours to tell of."""
+        log = running.writer.log
         row = reply | {
-            "content": writer.log.text(reply["id"]),
-            "seq": writer.log.shown,
+            "content": log.text(reply["id"]),
+            "seq": log.shown,
             "status": result.status,
             "failure_reason": result.reason,
             "latency_ms": int(seconds * 1000),
@@ -355,13 +362,10 @@ class Generation:
         except StorageUnavailable:
             row |= {"status": "failed", "failure_reason": "storage_unavailable"}
             running.unsaved.append(row)
-            ours = True
+            return row
         if not ours:
             self._fence(running)
-            return
-        self._note(reply["model"], result)
-        self.observe(reply["model"], result, seconds)
-        writer.complete(self.relay.mask.message(running.turn.session, row))
+        return row if ours else None
 
     async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
         """Offer an ending to storage until it takes it. Raises `StorageUnavailable` after `store_for` seconds."""
@@ -398,11 +402,14 @@ class Generation:
         running.streams = []  # a second stop must not cancel the writing down of the first
 
     def _fence(self, running: Running) -> None:
-        """Somebody else owns the turn now: say and write nothing more of it."""
+        """Somebody else owns the turn now: say and write nothing more of it, and hear what the new owner says."""
+        if running.fenced:
+            return
         log.warning("turn %s was taken over from this worker", running.turn.id)
         running.fenced = True
         self.relay.count("fenced")
         self._end_early(running, "interrupted")
+        self.relay.give_up(running.turn.session.id, running.writer)
 
     async def _still_ours(self, running: Running) -> bool:
         """Cheap while this process was awake; after a freeze longer than the lease it asks the database."""
@@ -437,7 +444,7 @@ class Generation:
         # A turn whose insertion outlasted its caller's patience is ours, and nobody answers it.
         strangers = owned.keys() - known - self.running.keys()
         for turn_id in strangers & self._strangers:
-            self.spawn(self._bury(owned[turn_id]))
+            self.spawn(self._end_orphan(owned[turn_id]))
         self._strangers = strangers
 
     async def _checkpoint(self) -> None:
@@ -474,8 +481,13 @@ class Generation:
                 continue  # our own, not renewed in time: now it is
             self.relay.count("taken_over")
             log.warning("turn %s: its worker is gone, ending it", row["id"])
-            self.spawn(self._bury(row))
+            self.spawn(self._end_orphan(row))
         await accounts.delete_expired(self.database)
+
+    async def _end_orphan(self, row: Row) -> None:
+        """End a turn nobody answers. Where storage goes away meanwhile, the next renewal finds it still ours."""
+        with contextlib.suppress(StorageUnavailable):
+            await self._bury(row)
 
     async def _bury(self, row: Row) -> None:
         """End a turn taken from a dead worker: what was said of it is kept, the rest is `interrupted`."""
@@ -485,8 +497,9 @@ class Generation:
         writer = await self.relay.write(session, turn.id, row | {"status": "running", "seq": -1})
         running = self.running[turn.id] = Running(turn, writer)
         writer.skip_ahead()
-        saying = self.spawn(writer.run())
         status, reason = ("stopped", None) if row["stop_requested"] else ("interrupted", "interrupted")
+        # All is stored before any of it is told: should we die, too, the next one tells it with the same numbers.
+        endings: list[Row] = []
         for reply in turn.replies:
             said, known = writer.log.ending(reply["id"]), self.relay.mask.message(session, reply)
             if said is not None:
@@ -495,9 +508,13 @@ class Generation:
                     ending = {name: said[name] for name in turns.ENDING if name in said}
                     running.unsaved.append(reply | ending | {"seq": writer.log.shown})
             elif reply["status"] in ("pending", "streaming"):
-                await self._finish(running, reply, Result(status, reason), 0.0)
+                stored = await self._store(running, reply, Result(status, reason), 0.0)
+                endings += [stored] if stored is not None else []
             else:
-                writer.complete(known)
+                endings.append(reply)
+        saying = self.spawn(writer.run())
+        for ending in endings:
+            writer.complete(self.relay.mask.message(session, ending))
         writer.end()
         await saying
         await self._end(running, 0)

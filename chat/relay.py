@@ -24,13 +24,14 @@ from broadcaster import Broadcast
 from . import sessions, turns
 from .bus import GAP, RedisBus, RelayUnavailable
 from .database import Database, Row, StorageUnavailable
-from .events import Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
+from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
 from .sessions import Mask, Session
 from .settings import Settings
 from .writer import Pace, Writer, log_key
 
 log = logging.getLogger("parley.relay")
 
+SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message
 NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
 
 
@@ -52,6 +53,7 @@ class Follower:
         self.log: TurnLog | None = None
         self.seq = -1
         self.lost = False  # it needs a snapshot before anything else
+        self.inexact = False  # its cursor lies inside a run: text from there would come twice
         self.direct: Direct | None = None  # written to at once while it keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
         self._busy = True  # its own coroutine is speaking: nobody else may
@@ -84,7 +86,10 @@ class Follower:
     async def next_of_turn(self) -> list[bytes]:
         """Like `next`, for a reader of one turn: an empty list when the turn has been said to its end."""
         while self.log is not None:
-            if self.seq < self.log.shown:
+            if self.inexact and self.log.ended:
+                entries, self.seq, self.inexact = self.log.endings(self.seq), self.log.shown, False
+                return self.dialect(self.log, entries)
+            if self.seq < self.log.shown and not self.inexact:
                 return self._advance()
             if self.log.ended:
                 break
@@ -251,6 +256,17 @@ class Room:
     def running(self) -> TurnLog | None:
         """The log of the turn that is being said, if one is."""
         return self.logs[-1] if self.logs and not self.logs[-1].ended else None
+
+    def behind(self, rows: list[Row]) -> bool:
+        """Whether storage knows of a turn or of an end that this room has not heard of."""
+        if rows[-1]["turn_id"] != self.newest:
+            return True
+        running = self.running
+        return running is not None and any(
+            row["status"] in ENDED and running.ending(row["id"]) is None
+            for row in rows
+            if row["turn_id"] == running.id
+        )
 
     # -- repair
 
@@ -419,6 +435,9 @@ class Relay:
         """Put the follower at its cursor. False: the cursor cannot be served exactly; it needs a snapshot."""
         turn_id, seq = cursor
         turn_log = follower.room.find(turn_id)
+        writer = self.writers.get(turn_id)
+        if writer is not None and writer.fence is not None and seq > writer.log.last:
+            await writer.fence()  # a reader knows more of our turn than we do: somebody else has gone on with it
         if turn_log is None or (seq > turn_log.last and turn_id not in self.writers):
             turn_log = await self._fetch(follower.room, turn_id)
         if turn_log is None or not turn_log.serves(seq):
@@ -464,24 +483,19 @@ class Relay:
             if turn_log is None:
                 turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
                 await self.refresh(follower.room.session_id, turn_log, rows[0])
-        if not turn_log.serves(seq):
-            seq = -1
         follower.log, follower.seq = turn_log, seq
+        follower.inexact = not turn_log.serves(seq)
         return True
 
     async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
         """The fields of `session_state`, and the follower moved to just behind it."""
         rows = await turns.select_messages(self.database, session.id)
-        if rows and rows[-1]["turn_id"] != follower.room.newest:
-            await follower.room.read_again()  # a turn said while the bus was away: it must not come after this again
-        messages = self.mask.messages(session, rows)
-        known = {message["id"]: place for place, message in enumerate(messages)}
+        if rows and follower.room.behind(rows):
+            await follower.room.read_again()  # said while the bus was away: it must not come after this again
         logs = follower.room.logs
-        for message in [each for turn_log in logs[-1:] for each in turn_log.messages()]:
-            if message["id"] in known:
-                messages[known[message["id"]]] |= message
-            else:
-                messages.append(message)
+        messages = self.mask.messages(session, rows)
+        if logs:
+            messages = _as_of(logs[-1], messages, [row["turn_id"] for row in rows])
         follower.log = logs[-1] if logs else None
         follower.seq = follower.log.shown if follower.log else -1
         follower.lost = False
@@ -531,7 +545,8 @@ class Relay:
             session = await sessions.select_unchecked(self.database, session_id)
             rows = await turns.select_turn_messages(self.database, row["id"])
             seq = max([row["seq"], *[each["seq"] for each in rows]])
-            turn_log.catch_up(self.mask.messages(session, rows), seq, row["status"] == "ended")
+            seqs = {each["id"]: each["seq"] for each in rows}
+            turn_log.catch_up(self.mask.messages(session, rows), seqs, seq, row["status"] == "ended")
         return turn_log.show()
 
     # -- writing and telling
@@ -562,6 +577,14 @@ class Relay:
             writer = self.writers[turn_id] = Writer(turn_log, room.channel, self.bus, pace, room.notify)
         return writer
 
+    def give_up(self, session_id: str, writer: Writer) -> None:
+        """Another worker has taken the turn: its words are read from now on, as on any worker."""
+        self.writers.pop(writer.log.id, None)
+        writer.abandon()
+        room = self.rooms.get(session_id)
+        if room is not None:
+            room.repair()
+
     async def finish(self, session_id: str) -> None:
         """A turn this process wrote has ended."""
         room = self.rooms.get(session_id)
@@ -585,3 +608,18 @@ class Relay:
     def healthy(self) -> bool:
         """Whether a message went through the relay and back within the last 10 seconds."""
         return time.monotonic() - self.heard_at < 10
+
+
+def _as_of(turn_log: TurnLog, messages: list[dict[str, Any]], turn_ids: list[str]) -> list[dict[str, Any]]:
+    """Stored messages, those of the log's turn as that log tells them: what storage is ahead by is still to be said."""
+    stored = {message["id"]: message for message in messages}
+    said = turn_log.messages()
+    known = {message["id"] for message in said}
+    before = next((n for n, turn_id in enumerate(turn_ids) if turn_id == turn_log.id), len(messages))
+    older = [message for message in messages[:before] if message["id"] not in known]
+    for message in said:
+        row = stored.get(message["id"], message)
+        if not turn_log.ended or row["status"] in ("pending", "streaming"):  # else storage knows more: votes, clocks
+            row = row | {name: message[name] for name in SAID}
+        older.append(row)
+    return older

@@ -51,6 +51,7 @@ class Writer:
         self._over: set[str] = set()  # replies whose text is complete
         self._blind: dict[str, str] = {}  # the replies of a paced turn: message id → participant
         self._failed = False
+        self._gone = False  # the turn was taken over
         self._ended: set[str] = set()  # replies of a paced turn whose ending is said
         self._ticks = 0
         self._first_tick = self._last_tick = 0.0  # monotonic: when both sides moved together
@@ -91,9 +92,18 @@ class Writer:
         """Leave a hole of numbers behind a dead writer's last event, which it may have sent a little beyond."""
         self._skip = SKIP
 
+    def abandon(self) -> None:
+        """Somebody else writes this turn now: what is not shown yet never will be, and nobody waits for it."""
+        self.log.forget_unshown()
+        self._gone = True
+        self._shown.set()
+        self._wake.set()
+
     async def spoken(self, message_id: str) -> None:
         """Wait until all text of a reply is shown."""
-        while any(id == message_id for _, id in self._texts) or self.log.shown < self.log.last:
+        while not self._gone and (
+            any(id == message_id for _, id in self._texts) or self.log.shown < self.log.last
+        ):
             self._shown.clear()
             await self._shown.wait()
 
@@ -115,6 +125,8 @@ class Writer:
             if entries:
                 self.log.append(entries)
                 await self._send()
+                if self._gone:
+                    return
                 self.show()
             if self._texts or self._bodies:
                 self._wake.set()

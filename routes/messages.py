@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from chat import accounts, sessions, turns
 from chat.accounts import Account
-from chat.database import new_id
+from chat.database import Database, new_id
 from chat.errors import ChatError, invalid
 from chat.events import parse_cursor
 from chat.formats import ArenaLines, BareText, EventStream, Format, JsonLines
@@ -202,15 +202,22 @@ async def session_stream(request: Request) -> Response:
     account_id = account.id if account else None
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
     cursor = parse_cursor(request.headers.get("last-event-id") or request.query_params.get("after", ""))
-    latest = await turns.select_latest_turn(chat.database, session.id)
-    if latest is None:
+    turn, seq = await _turn_to_read(chat.database, session.id, cursor)
+    if turn is None:
         return Response(status_code=204)
-    seq = -1
-    if cursor is not None and cursor[0] == latest["id"]:
-        seq = cursor[1]
-        if latest["status"] == "ended" and seq >= latest["seq"]:
-            return Response(status_code=204)
-    return await follow(request, session.id, latest["id"], seq, spoken=EventStream)
+    return await follow(request, session.id, turn, seq, spoken=EventStream)
+
+
+async def _turn_to_read(database: Database, session_id: str, cursor: tuple[str, int] | None) -> tuple[str | None, int]:
+    """The cursor's turn while there is more of it, else the one after it; without a cursor the latest."""
+    if cursor is not None:
+        found = await turns.select_turns_since(database, session_id, cursor[0])
+        if found and (found[0]["status"] == "running" or cursor[1] < found[0]["seq"]):
+            return cursor
+        if found:
+            return (found[1]["id"], -1) if len(found) > 1 else (None, -1)
+    latest = await turns.select_latest_turn(database, session_id)
+    return (latest["id"], -1) if latest is not None else (None, -1)
 
 
 async def _reader(request: Request) -> Account | None:

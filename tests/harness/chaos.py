@@ -105,7 +105,7 @@ class Report:
         return f"seed {self.seed}: {len(self.violations)} violation(s); {done}; replies: {ends}"
 
     def story(self) -> str:
-        return "\n".join([str(self), *self.violations[:50], "", self.journal.story(1500), "", self.log[-8000:]])
+        return "\n".join([str(self), *self.violations[:50], "", self.journal.story(20_000), "", self.log[-8000:]])
 
 
 class Chaos:

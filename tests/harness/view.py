@@ -160,12 +160,12 @@ class View:
             self.violation("greeting", f"{event['type']} {turn_id}.{seq} before session_state or resumed")
         turn = self.turns.setdefault(turn_id, TurnView(turn_id))
         message_id = _message_id(event)
-        if self._is_new(turn, message_id, first, seq):
+        if self._is_new(turn, message_id, first, seq, event["type"]):
             turn.take(message_id, first, seq)
             self.turn, self.cursor = turn, f"{turn_id}.{seq}"
             self._change(turn, event)
 
-    def _is_new(self, turn: TurnView, message_id: str, first: int, seq: int) -> bool:
+    def _is_new(self, turn: TurnView, message_id: str, first: int, seq: int, kind: str) -> bool:
         """Whether to apply it; whatever is odd about it is written down."""
         where = f"{turn.id}.{seq}" if first == seq else f"{turn.id}.{first}–{seq}"
         if seq <= turn.last:
@@ -181,7 +181,7 @@ class View:
             return False
         if first > turn.last + 1:
             self.violation("gap", f"expected {turn.id}.{turn.last + 1}, got {where}")
-        elif turn.overlaps(message_id, first, seq):
+        elif kind == "message_chunk" and turn.overlaps(message_id, first, seq):
             self.violation("overlap", f"{where} has parts that had been applied, up to {turn.last}")
         return True
 
@@ -232,14 +232,17 @@ class View:
         content = (event.get("message") or {}).get("content")
         if not isinstance(content, str):
             raise Broken("shape", f"message_complete without its message: {event!r:.200}")
-        self._compare(message, content)
+        self._compare(message, content, covers=event.get("from_seq", event["seq"]) < event["seq"])
         message.text = content
 
-    def _compare(self, message: MessageView, content: str) -> None:
-        """Whoever finishes for a dead worker may know more than was shown, or, where nothing was kept, less."""
+    def _compare(self, message: MessageView, content: str, covers: bool) -> None:
+        """Whoever finishes for a dead worker may know more than was shown, or, where nothing was kept, less.
+
+        An end that covers events before it stands for their text, too.
+        """
         seen = {"message_id": message.id, "seen": message.text, "stored": content}
         related = content.startswith(message.text) or message.text.startswith(content)
-        if content == message.text:
+        if content == message.text or (covers and content.startswith(message.text)):
             pass
         elif message.status != "interrupted" or not related:
             self.violation("differs", f"message {message.id}: {difference(message.text, content)}")
