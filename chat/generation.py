@@ -106,7 +106,7 @@ class Generation:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
+        if not task.cancelled() and task.exception() and not isinstance(task.exception(), StorageUnavailable):
             log.error("a background task died", exc_info=task.exception())
 
     async def _forever(self, work: Callable[[], Awaitable[None]], every: float) -> None:

@@ -248,9 +248,18 @@ class Room:
         """Put the newest turn's log behind the others and drop those nobody can resume any more."""
         then = time.monotonic() - self.relay.settings.log_kept
         self.logs = [each for each in self.logs if not each.ended or each.ended_at > then]
+        behind = bool(self.logs) and not self.logs[-1].ended
         if self.logs:
             self.logs[-1].next = turn_log
         self.logs.append(turn_log)
+        if behind:
+            self.repair()  # one turn runs at a time: the one before has ended, which this room has not heard
+
+    def start_behind(self, turn_log: TurnLog) -> None:
+        """Readers that wait for a first turn know this one, brought in for the sake of an older cursor, already."""
+        for follower in self.followers:
+            if follower.log is None:
+                follower.log, follower.seq = turn_log, turn_log.shown
 
     @property
     def running(self) -> TurnLog | None:
@@ -296,13 +305,14 @@ class Room:
 
     async def read_again(self) -> None:
         newest = self.newest
-        for row in await turns.select_turns_since(self.relay.database, self.session_id, newest):
+        oldest = next((each.id for each in self.logs if not each.ended), newest)
+        for row in await turns.select_turns_since(self.relay.database, self.session_id, oldest):
             if row["id"] in self.relay.writers or row["id"] == self.before:
                 continue
             if self.find(row["id"]) is None and newest != self.newest:
                 self.resync()  # a later turn was heard meanwhile: readers are past this one
                 return
-            newest = row["id"]
+            newest = row["id"] if row["id"] > newest else newest
             if await self.relay.bring(self, row):
                 self.relay.count("gaps_filled")
         self.notify()
@@ -374,11 +384,11 @@ class Relay:
             if writer.stored and writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
                 del self.writers[turn_id]
         for room in self.rooms.values():
-            running = room.running
-            silent = running is not None and running.id not in self.writers
-            if silent and running is not None and now - running.heard_at > self.settings.relay_silence:
-                running.heard_at = now
-                room.repair()
+            for turn_log in room.logs:
+                silent = not turn_log.ended and turn_log.id not in self.writers
+                if silent and now - turn_log.heard_at > self.settings.relay_silence:
+                    turn_log.heard_at = now
+                    room.repair()
 
     async def _publish(self, channel: str, payload: str) -> bool:
         try:
@@ -461,6 +471,9 @@ class Relay:
                 known.append(turn_log.entries)
                 known.show()
                 found[position] = known
+        for each in found:
+            if each.id == room.before:
+                room.start_behind(each)
         missing = [each for each in found if each not in room.logs]
         later = [each for each in room.logs if each not in found and each.id > found[-1].id]
         room.logs = found + later
