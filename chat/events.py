@@ -145,8 +145,8 @@ class TurnLog:
         seqs: the last event each message's stored text covers, by its id; seq: that of all. The numbers meet the real
         ones there; inside the one chunk a side that is made here no cursor can be served.
         """
-        if self.closed:
-            return
+        if self.closed or (seq < 0 and not ended):
+            return  # nothing was said yet: whoever owns the turn begins it
         replies = [message for message in messages if message["role"] == "assistant"]
         known = {(entry.kind, entry.message_id) for entry in self.entries}
         parts = [("created", message, "") for message in messages if ("created", message["id"]) not in known]
@@ -262,8 +262,7 @@ class TurnLog:
 def _made(start: int, number: int, kind: str, message: dict[str, Any], text: str) -> Entry:
     body = msgspec.Raw(b"null")
     if kind == "created":
-        blank = {"content": "", "status": "pending"} if message["role"] == "assistant" else {}
-        body = created(message | blank)
+        body = created(message)
     elif kind == "complete":
         body = completed(message)
     return Entry(number, start, kind, message["participant"] or "", message["id"], text, body)
@@ -297,7 +296,8 @@ def socket_json(log: TurnLog, entries: list[Entry]) -> list[bytes]:
 
 
 def created(message: dict[str, Any]) -> msgspec.Raw:
-    return msgspec.Raw(encode({"action": "created", "message": message}))
+    blank = {"content": "", "status": "pending"} if message["role"] == "assistant" else {}
+    return msgspec.Raw(encode({"action": "created", "message": message | blank}))
 
 
 def completed(message: dict[str, Any]) -> msgspec.Raw:

@@ -513,6 +513,9 @@ class Generation:
             else:
                 endings.append(reply)
         saying = self.spawn(writer.run())
+        for message in self.relay.mask.messages(session, list(rows)):
+            if message["id"] not in writer.log.bodies:  # its worker died before it said a word
+                writer.create(message)
         for ending in endings:
             writer.complete(self.relay.mask.message(session, ending))
         writer.end()
