@@ -7,6 +7,7 @@ starts beyond cursor + 1 is a gap. Nothing else writes JSON for sockets.
 
 from __future__ import annotations
 
+import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ encode = msgspec.json.encode
 TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
 
 ENDED = ("success", "stopped", "interrupted", "failed")  # how a message can end
+CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(-?[0-9]{1,12})")  # of a NUL, say, PostgreSQL makes an error
 
 Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
 
@@ -326,7 +328,5 @@ def error_event(problem: ChatError, message_id: str | None = None) -> bytes:
 
 def parse_cursor(text: str) -> tuple[str, int] | None:
     """`<turn_id>.<seq>` → its parts, or None for what is no cursor."""
-    turn_id, dot, number = text.rpartition(".")
-    if not dot or not turn_id or len(number) > 12 or not (number.isascii() and number.removeprefix("-").isdigit()):
-        return None
-    return turn_id, int(number)
+    found = CURSOR.fullmatch(text)
+    return None if found is None else (found[1], int(found[2]))
