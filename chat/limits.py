@@ -29,7 +29,6 @@ class Limits:
         self._bus = bus
         self._windows: dict[str, tuple[float, int]] = {}  # name → (end of its window, count)
         self.open: Counter[str] = Counter()
-        self._living: set[str] = {worker}
 
     async def hit(self, name: str, limit: int, window: float, message: str) -> None:
         """Count one more of `name` in this window of so many seconds. Raises `rate_limited` beyond the limit."""
@@ -62,7 +61,7 @@ class Limits:
         """Take one place under each of these names. False, and nothing is taken, when one of them is full."""
         names = [name for name, _ in limits]
         self.open.update(names)
-        counts = await asyncio.gather(*[self._places(name) for name in names])
+        counts = await self._places(names)
         if all(count <= limit for count, (_, limit) in zip(counts, limits, strict=True)):
             return True
         self.leave(names)
@@ -73,37 +72,47 @@ class Limits:
             self.open[name] -= 1
             if self.open[name] <= 0:
                 del self.open[name]
-            if self._bus is not None:
-                self._bus.command("HINCRBY", f"parley:open:{name}", self._worker, -1)
+            self._tell(name)
 
-    async def _places(self, name: str) -> int:
+    def _tell(self, name: str) -> None:
+        """Say how many are in here. The number itself, not a step: a step that is lost or said twice stays wrong."""
         if self._bus is None:
-            return self.open[name]
+            return
         key = f"parley:open:{name}"
-        self._bus.command("HINCRBY", key, self._worker, 1)
-        self._bus.command("EXPIRE", key, 86400)
+        if name in self.open:
+            self._bus.command("HSET", key, self._worker, self.open[name])
+            self._bus.command("EXPIRE", key, 86400)
+        else:
+            self._bus.command("HDEL", key, self._worker)
+
+    async def _places(self, names: list[str]) -> list[int]:
+        """How many are in under each name, on every worker that lives; here alone while Redis is away."""
+        if self._bus is None:
+            return [self.open[name] for name in names]
+        now = time.time()
+        self._bus.command("ZADD", WORKERS, int(now), self._worker)
+        for name in names:
+            self._tell(name)
+        # Who lives is asked each time: a worker that started a moment ago must count for the others at once.
+        asked = [self._bus.command("ZRANGEBYSCORE", WORKERS, int(now - ALIVE), "+inf")]
+        asked += [self._bus.command("HGETALL", f"parley:open:{name}") for name in names]
         try:
             async with asyncio.timeout(ANSWER):
-                answer = await self._bus.command("HGETALL", key)
+                living, *answers = await asyncio.gather(*asked)
         except (RelayUnavailable, TimeoutError):
-            return self.open[name]
-        counts = dict(zip(answer[::2], answer[1::2], strict=True))
-        return sum(int(count) for worker, count in counts.items() if worker.decode() in self._living)
+            return [self.open[name] for name in names]
+        return [
+            sum(int(count) for worker, count in zip(answer[::2], answer[1::2], strict=True) if worker in living)
+            for answer in answers
+        ]
 
     async def beat(self) -> None:
-        """Say that this worker lives, learn who else does, forget windows that are over. Called every few seconds."""
+        """Say that this worker lives, forget dead ones and windows that are over. Called every few seconds."""
         now = time.time()
         self._windows = {name: kept for name, kept in self._windows.items() if kept[0] > now}
-        if self._bus is None:
-            return
-        self._bus.command("ZADD", WORKERS, int(now), self._worker)
-        self._bus.command("ZREMRANGEBYSCORE", WORKERS, "-inf", int(now - ALIVE))
-        try:
-            async with asyncio.timeout(ANSWER):
-                living = await self._bus.command("ZRANGE", WORKERS, 0, -1)
-        except (RelayUnavailable, TimeoutError):
-            return
-        self._living = {worker.decode() for worker in living} | {self._worker}
+        if self._bus is not None:
+            self._bus.command("ZADD", WORKERS, int(now), self._worker)
+            self._bus.command("ZREMRANGEBYSCORE", WORKERS, "-inf", int(now - ALIVE))
 
 
 def caller(peer: str, forwarded: list[str], trusted: int) -> str:
