@@ -52,7 +52,9 @@ class Service(Starlette):
                 Middleware(
                     CORSMiddleware,
                     allow_origins=settings.allowed_origins,
-                    allow_origin_regex=None if settings.production else r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
+                    allow_origin_regex=None
+                    if settings.production
+                    else r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
                     allow_methods=["GET", "POST", "PATCH", "DELETE"],
                     allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
                     expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
@@ -329,11 +331,18 @@ def _say_hello(settings: Settings) -> None:
     sys.stdout.flush()
 
 
-class _Redact(logging.Filter):
-    """Servers print request lines; clients that cannot do better put their token there."""
+class _Discreet(logging.Filter):
+    """What a server prints of its clients, without what they can put there.
+
+    Request lines have the tokens of those that cannot do better; and for each text that is not UTF-8, which closes its
+    socket with 1007 and is no matter of ours, uvicorn would print a traceback.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if "?" in (text := record.getMessage()):
+        text = record.getMessage()
+        if text.startswith("Invalid UTF-8 sequence"):
+            return False
+        if "?" in text:
             record.msg, record.args = REDACTED.sub(r"\1=***", text), None
         return True
 
@@ -345,7 +354,7 @@ def _set_up_logging(settings: Settings) -> None:
 def _load() -> Service:
     settings = settings_or_exit()
     for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access", "daphne"):
-        logging.getLogger(name).addFilter(_Redact())
+        logging.getLogger(name).addFilter(_Discreet())
     return create_app(settings)
 
 
