@@ -31,7 +31,7 @@ from .direct import direct_of, framed, socket_frames
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
 LAG_MAX = 64  # events an arena's reader is told one by one: its sides alternate and do not merge
-SLOWEST = 4096  # bytes a second: where nobody can see bytes leave, a large frame is given this long
+HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
 
 Cursor = tuple[str, int]
 
@@ -124,7 +124,9 @@ class Conversation:
                 await self.direct.room(patience)
                 self.direct.write(said)
             else:
-                async with asyncio.timeout(patience + self._written / SLOWEST):
+                # Nobody sees bytes leave here, and a send waits for all that was taken before it: a reader that takes
+                # a buffer full within the patience is slow, not silent.
+                async with asyncio.timeout(patience * (2 + self._written / HELD)):
                     await self.socket.send({"type": "websocket.send", "text": said.decode()})
                 self._written = len(said)
         except TimeoutError:

@@ -1,18 +1,53 @@
-"""Readers slower than the models, and those that take nothing."""
+"""Readers slower than the models, and those that take nothing.
+
+On Parley's own start bytes are seen leaving; on a plain uvicorn a reader is judged by how long a send has to wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import store
+from tests.harness import until
+from tests.harness.api import call
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
 
-from . import BATTLE, counted, home
+from . import BATTLE, ENVIRONMENT, UVICORN, counted, home, offer
+from .conftest import traceback_in
+
+SEND_TIMEOUT = 3  # seconds
+KERNEL_TIMEOUT = 6  # seconds
+NUMBER = 8000  # tokens of a turn
+RATE = 15_000  # bytes a second: a plain uvicorn's buffer takes longer than the send timeout to go out at this rate
+
+
+@pytest.fixture(scope="module", params=["serve", "uvicorn"])
+def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Models that never pause, readers that are given up quickly; pings as in production, where they find the dead."""
+    environment = ENVIRONMENT | store("sqlite", request, tmp_path_factory.mktemp("fast"))
+    environment |= {
+        "PARLEY_MODELS": offer(0),
+        "PARLEY_SEND_TIMEOUT": str(SEND_TIMEOUT),
+        "PARLEY_TCP_USER_TIMEOUT": str(KERNEL_TIMEOUT),
+        "PARLEY_PING_INTERVAL": "20",
+        "ADMIN_TOKEN": ADMIN,
+    }
+    options = [] if request.param == "serve" else [*UVICORN, "--ws-ping-interval", "20"]
+    with Service(environment, server=request.param, options=options) as running:
+        yield running
+        log = running.log()
+    assert "Traceback" not in log, traceback_in(log)
+
+
+ADMIN = "an-admin-token-of-more-than-32-characters"
 
 
 class Narrow(Proxy):
@@ -23,48 +58,75 @@ class Narrow(Proxy):
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
 
 
-@pytest.mark.parametrize("mode", ["direct", "compare"])
-async def test_a_slow_reader_gets_fewer_frames_and_all_the_text(fast: Service, journal: Journal, mode: str) -> None:
+async def test_a_slow_reader_gets_fewer_frames_and_all_the_text(fast: Service, journal: Journal) -> None:
     """Chunks merge; the alternating sides of an arena do not, so there a snapshot takes their place. A reader beside it
-    has everything long before."""
+    is not held up, and it is not cut, however long its line is full: it takes what comes."""
+    await asyncio.gather(_slow(fast, journal, "direct", 1), _slow(fast, journal, "compare", 2))
+    assert max(_spans(journal, "slow-direct")) > 20
+    assert len(journal.events("slow-compare", "session_state")) > 1
+
+
+async def _slow(fast: Service, journal: Journal, mode: str, sides: int) -> None:
     someone, session_id = await home(fast.url, **(BATTLE if mode == "compare" else {}))
-    sides = 2 if mode == "compare" else 1
-    number = 4000 // sides
+    quick_name, slow_name = f"quick-{mode}", f"slow-{mode}"
     async with Narrow.before(fast.url, buffer=4096) as proxy:
         url = proxy.through(fast.url)
         async with (
-            SocketReader(journal, "quick", fast.url, session_id, token=someone.access) as quick,
-            SocketReader(journal, "slow", url, session_id, token=someone.access) as slow,
+            SocketReader(journal, quick_name, fast.url, session_id, token=someone.access) as quick,
+            SocketReader(journal, slow_name, url, session_id, token=someone.access) as slow,
         ):
-            proxy.limit(40_000)
-            await quick.say(f"/count {number}")
+            proxy.limit(RATE)
+            before = proxy.bytes_to_client
+            await quick.say(f"/count {NUMBER // sides}")
             await quick.turn_ended()
-            assert slow.view.turns_ended == 0
-            await slow.turn_ended(within=20)
-            assert quick.view.texts() == slow.view.texts() == [counted(number)] * sides
-            assert slow.codes == []
-    frames = len(journal.events("slow", "message_chunk"))
-    spans = [
-        event["seq"] - event.get("from_seq", event["seq"]) + 1 for event in journal.events("slow", "message_chunk")
-    ]
-    assert frames < number / 2, journal.story()
-    if mode == "direct":
-        assert max(spans) > 20
-    else:
-        assert len(journal.events("slow", "session_state")) > 1
-        assert frames < 1200, "what fits into buffers, and not the rest"
-
-
-async def test_a_reader_that_wakes_up_in_time_is_told_it_was_slow(fast: Service, journal: Journal) -> None:
-    someone, session_id = await home(fast.url)
-    async with Narrow.before(fast.url, buffer=4096) as proxy:
-        url = proxy.through(fast.url)
-        async with SocketReader(journal, "sleepy", url, session_id, token=someone.access) as sleepy:
-            proxy.stall("to_client", to="open")
-            await sleepy.say("/count 4000")
-            await asyncio.sleep(1.6)  # cut after 1 s, forgotten after 2
+            await slow.until(lambda: proxy.bytes_to_client > before + 4 * RATE, 20, "four seconds of text")
             proxy.ok()
-            await sleepy.until(lambda: sleepy.codes, what="the end of its first connection")
-            assert sleepy.codes == [4408]
-            await sleepy.turn_ended()
-            assert sleepy.view.texts() == [counted(4000)]
+            await slow.turn_ended()
+            assert quick.view.texts() == slow.view.texts() == [counted(NUMBER // sides)] * sides
+            assert slow.codes == []
+    assert len(_spans(journal, slow_name)) < NUMBER / 2, journal.story()
+
+
+def _spans(journal: Journal, name: str) -> list[int]:
+    """How many events each chunk was."""
+    return [event["seq"] - event.get("from_seq", event["seq"]) + 1 for event in journal.events(name, "message_chunk")]
+
+
+async def test_a_reader_that_takes_nothing_is_cut_and_comes_back(fast: Service, journal: Journal) -> None:
+    """One that wakes up in time is told why: 4408. One that never does is dropped by the kernel, where the start is
+    Parley's own. Both have the whole text when they are back."""
+    someone, session_id = await home(fast.url)
+    own = "service.py" in fast.processes[0].command
+    cut = await _readers_cut(fast)
+    async with Narrow.before(fast.url, buffer=4096) as awake, Narrow.before(fast.url, buffer=4096) as asleep:
+        async with (
+            SocketReader(journal, "quick", fast.url, session_id, token=someone.access) as quick,
+            SocketReader(journal, "awake", awake.through(fast.url), session_id, token=someone.access) as first,
+            SocketReader(journal, "asleep", asleep.through(fast.url), session_id, token=someone.access) as second,
+        ):
+            held = fast.resources()["fds"]
+            for proxy in (awake, asleep):
+                proxy.stall("to_client", to="open")
+            await quick.say(f"/count {NUMBER}")
+            await quick.turn_ended()
+            await until(lambda: _cut(fast, cut + 2), 20, "both are cut", journal.story)
+            awake.ok()
+            await first.until(lambda: first.codes, what="the end of its first connection")
+            assert first.codes == [4408]
+            await first.until(lambda: first.connections == 2, what="a new connection")
+            if own:
+                await until(lambda: fast.resources()["fds"] < held, 20, "the descriptor is given back", journal.story)
+            asleep.rst()
+            for reader in (first, second):
+                await reader.until(lambda view=reader.view: view.texts() == [counted(NUMBER)], what="the whole text")
+            assert second.codes == [1006] and quick.codes == []
+            await until(lambda: fast.resources()["fds"] <= held, what="no descriptor is left over")
+
+
+async def _cut(fast: Service, number: int) -> bool:
+    return await _readers_cut(fast) >= number
+
+
+async def _readers_cut(fast: Service) -> float:
+    found = re.search(r"(?m)^chat_readers_cut_total (\S+)", (await call(fast.url, "GET", "/metrics", ADMIN)).text)
+    return float(found[1]) if found else 0.0
