@@ -43,6 +43,7 @@ class Running:
     task: asyncio.Task[None] | None = None
     stop: str | None = None
     fenced: bool = False
+    ending: bool = False  # storage may have the end already: that it is not ours there any more is no wonder
     streams: list[asyncio.Task[None]] = field(default_factory=list)
     checkpointed: int = -1
     unsaved: list[Row] = field(default_factory=list)  # ended replies that storage does not have so
@@ -198,6 +199,7 @@ class Generation:
         writer = await self.relay.write(turn.session, turn.id)
         running = self.running[turn.id] = Running(turn, writer)
         writer.fence = lambda: self._still_ours(running)
+        writer.ending = lambda seq: self._store_end(running, seq)
         for message in self.relay.mask.messages(turn.session, list(turn.rows)):
             writer.create(message)
         running.task = self.spawn(self._run(running, limits, reserved))
@@ -227,18 +229,35 @@ class Generation:
             await saying
         await self._end(running, reserved)
 
+    async def _store_end(self, running: Running, seq: int) -> bool:
+        """End the turn in storage before readers hear of it: they may begin the next one that moment, anywhere.
+
+        False when the turn is somebody else's. A storage that is away keeps nobody waiting; `_end` tries again.
+        """
+        if running.unsaved:
+            return True
+        running.ending = True
+        try:
+            ours = await turns.end_turn(self.database, self.worker, running.turn.id, seq, [])
+        except StorageUnavailable:
+            return True
+        running.writer.stored = ours
+        if not ours:
+            self._fence(running)
+        return ours
+
     async def _end(self, running: Running, reserved: int) -> None:
         turn = running.turn
         try:
             if running.fenced:
                 return
             with contextlib.suppress(StorageUnavailable):  # the next renewal or sweep finds the row and ends it as said
-                await self._keep_trying(
-                    lambda: turns.end_turn(
-                        self.database, self.worker, turn.id, running.writer.log.last, running.unsaved
+                if not running.writer.stored:
+                    last = running.writer.log.last
+                    await self._keep_trying(
+                        lambda: turns.end_turn(self.database, self.worker, turn.id, last, running.unsaved)
                     )
-                )
-                running.writer.stored = True
+                    running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
                 await accounts.settle(self.database, self.database.now(), turn.account_id, min(0, spent - reserved))
         finally:
@@ -437,7 +456,7 @@ class Generation:
         self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
         for turn_id in known & self.running.keys():
             running = self.running[turn_id]
-            if turn_id not in owned and not running.writer.log.ended:
+            if turn_id not in owned and not running.ending and not running.writer.log.ended:
                 self._fence(running)
             elif turn_id in owned and owned[turn_id]["stop_requested"]:
                 self._end_early(running, "stopped")

@@ -40,6 +40,7 @@ class Writer:
     ) -> None:
         self.log = log
         self.fence: Callable[[], Awaitable[bool]] | None = None  # False: the turn was taken from us, say nothing more
+        self.ending: Callable[[int], Awaitable[bool]] | None = None  # asked before the end, with its number; likewise
         self._channel = channel
         self._bus = bus
         self._pace = pace
@@ -122,6 +123,9 @@ class Writer:
             if self.fence is not None and not await self.fence():
                 return
             entries = self._take()
+            ends = bool(entries) and entries[-1].kind == "end"
+            if ends and self.ending is not None and not await self.ending(entries[-1].seq):
+                return
             if entries:
                 self.log.append(entries)
                 await self._send()

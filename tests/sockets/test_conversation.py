@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import store
 from tests.harness.api import call, messages, stop
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
+from tests.harness.proxy import Proxy
 from tests.harness.service import Service
 
-from . import BATTLE, bearer, counted, fate, hear, home, plain, share
+from . import BATTLE, ENVIRONMENT, UVICORN, bearer, counted, fate, hear, home, plain, share
 
 
 @pytest.mark.parametrize("mode", ["direct", "compare", "random"])
@@ -274,3 +277,24 @@ async def test_a_message_has_to_be_some_text_of_bearable_length(service: Service
         await reader.say("/echo " + "x" * 31_994)
         await reader.turn_ended()
         assert reader.view.texts() == ["x" * 31_994]
+
+
+async def test_who_heard_a_turn_s_end_may_begin_the_next(
+    request: pytest.FixtureRequest, tmp_path: Path, journal: Journal
+) -> None:
+    """At once and on any worker, also where storage is far from the one that told it: what is told to be over is."""
+    environment = ENVIRONMENT | store("postgres+redis", request, tmp_path)
+    async with Proxy.before(environment["DATABASE_URL"]) as proxy:
+        far = {"DATABASE_URL": proxy.through(environment["DATABASE_URL"])}
+        async with Service(environment, workers=2, each=[far], options=UVICORN) as service:
+            someone, session_id = await home(service.urls[1])
+            async with (
+                SocketReader(journal, "far", service.urls[0], session_id, token=someone.access) as first,
+                SocketReader(journal, "near", service.urls[1], session_id, token=someone.access) as second,
+            ):
+                proxy.delay(0.05)
+                await first.say("/count 2")
+                await second.turn_ended()
+                await second.say("/count 2")
+                await second.turn_ended(2)
+    assert not journal.events(None, "error"), journal.story()
