@@ -34,6 +34,7 @@ PATIENT = {  # clocks that no test here is about: a busy machine stands still fo
     "PARLEY_FIRST_TOKEN_TIMEOUT": "20",
     "PARLEY_IDLE_TIMEOUT": "20",
     "PARLEY_LEASE": "10",
+    "PARLEY_DRAIN": "15",
 }
 UVICORN = ["--ws-ping-timeout", "20"]  # the same for a server that is not started by us
 ENVIRONMENT = (

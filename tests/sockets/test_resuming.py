@@ -119,16 +119,21 @@ async def test_a_reader_that_keeps_losing_its_connection_misses_nothing(service:
 
     async def lose(name: str, session_id: str, sides: int) -> None:
         async with SocketReader(journal, name, urls, session_id, token=someone.access) as reader:
-            await reader.say("/count 150")
+            await reader.say("/count 400")
             for n in range(1, 6):
-                await reader.chunks(15 * n)
+                await reader.until(lambda n=n: _seq(reader) > 25 * n, what="more text")
                 reader.drop()
                 await reader.until(lambda n=n: reader.connections > n, what="a new connection")
             await reader.turn_ended()
-            assert reader.view.texts() == [counted(150)] * sides
+            assert reader.view.texts() == [counted(400)] * sides
             assert len(journal.events(name, "resumed")) == 5, journal.story()
 
     await asyncio.gather(lose("direct", session_id, 1), lose("arena", battle, 2))
+
+
+def _seq(reader: SocketReader) -> int:
+    """The number of the last event it applied."""
+    return int((reader.cursor or ".-1").rpartition(".")[2])
 
 
 # -- restarts
