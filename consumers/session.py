@@ -39,10 +39,12 @@ Cursor = tuple[str, int]
 async def session(socket: WebSocket) -> None:
     """The consumer of `/ws/chat/session/<session_id>`. What it refuses it says after accept: a browser sees it then."""
     chat: State = socket.scope["state"]["chat"]
-    await socket.accept(subprotocol=admission.subprotocol(socket))
-    places: list[str] = []
+    outside = admission.outside(socket, chat)
+    places = [name for name, _ in outside] if await chat.limits.enter(outside) else []  # whoever is accepted counts
     try:
-        places += await admission.take_places(chat, admission.outside(socket, chat))
+        await socket.accept(subprotocol=admission.subprotocol(socket))
+        if not places:
+            raise Closed(4429, "too many sockets")
         admitted = await admission.admit(socket, chat)
         places += await admission.take_places(chat, admission.inside(chat, admitted))
         await _converse(socket, chat, admitted)
