@@ -342,9 +342,27 @@ class _Discreet(logging.Filter):
         text = record.getMessage()
         if text.startswith("Invalid UTF-8 sequence"):
             return False
-        if "?" in text:
-            record.msg, record.args = REDACTED.sub(r"\1=***", text), None
+        if "?" not in text:
+            return True
+        # Argument by argument: uvicorn's formatter takes them apart, hypercorn's are a dictionary of its own kind.
+        if isinstance(record.args, dict):
+            record.args.update({name: _redacted(value) for name, value in record.args.items()})
+        elif record.args:
+            record.args = tuple(_redacted(value) for value in record.args)
+        text = record.getMessage()
+        if (clean := _redacted(text)) != text:
+            record.msg, record.args = clean, ()
         return True
+
+
+def _redact_daphne(generator: Any) -> None:
+    """Daphne writes its request lines by itself, past `logging`."""
+    write = generator.write_entry
+    generator.write_entry = lambda self, **entry: write(self, **{name: _redacted(text) for name, text in entry.items()})
+
+
+def _redacted(value: object) -> object:
+    return REDACTED.sub(r"\1=***", value) if isinstance(value, str) else value
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -353,8 +371,10 @@ def _set_up_logging(settings: Settings) -> None:
 
 def _load() -> Service:
     settings = settings_or_exit()
-    for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access", "daphne"):
+    for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access"):
         logging.getLogger(name).addFilter(_Discreet())
+    if "daphne.access" in sys.modules:
+        _redact_daphne(sys.modules["daphne.access"].AccessLogGenerator)
     return create_app(settings)
 
 
