@@ -5,8 +5,11 @@ the database. Everything a request meets before its route stands in `create_app`
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import re
+import signal
 import socket
 import sys
 from contextlib import AsyncExitStack
@@ -70,9 +73,11 @@ class Service(Starlette):
         self.chat: State | None = None
         self._starting = asyncio.Lock()
         self._stack = AsyncExitStack()
+        self._alone = False  # started without lifespan
+        self._ending: asyncio.Task[None] | None = None
 
-    async def ensure_started(self) -> State:
-        """Open everything, once. Raises `StartupError`."""
+    async def ensure_started(self, *, alone: bool = False) -> State:
+        """Open everything, once; `alone` where no lifespan will say when to close it. Raises `StartupError`."""
         async with self._starting:
             if self.chat is None:
                 try:
@@ -80,14 +85,39 @@ class Service(Starlette):
                 except BaseException:
                     await self._stack.aclose()
                     raise
+                self._alone = alone
+                if alone:
+                    self._take_signals()
             return self.chat
+
+    def _take_signals(self) -> None:
+        """End before the server does, which says nothing of it: its signals come here first and are passed on after.
+
+        Else Daphne would cut every answer off, and then wait for ever for the threads of SQLite's connections.
+        """
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ValueError):  # not the main thread: nobody can take signals here
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, functools.partial(self._hear, loop, signal.getsignal(number)))
+
+    def _hear(self, loop: asyncio.AbstractEventLoop, theirs: Any, number: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(self._end, theirs, number)
+
+    def _end(self, theirs: Any, number: int) -> None:
+        def pass_on(ended: asyncio.Task[None]) -> None:
+            signal.signal(number, theirs)
+            signal.raise_signal(number)
+
+        if self._ending is None:  # a platform may say it twice
+            self._ending = asyncio.create_task(self._stack.aclose())
+            self._ending.add_done_callback(pass_on)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
         try:
-            chat = self.chat or await self.ensure_started()
+            chat = self.chat or await self.ensure_started(alone=True)
         except StartupError as problem:
             log.error("%s", problem)
             await refuse(ChatError("storage_unavailable", "The service could not start yet."), scope, receive, send)
@@ -96,7 +126,7 @@ class Service(Starlette):
         # Every path answers with and without its trailing slash; a redirect would lose a POST's body in some clients.
         if len(scope["path"]) > 1 and scope["path"].endswith("/"):
             scope["path"] = scope["path"].rstrip("/") or "/"
-        await self.gate(scope, receive, send)
+        await self.gate(scope, receive, _closing(send) if self._alone and scope["type"] == "websocket" else send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -115,6 +145,23 @@ class Service(Starlette):
         await receive()
         await self._stack.aclose()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+NEAREST = {1003: 4400, 1009: 4400, 1012: 4408}  # a client does the same on both
+
+
+def _closing(send: Send) -> Send:
+    """Close sockets also where the server refuses the standard's own codes, as Daphne does with all but 1000."""
+
+    async def send_closing(message: Message) -> None:
+        try:
+            await send(message)
+        except Exception:  # Daphne's raises no narrower one
+            if message["type"] != "websocket.close" or message["code"] not in NEAREST:
+                raise
+            await send({**message, "code": NEAREST[message["code"]]})
+
+    return send_closing
 
 
 class Gate:

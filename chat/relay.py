@@ -10,6 +10,7 @@ Knows nothing of sockets: a follower is asked for frames and gives bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from broadcaster import Broadcast
 from . import sessions, turns
 from .bus import GAP, RedisBus, RelayUnavailable
 from .database import Database, Row, StorageUnavailable
+from .errors import ChatError
 from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
 from .sessions import Mask, Session
 from .settings import Settings
@@ -32,6 +34,7 @@ from .writer import Pace, Writer, log_key
 log = logging.getLogger("parley.relay")
 
 SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message
+FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
 NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
 
 
@@ -54,6 +57,7 @@ class Follower:
         self.seq = -1
         self.lost = False  # it needs a snapshot before anything else
         self.inexact = False  # its cursor lies inside a run: text from there would come twice
+        self.over = False  # this worker ends: its reader is to come back to another
         self.direct: Direct | None = None  # written to at once while it keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
         self._busy = True  # its own coroutine is speaking: nobody else may
@@ -69,17 +73,24 @@ class Follower:
         for frames in self.take():
             direct.write(frames)
 
+    def hang_up(self) -> None:
+        """Have its coroutine say what there is and then raise `draining`."""
+        self.over = True
+        self._event.set()
+
     @property
     def idle(self) -> bool:
         """Whether its coroutine waits for news and has nothing of its own to say first."""
         return not (self._busy or self.lost or self.notices)
 
     async def next(self) -> list[bytes]:
-        """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`."""
+        """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`.
+
+        Raises `draining` once there is nothing left and will be no more.
+        """
         self._busy = False
         while not self.lost and not (frames := self.take()):
-            self._event.clear()
-            await self._event.wait()
+            await self._news()
         self._busy = True
         return [] if self.lost else frames
 
@@ -93,9 +104,14 @@ class Follower:
                 return self._advance()
             if self.log.ended:
                 break
-            self._event.clear()
-            await self._event.wait()
+            await self._news()
         return []
+
+    async def _news(self) -> None:
+        if self.over:
+            raise ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
+        self._event.clear()
+        await self._event.wait()
 
     def take(self) -> list[bytes]:
         frames = [self.wrap(notice) for notice in self.notices]
@@ -362,11 +378,22 @@ class Relay:
         await self.beat()
 
     async def stop(self) -> None:
+        await self._hang_up()
         if self._echo is not None:
             self._echo.cancel()
         for room in list(self.rooms.values()):
             await room.close()
         await self.broadcast.disconnect()
+
+    async def _hang_up(self) -> None:
+        """Send every reader away, to come back to another worker: not every server does that when it ends."""
+        for room in self.rooms.values():
+            for follower in room.followers:
+                follower.hang_up()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL):
+                while any(room.followers for room in self.rooms.values()):
+                    await asyncio.sleep(0.01)
 
     async def _hear_own(self, started: asyncio.Event) -> None:
         async with self.broadcast.subscribe(self._channel) as subscriber:

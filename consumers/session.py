@@ -52,6 +52,9 @@ async def session(socket: WebSocket) -> None:
         await _close(socket, chat, closed)
     except WebSocketDisconnect:
         pass
+    except asyncio.CancelledError:  # how some servers end: a client that is told so comes back
+        await _close(socket, chat, Closed(1012, "service restarts"))
+        raise
     finally:
         chat.limits.leave(places)
 

@@ -184,7 +184,10 @@ async def _said(chat: State, follower: Follower, spoken: type[Format]) -> AsyncI
             if not done:
                 yield spoken.ping
                 continue
-            frames, waiting = waiting.result(), None
+            try:
+                frames, waiting = waiting.result(), None
+            except ChatError:
+                return  # this worker ends: without its last event, the stream is resumed elsewhere
             if not frames:
                 break
             for frame in frames:
