@@ -309,6 +309,14 @@ class Proxy:
                 await asyncio.sleep(size / link.fault.rate)
 
 
+class Narrow(Proxy):
+    """A proxy whose server believes in a thin line: the kernel keeps kilobytes for it, not megabytes."""
+
+    def _shrink(self, end: socket.socket) -> None:
+        super()._shrink(end)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+
+
 async def _may_go(link: Link, direction: Direction) -> None:
     """Wait until no stall holds this direction."""
     while direction in link.fault.stalled:
