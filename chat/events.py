@@ -144,33 +144,30 @@ class TurnLog:
     def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], seq: int, ended: bool) -> None:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
 
-        seqs: the last event each message's stored text covers, by its id; seq: that of all. The numbers meet the real
-        ones there; inside the one chunk a side that is made here no cursor can be served.
+        seqs: the last event each message's stored text covers, by its id; seq: that of all, or the end's. The numbers
+        meet the real ones there; inside the one chunk a side that is made here no cursor can be served.
         """
         if self.closed or (seq < 0 and not ended):
             return  # nothing was said yet: whoever owns the turn begins it
-        replies = [message for message in messages if message["role"] == "assistant"]
         known = {(entry.kind, entry.message_id) for entry in self.entries}
-        parts = [("created", message, "") for message in messages if ("created", message["id"]) not in known]
-        said = {message["id"]: self._said(message["id"]) for message in replies}
-        for message in replies:
-            rest = message["content"].removeprefix(said[message["id"]])
-            if rest and message["content"].startswith(said[message["id"]]) and ("complete", message["id"]) not in known:
-                parts.append(("chunk", message, rest))
-        over = [each for each in replies if each["status"] in ENDED and ("complete", each["id"]) not in known]
-        # An end that was stored last is told behind what it covers; one that others have gone on after, within it.
-        late = [] if ended else [each for each in over if seqs[each["id"]] >= seq]
-        parts += [("complete", each, "") for each in over if each not in late]
+        parts = [("created", message, "", -1) for message in messages if ("created", message["id"]) not in known]
+        replies = [message for message in messages if message["role"] == "assistant"]
+        for message in sorted(replies, key=lambda each: seqs[each["id"]]):
+            if ("complete", message["id"]) in known:
+                continue
+            said, covered = self._said(message["id"]), seqs[message["id"]]
+            if message["content"].startswith(said) and message["content"] != said:
+                parts.append(("chunk", message, message["content"].removeprefix(said), covered))
+            if message["status"] in ENDED:
+                parts.append(("complete", message, "", covered + 1))
         if ended:
-            parts.append(("end", {"id": "", "participant": ""}, ""))
-        chunks = [place for place, part in enumerate(parts) if part[0] == "chunk"]
-        parts += [("complete", each, "") for each in late]
-        stretch = max(0, seq - self.last - (len(parts) - len(late)))
-        stretched = chunks[-1] if chunks else 0
-        for place, (kind, message, text) in enumerate(parts):
+            parts.append(("end", {"id": "", "participant": ""}, "", seq))
+        numbers = [number for _, _, _, number in parts]
+        for place in range(len(parts) - 2, -1, -1):
+            numbers[place] = min(numbers[place], numbers[place + 1] - 1)
+        for (kind, message, text, _), number in zip(parts, numbers, strict=True):
             start = self.last + 1
-            number = start + (stretch if place == stretched else 0)
-            self.append([_made(start, number, kind, message, text)])
+            self.append([_made(start, max(start, number), kind, message, text)])
 
     def _said(self, message_id: str) -> str:
         """All text of a reply in this log, shown or not."""

@@ -86,6 +86,7 @@ class Generation:
         self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
+        self._orphans: set[str] = set()  # turns that are being ended for somebody else
         relay.on_stop = self._stop_here
 
     # -- life
@@ -505,8 +506,14 @@ class Generation:
 
     async def _end_orphan(self, row: Row) -> None:
         """End a turn nobody answers. Where storage goes away meanwhile, the next renewal finds it still ours."""
-        with contextlib.suppress(StorageUnavailable):
-            await self._bury(row)
+        if row["id"] in self._orphans or row["id"] in self.running:
+            return
+        self._orphans.add(row["id"])
+        try:
+            with contextlib.suppress(StorageUnavailable):
+                await self._bury(row)
+        finally:
+            self._orphans.discard(row["id"])
 
     async def _bury(self, row: Row) -> None:
         """End a turn taken from a dead worker: what was said of it is kept, the rest is `interrupted`."""

@@ -8,13 +8,14 @@ there is none, and the consumer sends through ASGI.
 from __future__ import annotations
 
 import asyncio
+import http
 import socket
 import struct
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from chat.events import Entry, TurnLog, socket_json
+from chat.events import Entry, TurnLog, encode, socket_json
 
 EXTENSION = "parley.direct"
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
@@ -48,6 +49,17 @@ class DirectProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+
+    def send_500_response(self) -> None:
+        """What uvicorn says to a handshake it stops in the middle of, in the one shape of our errors."""
+        if not (self.initial_response or self.handshake_complete):
+            sentence = "The service is restarting."
+            body = {"error": "draining", "message": sentence, "detail": sentence}
+            response = self.conn.reject(http.HTTPStatus.SERVICE_UNAVAILABLE, encode(body).decode())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            self.conn.send_response(response)
+            self.transport.write(b"".join(self.conn.data_to_send()))
 
     def pause_writing(self) -> None:
         super().pause_writing()

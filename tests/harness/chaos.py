@@ -458,7 +458,7 @@ async def chaos(
 ) -> Report:
     """Run one seed against a service of its own."""
     world.vendors.reset()
-    async with Service(world.environment(), workers=workers, root=root) as service:
+    async with Service(world.environment(), workers=workers, root=root, server="serve") as service:
         run = Chaos(world, service, seed, seconds, **options)
         try:
             return await run.run()

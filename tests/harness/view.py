@@ -244,7 +244,7 @@ class View:
         related = content.startswith(message.text) or message.text.startswith(content)
         if content == message.text or (covers and content.startswith(message.text)):
             pass
-        elif message.status != "interrupted" or not related:
+        elif message.status not in ("interrupted", "stopped") or not related:
             self.violation("differs", f"message {message.id}: {difference(message.text, content)}")
         else:
             self.journal.add(self.name, "takeover", seen)
@@ -309,7 +309,7 @@ class View:
     def _jump(self, cursor: str) -> None:
         """Stand at `cursor`, having everything up to it; nowhere, when it is not one."""
         turn_id, _, seq = cursor.rpartition(".")
-        if not seq.isdecimal():
+        if not seq.removeprefix("-").isdecimal():
             return
         ended = turn_id in self.turns and self.turns[turn_id].ended
         turn = self.turns[turn_id] = TurnView(turn_id, base=int(seq), last=int(seq), ended=ended)
