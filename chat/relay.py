@@ -154,6 +154,7 @@ class Room:
         self._pump: asyncio.Task[None] | None = None
         self._repairing: asyncio.Task[None] | None = None
         self._again = False
+        self._reading = asyncio.Lock()
 
     # -- opening and closing, under the relay's lock of this session
 
@@ -320,6 +321,10 @@ class Room:
         return self.logs[-1].id if self.logs else self.before
 
     async def read_again(self) -> None:
+        async with self._reading:  # who overtook the first would find some turns here and others not
+            await self._read_again()
+
+    async def _read_again(self) -> None:
         newest = self.newest
         oldest = next((each.id for each in self.logs if not each.ended), newest)
         for row in await turns.select_turns_since(self.relay.database, self.session_id, oldest):
@@ -581,7 +586,7 @@ class Relay:
         kept = await self._kept(row["id"])
         if kept is not None:
             turn_log.append(kept.entries)
-        if kept is None or (row["status"] == "ended" and not turn_log.closed):
+        if kept is None or turn_log.last < row["seq"] or (row["status"] == "ended" and not turn_log.closed):
             session = await sessions.select_unchecked(self.database, session_id)
             rows = await turns.select_turn_messages(self.database, row["id"])
             seq = max([row["seq"], *[each["seq"] for each in rows]])
