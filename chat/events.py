@@ -245,8 +245,12 @@ class TurnLog:
 
     def endings(self, seq: int) -> list[Entry]:
         """The shown events after `seq` without their text, which an end repeats: for a cursor inside a run."""
-        found = [entry for entry in self.after(seq) if entry.kind != "chunk"]
-        return [msgspec.structs.replace(found[0], from_seq=seq + 1), *found[1:]] if found else []
+        found = []
+        for entry in self.after(seq):
+            if entry.kind != "chunk":
+                found.append(msgspec.structs.replace(entry, from_seq=seq + 1))
+                seq = entry.seq
+        return found
 
     def frames(self, seq: int, dialect: Dialect) -> list[bytes]:
         """What is shown after `seq`, in a dialect: encoded once for all who ask for the same span."""

@@ -81,6 +81,7 @@ class TurnView:
     last: int = -1
     fresh: int = -1
     ended: bool = False
+    covered: bool = False  # an end stood for events before it: the ends after it have text that was not told
     applied: dict[str, set[int]] = field(default_factory=dict)
 
     def has(self, message_id: str, seq: int) -> bool:
@@ -232,7 +233,8 @@ class View:
         content = (event.get("message") or {}).get("content")
         if not isinstance(content, str):
             raise Broken("shape", f"message_complete without its message: {event!r:.200}")
-        self._compare(message, content, covers=event.get("from_seq", event["seq"]) < event["seq"])
+        turn.covered = turn.covered or event.get("from_seq", event["seq"]) < event["seq"]
+        self._compare(message, content, turn.covered)
         message.text = content
 
     def _compare(self, message: MessageView, content: str, covers: bool) -> None:
