@@ -12,10 +12,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import psutil
 from websockets.asyncio.client import ClientConnection, connect
 
 from tests.conftest import CLOSED
 from tests.harness.api import Guest, call, guest, new_session
+from tests.harness.service import Service
 
 from .events import odd
 
@@ -100,3 +102,9 @@ async def home(base: str, **body: Any) -> tuple[Guest, str]:
 
 def counted(number: int) -> str:
     return " ".join(f"⟨{n}⟩" for n in range(number))
+
+
+def callers(service: Service) -> int:
+    """Connections the first worker holds that the other side has not ended, as the kernel knows them."""
+    held = service.worker().net_connections("tcp")
+    return sum(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == service.ports[0] for each in held)

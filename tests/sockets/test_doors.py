@@ -19,7 +19,7 @@ from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
 
-from . import ENVIRONMENT, address, bearer, counted, fate, hear, home, plain
+from . import ENVIRONMENT, address, bearer, callers, counted, fate, hear, home, plain
 from .raw import Raw, handshake
 
 # -- which pages and hosts
@@ -151,17 +151,16 @@ async def test_five_hundred_silent_sockets_are_seen_off(request: pytest.FixtureR
     """Without a token, without a word: health is answered meanwhile, all are closed with 4401, nothing is left."""
     environment = ENVIRONMENT | store("sqlite", request, tmp_path) | {"PARLEY_AUTH_TIMEOUT": str(SECONDS)}
     async with Service(environment, server="serve") as crowded:
-        held = crowded.resources()["fds"]
         started = time.monotonic()
         raws = await asyncio.gather(*[Raw.open(crowded.url, "any") for _ in range(SILENT)])
         assert {raw.status for raw in raws} == {101}
         ends = asyncio.gather(*[raw.code(within=SECONDS + 10) for raw in raws])
         answers = [await _asked(crowded.url, "/api/health/") for _ in range(5)]
         assert min(answers) < 0.2, "the quickest of five: a busy machine delays some, a blocked service all"
-        assert crowded.resources()["fds"] >= held + SILENT, "they were all there meanwhile"
+        assert callers(crowded) == SILENT, "they were all there meanwhile"
         assert await ends == [4401] * SILENT
         assert time.monotonic() - started >= SECONDS
-        await until(lambda: crowded.resources()["fds"] <= held, what="the descriptors are given back")
+        await until(lambda: not callers(crowded), what="the descriptors are given back")
         assert "Traceback" not in crowded.log()
 
 

@@ -20,7 +20,7 @@ from tests.harness.journal import Journal
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
 
-from . import BATTLE, ENVIRONMENT, UVICORN, counted, home, offer
+from . import BATTLE, ENVIRONMENT, UVICORN, callers, counted, home, offer
 from .conftest import traceback_in
 
 SEND_TIMEOUT = 3  # seconds
@@ -104,7 +104,7 @@ async def test_a_reader_that_takes_nothing_is_cut_and_comes_back(fast: Service, 
             SocketReader(journal, "awake", awake.through(fast.url), session_id, token=someone.access) as first,
             SocketReader(journal, "asleep", asleep.through(fast.url), session_id, token=someone.access) as second,
         ):
-            held = fast.resources()["fds"]
+            assert callers(fast) == 3
             for proxy in (awake, asleep):
                 proxy.stall("to_client", to="open")
             await quick.say(f"/count {NUMBER}")
@@ -115,12 +115,12 @@ async def test_a_reader_that_takes_nothing_is_cut_and_comes_back(fast: Service, 
             assert first.codes == [4408]
             await first.until(lambda: first.connections == 2, what="a new connection")
             if own:
-                await until(lambda: fast.resources()["fds"] < held, 20, "the descriptor is given back", journal.story)
+                await until(lambda: callers(fast) == 2, 20, "the descriptor is given back", journal.story)
             asleep.rst()
             for reader in (first, second):
                 await reader.until(lambda view=reader.view: view.texts() == [counted(NUMBER)], what="the whole text")
             assert second.codes == [1006] and quick.codes == []
-            await until(lambda: fast.resources()["fds"] <= held, what="no descriptor is left over")
+            await until(lambda: callers(fast) == 3, what="no descriptor is left over")
 
 
 async def _cut(fast: Service, number: int) -> bool:
