@@ -164,6 +164,37 @@ async def test_five_hundred_silent_sockets_are_seen_off(request: pytest.FixtureR
         assert "Traceback" not in crowded.log()
 
 
+HALVES = [b"", b"GET /ws/chat/session/any/ HTTP/1.1\r\nHost: 127", b"POST /api/auth/anonymous/ HTTP/1.1\r\nContent-"]
+WHOLE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def test_half_a_head_is_waited_for_so_long(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Ten seconds, on a new connection and on one that has asked before; a socket that is open has all the time."""
+    async with Service(ENVIRONMENT | store("sqlite", request, tmp_path), server="serve") as service:
+        someone, session_id = await home(service.url)
+        async with plain(service.url, session_id, someone.access) as opened:
+            await hear(opened, "session_state")
+            started = time.monotonic()
+            ends = [_end_of_connection(service.url, half) for half in HALVES + [WHOLE + half for half in HALVES[1:]]]
+            answers = await asyncio.gather(*ends)
+            assert time.monotonic() - started >= 10
+            assert [answer[:12] for answer in answers] == [b""] * 3 + [b"HTTP/1.1 200"] * 2
+            assert callers(service) == 1
+            await opened.send('{"type": "ping"}')
+            await hear(opened, "pong")
+
+
+async def _end_of_connection(base: str, said: bytes) -> bytes:
+    """What is answered until the service closes."""
+    parts = urlsplit(base)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(said)
+    async with asyncio.timeout(20):
+        answer = await reader.read()
+    writer.close()
+    return answer
+
+
 async def _asked(base: str, path: str) -> float:
     """The seconds a good answer took."""
     started = time.monotonic()
