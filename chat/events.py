@@ -22,7 +22,7 @@ encode = msgspec.json.encode
 TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "message_complete", "end": "turn_complete"}
 
 ENDED = ("success", "stopped", "interrupted", "failed")  # how a message can end
-CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(-?[0-9]{1,12})")  # of a NUL, say, PostgreSQL makes an error
+CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(-1|[0-9]{1,12})")  # of a NUL, say, PostgreSQL makes an error
 
 Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
 
