@@ -1,0 +1,141 @@
+"""Parley itself as a target: the real service, with accounts, storage, turn logs and limits, nothing switched off.
+
+Limits are raised, because one benchmark from one address is many visitors; they are still checked.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import tempfile
+
+from machine import CLIENT, HERE, ROOT, Load, Process, venv
+from targets import PEERS, Target
+
+MANY = "1000000000"
+RAISED = {
+    "PARLEY_SOCKETS_PER_SESSION": MANY,
+    "PARLEY_SOCKETS_PER_ACCOUNT": MANY,
+    "PARLEY_SOCKETS_PER_ADDRESS": MANY,
+    "PARLEY_MESSAGES_PER_MINUTE": MANY,
+    "PARLEY_TURNS_PER_ACCOUNT": MANY,
+    "PARLEY_GUESTS_PER_HOUR": MANY,
+    "PARLEY_SESSIONS_PER_HOUR": MANY,
+    "PARLEY_DAILY_TOKENS_ACCOUNT": "0",
+    "PARLEY_DAILY_TOKENS_SERVICE": "0",
+    "PARLEY_REPLY_MAX": MANY,
+    "PARLEY_MAX_TOKENS": MANY,
+}
+
+
+def writing(tokens: int, rate: float, pad: int = 0) -> str:
+    """THE ONE PLACE that knows how the demo model is asked for tokens: `/count <tokens> <per second>`.
+
+    It answers `⟨0:<µs of CLOCK_MONOTONIC>⟩ ⟨1:…⟩ …`, one delta a token, at that pace from the turn's start, each
+    followed by `pad` more characters.
+    """
+    return f"/count {tokens} {rate:g} {pad}" if pad else f"/count {tokens} {rate:g}"
+
+
+def http_load(job: dict) -> dict:
+    """Run one job of http_load.py on the client's cores."""
+    python = venv("peers", PEERS / "requirements.txt")
+    process = Process(
+        python, HERE / "http_load.py", cores=CLIENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    output, _ = process.popen.communicate(json.dumps(job))
+    return json.loads(output)
+
+
+class Parley(Target):
+    label = "Parley"
+    load_options = ("--only", '"message_chunk"', "--greeted", "yes")
+    in_scenarios = (*Target.in_scenarios, "http", "streams")
+    database_url = ""  # a fresh SQLite file unless a subclass or a scenario says otherwise
+    with_redis = True
+
+    def start(self) -> None:
+        python = venv("service", ROOT / "requirements.txt")
+        self.folder = tempfile.TemporaryDirectory()
+        env = {
+            **RAISED,
+            "PARLEY_ENV": "production",
+            "SECRET_KEY": secrets.token_hex(32),
+            "DATABASE_URL": self.database_url or f"sqlite:///{self.folder.name}/parley.db",
+            "OPENAI_API_KEY": "",  # a key in this shell would cost memory, and could cost money
+            "ANTHROPIC_API_KEY": "",
+        }
+        if not self.with_redis:
+            env["REDIS_URL"] = ""
+        release = [python, ROOT / "service.py", "release"]
+        subprocess.run(release, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
+        self.serve(python, ROOT / "service.py", "serve", **env)
+        self.tokens = [answer["tokens"]["access"] for answer in self.ask([["POST", "/api/auth/anonymous/", {}, {}]])]
+
+    def ask(self, requests: list) -> list[dict]:
+        """Every request once; the answers' bodies. Anything but a success ends the run."""
+        answers = http_load({"kind": "once", "port": self.port, "requests": requests, "connections": 32})["answers"]
+        for (method, path, _, _), (status, body) in zip(requests, answers, strict=True):
+            if status >= 300:
+                raise RuntimeError(f"expected {method} {path} to succeed, got {status} {body}")
+        return [body for _, body in answers]
+
+    def new_session(self, token: str) -> list:
+        body = {"mode": "direct", "model_a_id": "demo-scholar"}
+        return ["POST", "/api/sessions/", {"Authorization": f"Bearer {token}"}, body]
+
+    def prepare(self, sessions: int) -> None:
+        made = self.ask([self.new_session(self.tokens[0])] * sessions)
+        self.sessions = [session["id"] for session in made]
+        self.writers: set[int] = set()
+
+    def socket(self, session: int) -> str:
+        """The first socket of each session is also the one that asks for the tokens."""
+        line = f"/ws/chat/session/{self.sessions[session]}/\tprotocol=parley.v1, t.{self.tokens[0]}"
+        if session in self.writers:
+            return line
+        self.writers.add(session)
+        return line + "\twriter"
+
+    def write(self, load: Load, sessions: int, rate: float, seconds: float, pad: int = 0) -> None:
+        frame = {"type": "message", "content": writing(round(rate * seconds), rate, pad)}
+        load.tell(f"write {1_000_000 / rate:.0f} {json.dumps(frame)}")
+
+    def turns(self, count: int, tokens: int, rate: float) -> list:
+        """Requests for `count` turns, each of a guest of its own in a session of its own."""
+        guests = self.ask([["POST", "/api/auth/anonymous/", {}, {}]] * count)
+        access = [guest["tokens"]["access"] for guest in guests]
+        sessions = self.ask([self.new_session(token) for token in access])
+        return [
+            [
+                "POST",
+                "/api/messages/stream/",
+                {"Authorization": f"Bearer {token}"},
+                {"session_id": session["id"], "content": writing(tokens, rate)},
+            ]
+            for token, session in zip(access, sessions, strict=True)
+        ]
+
+    def stop(self) -> None:
+        super().stop()
+        self.folder.cleanup()
+
+
+class ParleyInProcess(Parley):
+    label = "Parley, one process without Redis"
+    in_scenarios = ("idle", "memory")
+    with_redis = False
+
+
+class Bare(Target):
+    """A Starlette app that only answers; see peers/bare.py."""
+
+    label = "bare Starlette"
+    in_scenarios = ("http", "streams")
+
+    def start(self) -> None:
+        python = venv("peers", PEERS / "requirements.txt")
+        self.serve(python, "-m", "uvicorn", "--port", self.port, "--no-access-log", "bare:app")
+
+    def turns(self, count: int, tokens: int, rate: float) -> list:
+        return [["POST", "/api/messages/stream/", {}, {"tokens": tokens, "rate": rate}]] * count

@@ -1,0 +1,237 @@
+"""The scenarios: what is asked of every target, and the numbers that come of it. README.md says what each means."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from machine import Load, Missing, Redis
+from parley import Parley, http_load
+from postgres import Postgres
+from targets import Target
+
+WARM = 2.0  # seconds of the same load before what counts: Node compiles, caches and buffers fill
+DRAIN = 3.0  # seconds after the last token was due in which it may still arrive
+BACKLOG = 10.0  # seconds a peer gets to clear what the warming left behind
+FIRST_RATE = 2_000  # tokens a second at which S3 begins; every peer but a broken one manages that
+LATEST_P99 = 250.0  # ms; beyond it a stream is no longer live
+BLOCKED = 20  # readers that do not read, in the memory scenario
+
+Sample = dict[str, float]
+
+
+def join(target: Target, sessions: int, sockets: int) -> Load:
+    """Open so many sockets in each session and begin once all have joined."""
+    target.prepare(sessions)
+    lines = [target.socket(session) for session in range(sessions) for _ in range(sockets)]
+    load = Load(target.port, lines, target.load_options)
+    if load.opened["open"] < len(lines):
+        print(f"  {target.label}: expected {len(lines)} open sockets, got {load.opened}", file=sys.stderr)
+    return load
+
+
+def phase(target: Target, load: Load, sessions: int, rate: float, seconds: float, pad: int = 0) -> Sample:
+    """Write for so long and say what arrived, what it cost and how late it was. Numbers begin at 0 in each phase."""
+    count = round(rate * seconds)
+    offered = count * load.sockets
+    load.begin()
+    spent = -target.cpu()
+    target.write(load, sessions, rate, seconds, pad)
+    heard = load.wait(count, seconds + DRAIN)
+    spent += target.cpu()
+    late = {name: heard[f"{name[:-3]}_us"] / 1000 for name in ("p50_ms", "p99_ms", "max_ms")}
+    return {
+        "tokens": heard["tokens"],
+        "per_cpu_second": heard["tokens"] / max(spent, 0.01),
+        "per_second": heard["tokens"] / max(heard["seconds"], seconds * 0.9),
+        "lost_percent": 100 * (1 - heard["tokens"] / offered),
+        "tokens_per_frame": heard["tokens"] / max(heard["frames"], 1),
+        "repeated": heard["repeated"],
+        "misordered": heard["misordered"],
+        "deaf": heard["deaf"],
+        "client_load": heard["client_load"],
+        "cpu_seconds": spent,
+        **(late if heard["max_us"] else {}),  # tokens may come without a time in them
+    }
+
+
+def fan_out(target: Target, sessions: int, sockets: int, rate: float, seconds: float, warm: float = WARM) -> Sample:
+    load = join(target, sessions, sockets)
+    try:
+        warmed = phase(target, load, sessions, rate, warm)
+        if warmed["lost_percent"]:  # what a saturated peer still holds back is not the measured phase's fault
+            load.wait(round(rate * warm), BACKLOG)
+        return phase(target, load, sessions, rate, seconds)
+    finally:
+        load.close()
+
+
+def whole(sample: Sample) -> bool:
+    """Every socket got every token once and in order."""
+    return not (sample["lost_percent"] or sample["repeated"] or sample["misordered"])
+
+
+def with_target(kind: type[Target], use: Callable, **attributes: object) -> Any:
+    """Start a target with a Redis of its own, use it, stop both."""
+    redis = Redis()
+    try:
+        target = kind(redis, **attributes)
+        try:
+            return use(target)
+        finally:
+            target.stop()
+    finally:
+        redis.stop()
+
+
+# The scenarios: each starts a kind of target as often as it needs, and gives named numbers.
+
+
+def s1(kind: type[Target], seconds: float) -> Sample:
+    return with_target(kind, lambda target: fan_out(target, 1, 500, 50, seconds))
+
+
+def s2(kind: type[Target], seconds: float) -> Sample:
+    return with_target(kind, lambda target: fan_out(target, 200, 3, 30, seconds))
+
+
+def s3(kind: type[Target], seconds: float) -> Sample:
+    """Double the rate until the peer fails, then start it afresh and go on from the last good rate in smaller steps."""
+    step = min(seconds, 3.0)
+
+    def climb(target: Target, first: float, factor: float, steps: int) -> Sample | None:
+        load, best = join(target, 1, 500), None
+        try:
+            phase(target, load, 1, first / 500, 1.0)
+            for i in range(steps):
+                rate = first * factor**i
+                sample = phase(target, load, 1, rate / 500, step)
+                if sample["per_second"] < 0.9 * rate or not whole(sample) or sample.get("p99_ms", 0) >= LATEST_P99:
+                    print(f"  gave up at {rate:,.0f} tokens/s: {sample}", file=sys.stderr)
+                    break
+                best = sample
+            return best
+        finally:
+            load.close()
+
+    coarse = with_target(kind, lambda target: climb(target, FIRST_RATE, 2, 14))
+    if coarse is None:
+        return {"per_second": 0}
+    rate = coarse["per_second"] * 1.19
+    fine = with_target(kind, lambda target: climb(target, rate, 1.19, 4))
+    return fine or coarse
+
+
+def idle(kind: type[Target], seconds: float) -> Sample:
+    """20 sessions of one socket, 5 tokens a second in each: every token finds a service with nothing to do."""
+    return with_target(kind, lambda target: fan_out(target, 20, 1, 5, max(seconds, 10)))
+
+
+def memory(kind: type[Target], seconds: float) -> Sample:
+    """What the server holds at rest, for idle sockets, and for readers that have stopped reading."""
+
+    def idle_sockets(target: Target) -> Sample:
+        time.sleep(1)
+        base = target.memory()
+        first = join(target, 100, 3)  # what is allocated once is not the price of a socket
+        before = target.memory()
+        more = join(target, 667, 3)
+        time.sleep(1)
+        per_socket = (target.memory() - before) / more.sockets
+        first.close()
+        more.close()
+        return {"base_mib": base, "mib_per_1000_idle": per_socket * 1000}
+
+    def blocked_readers(target: Target) -> Sample:
+        target.prepare(1)
+        lines = [target.socket(0)] + [target.socket(0) + "\tblocked" for _ in range(BLOCKED)]
+        load = Load(target.port, lines, target.load_options)
+        grown = []
+        for _ in range(2):  # the kernel's buffers hold the first megabytes; what comes after has to stay somewhere
+            before = target.memory()
+            phase(target, load, 1, 500, 5, pad=4000)
+            grown.append((target.memory() - before) / BLOCKED)
+        load.close()
+        return {"mib_per_blocked": grown[1]}
+
+    return with_target(kind, idle_sockets) | with_target(kind, blocked_readers)
+
+
+def growth(kind: type[Target], seconds: float) -> Sample:
+    """The same 18,000 tokens a second, over more sockets of one session, then over more sessions of 3 sockets."""
+    sample = {}
+    for sockets in 10, 50, 500, 5000:
+        shape = 1, sockets, 18_000 / sockets
+        sample[f"{sockets}_sockets"] = with_target(kind, lambda t, s=shape: fan_out(t, *s, seconds))["per_cpu_second"]
+    for sessions in 1, 10, 100, 1000:
+        shape = sessions, 3, 6_000 / sessions
+        sample[f"{sessions}_sessions"] = with_target(kind, lambda t, s=shape: fan_out(t, *s, seconds))["per_cpu_second"]
+    return sample
+
+
+def http(kind: type[Target], seconds: float) -> Sample:
+    """`/api/health/`, and for Parley sessions created on SQLite and on PostgreSQL."""
+
+    def hammer(target: Target, requests: list) -> tuple[float, float]:
+        job = {"kind": "rate", "port": target.port, "requests": requests, "connections": 32, "seconds": seconds}
+        http_load(job | {"seconds": 1})
+        spent = -target.cpu()
+        result = http_load(job)
+        if result["errors"]:
+            print(f"  {target.label}: {result['errors']} of {result['answers']} answers are errors", file=sys.stderr)
+        return result["per_second"], result["answers"] / max(spent + target.cpu(), 0.01)
+
+    def health(target: Target) -> Sample:
+        per_second, per_cpu_second = hammer(target, [["GET", "/api/health/", {}, None]])
+        return {"health_per_second": per_second, "health_per_cpu_second": per_cpu_second}
+
+    def sessions(target: Parley) -> float:
+        return hammer(target, [target.new_session(target.tokens[0])])[0]
+
+    sample = with_target(kind, health)
+    if kind is Parley:
+        sample["sessions_sqlite"] = with_target(kind, sessions)
+        try:
+            postgres = Postgres()
+        except Missing as missing:
+            print(f"NO SESSIONS ON POSTGRESQL: {missing}", file=sys.stderr)
+            return sample
+        try:
+            sample["sessions_postgres"] = with_target(kind, sessions, database_url=postgres.url)
+        finally:
+            postgres.stop()
+    return sample
+
+
+def streams(kind: type[Target], seconds: float) -> Sample:
+    """3,000 HTTP turns at once of 200 tokens, 6.7 a second each: 30 s, whatever --seconds says."""
+
+    def measure(target: Target) -> Sample:
+        count, tokens = (300, 20) if seconds < 5 else (3000, 200)
+        requests = target.turns(count, tokens, 6.7)
+        spent = -target.cpu()
+        job = {"kind": "streams", "port": target.port, "requests": requests, "tokens": tokens, "probe": "/api/health/"}
+        result = http_load(job)
+        spent += target.cpu()
+        return {
+            "complete_percent": 100 * result["complete"] / count,
+            "first_p50_ms": result["p50_ms"],
+            "first_max_ms": result["max_ms"],
+            "lag_p99_ms": result["lag_p99_ms"],
+            "seconds": result["seconds"],
+            "per_cpu_second": result["complete"] * tokens / max(spent, 0.01),
+        }
+
+    return with_target(kind, measure)
+
+
+SCENARIOS = {
+    "S1": s1,
+    "S2": s2,
+    "S3": s3,
+    "idle": idle,
+    "memory": memory,
+    "growth": growth,
+    "http": http,
+    "streams": streams,
+}
