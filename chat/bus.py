@@ -19,6 +19,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -33,6 +34,9 @@ GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 ANSWER_TIMEOUT = 5.0  # seconds without any answer after which a command connection counts as dead
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
+
+
+Answered = Callable[[Any], None]  # is given Redis' answer, or the exception that stands for it
 
 
 class RelayUnavailable(Exception):
@@ -80,12 +84,57 @@ def _tls(verify: bool, authority: str | None) -> ssl.SSLContext:
     return context
 
 
+class Gather:
+    """Does together what gathers within a few milliseconds; the first after a quiet moment at once."""
+
+    def __init__(self, every: float, then: Callable[[], None] = lambda: None) -> None:
+        self.every = every
+        self._then = then
+        self._calls: list[Callable[[], None]] = []
+        self._waits = False  # a run is due, or on
+        self._ran_at = 0.0
+
+    def soon(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have `then` called soon."""
+        if self._waits:
+            return
+        self._waits = True
+        loop = asyncio.get_running_loop()
+        wait = self._ran_at + self.every - loop.time()
+        if wait <= 0:
+            loop.call_soon(self._run)
+        else:
+            loop.call_later(wait, self._run)
+
+    def _run(self) -> None:
+        self._ran_at = asyncio.get_running_loop().time()
+        calls, self._calls = self._calls, []
+        for call in calls:
+            _guarded(call)
+        self._then()
+        self._waits = False
+        if self._calls:
+            self.wake()
+
+
+def _guarded(call: Callable[..., None], *given: Any) -> None:
+    """Call back. Never raises: what one turn makes of its answer must not take everyone's connection along."""
+    try:
+        call(*given)
+    except Exception:
+        log.exception("a call back failed")
+
+
 class Wire(asyncio.Protocol):
-    """One connection. Answers resolve futures in order; what pub/sub pushes goes to `pushed`, a batch at a time."""
+    """One connection. Answers are called back in order; what pub/sub pushes goes to `pushed`, a batch at a time."""
 
     def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
         self._reader = hiredis.Reader()
-        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._waiting: deque[Answered] = deque()
         self._pushed = pushed
         self._transport: asyncio.Transport | None = None
         self.writable = True  # False while a stalled Redis takes nothing: what is sent then would fill our memory
@@ -119,7 +168,7 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         while self._waiting:
-            _settle(self._waiting.popleft(), RelayUnavailable("the connection to Redis was lost"))
+            _guarded(self._waiting.popleft(), RelayUnavailable("the connection to Redis was lost"))
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -138,7 +187,7 @@ class Wire(asyncio.Protocol):
                 if self._pushed is not None:
                     pushed.append(answer)
                 elif self._waiting:
-                    _settle(self._waiting.popleft(), answer)
+                    _guarded(self._waiting.popleft(), answer)
         except hiredis.ProtocolError as problem:
             log.warning("redis spoke no RESP: %s", problem)
             self.close()
@@ -148,13 +197,13 @@ class Wire(asyncio.Protocol):
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """Write one command; the future has its answer. With pub/sub on this wire nothing resolves it."""
         future = asyncio.get_running_loop().create_future()
-        self.write(hiredis.pack_command(command), [future])
+        self.write(hiredis.pack_command(command), [partial(_settle, future)])
         return future
 
-    def write(self, data: bytes, waiting: list[asyncio.Future[Any]]) -> None:
+    def write(self, data: bytes, waiting: list[Answered]) -> None:
         if self._transport is None or self._transport.is_closing():
-            for future in waiting:
-                _settle(future, RelayUnavailable("not connected to Redis"))
+            for answered in waiting:
+                _guarded(answered, RelayUnavailable("not connected to Redis"))
             return
         if not self.busy:
             self.heard_at = asyncio.get_running_loop().time()  # the wait for an answer starts now
@@ -169,6 +218,10 @@ class Wire(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+def _ignore(answer: Any) -> None:
+    """Of a command whose answer nobody asks for."""
 
 
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
@@ -187,7 +240,7 @@ class RedisBus(BroadcastBackend):
     def __init__(self, url: str, *, verify: bool = True, origin: str = "", every: float = 0.0) -> None:
         """every: seconds between two writes of gathered commands while busy; origin: this worker's name."""
         self.address = Address(url, verify)
-        self.every = every
+        self.gather = Gather(every, self._flush)
         self.origin = origin  # messages that start with it are our own echo
         self.connected = False  # the command connection answers
         self.gaps = 0
@@ -196,11 +249,11 @@ class RedisBus(BroadcastBackend):
         self._wanted: set[str] = set()
         self._confirmed: dict[str, asyncio.Future[None]] = {}
         self._published: asyncio.Queue[Event] = asyncio.Queue()
-        self._commands: list[tuple[bytes, asyncio.Future[Any]]] = []
+        self._commands: list[bytes] = []
+        self._waiting: list[Answered] = []  # theirs
         self._listener: Wire | None = None
         self._wire: Wire | None = None
         self._first_try = asyncio.Event()
-        self._flushed_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- what broadcaster calls
@@ -242,36 +295,39 @@ class RedisBus(BroadcastBackend):
     # -- what the relay and the limits call
 
     def command(self, *command: Any) -> asyncio.Future[Any]:
-        """Send one command with whatever else this turn of the loop sends. The future raises `RelayUnavailable`."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
-        if self._wire is None or not self._wire.writable:
-            _settle(future, RelayUnavailable("Redis is away"))
-            return future
-        if not self._commands:
-            # at once when nothing left lately; while busy, whatever gathers in a few milliseconds leaves together
-            wait = self._flushed_at + self.every - loop.time()
-            if wait <= 0:
-                loop.call_soon(self._flush)
-            else:
-                loop.call_later(wait, self._flush)
-        self._commands.append((hiredis.pack_command(command), future))
+        """Send one command with whatever else gathers. The future raises `RelayUnavailable`."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._ask(partial(_settle, future), command)
         return future
 
-    def append(self, key: str, channel: str, payload: bytes, lifetime: float) -> asyncio.Future[Any]:
-        """Add `payload` to the list `key` and tell `channel`, in one round trip; resolves when both are done."""
-        self.command("RPUSH", key, payload)
-        self.command("EXPIRE", key, int(lifetime))
-        return self.command("PUBLISH", channel, self.origin.encode() + payload)
+    def append(self, key: str, channel: str, payload: bytes, lifetime: int, answered: Answered) -> None:
+        """Add `payload` to the list `key` and tell `channel`, in one round trip; called back when both are done.
+
+        lifetime: seconds from now after which Redis forgets the list; 0 leaves that as it is.
+        """
+        self._ask(_ignore, ("RPUSH", key, payload))
+        if lifetime:
+            self._ask(_ignore, ("EXPIRE", key, lifetime))
+        self._ask(answered, ("PUBLISH", channel, self.origin.encode() + payload))
+
+    def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
+        if self._wire is None or not self._wire.writable:
+            answered(RelayUnavailable("Redis is away"))
+            return
+        self._commands.append(hiredis.pack_command(command))
+        self._waiting.append(answered)
+        self.gather.wake()
 
     def _flush(self) -> None:
-        commands, self._commands = self._commands, []
-        self._flushed_at = asyncio.get_running_loop().time()
+        if not self._commands:
+            return
+        data, waiting = b"".join(self._commands), self._waiting
+        self._commands, self._waiting = [], []
         if self._wire is None:
-            for _, future in commands:
-                _settle(future, RelayUnavailable("Redis is away"))
+            for answered in waiting:
+                _guarded(answered, RelayUnavailable("Redis is away"))
         else:
-            self._wire.write(b"".join(data for data, _ in commands), [future for _, future in commands])
+            self._wire.write(data, waiting)
 
     # -- the two connections
 

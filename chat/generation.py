@@ -199,6 +199,7 @@ class Generation:
     async def _launched(self, turn: Turn, limits: Limits, reserved: int) -> None:
         writer = await self.relay.write(turn.session, turn.id)
         running = self.running[turn.id] = Running(turn, writer)
+        writer.sure = lambda: self._awake() and not running.fenced
         writer.fence = lambda: self._still_ours(running)
         writer.ending = lambda seq: self._store_end(running, seq)
         for message in self.relay.mask.messages(turn.session, list(turn.rows)):
@@ -440,10 +441,14 @@ class Generation:
         return not running.fenced
 
     async def _watch(self) -> None:
+        self._awake()
+
+    def _awake(self) -> bool:
         """Notice a freeze. A clock of its own: that storage answers late is no sign of having slept."""
         now = time.monotonic()
         self._slept = self._slept or now - self._awake_at > self.settings.lease
         self._awake_at = now
+        return not self._slept
 
     # -- what beats
 

@@ -23,13 +23,13 @@ import msgspec
 from broadcaster import Broadcast
 
 from . import sessions, turns
-from .bus import GAP, RedisBus, RelayUnavailable
+from .bus import GAP, Gather, RedisBus, RelayUnavailable
 from .database import Database, Row, StorageUnavailable
 from .errors import ChatError
 from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
 from .sessions import Mask, Session
 from .settings import Settings
-from .writer import Pace, Writer, log_key
+from .writer import Pace, Patience, Writer, log_key
 
 log = logging.getLogger("parley.relay")
 
@@ -366,6 +366,8 @@ class Relay:
         self.on_stop: Any = lambda turn_id: None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._channel = f"parley:worker:{worker}"
+        self._gather = Gather(settings.publish_every) if bus is None else bus.gather
+        self._patience = Patience(settings.relay_ack)
         self._echo: asyncio.Task[None] | None = None
         if bus is not None:
             bus.on_return = self._resend
@@ -619,7 +621,9 @@ class Relay:
             except BaseException:
                 room.writing -= 1
                 raise
-            writer = self.writers[turn_id] = Writer(turn_log, room.channel, self.bus, pace, room.notify)
+            writer = self.writers[turn_id] = Writer(
+                turn_log, room.channel, self.bus, pace, room.notify, self._gather, self._patience
+            )
         return writer
 
     def give_up(self, session_id: str, writer: Writer) -> None:

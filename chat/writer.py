@@ -1,8 +1,9 @@
 """The one writer of a running turn: numbers its events, sends them to Redis, shows them to readers here.
 
-Text gathers while one publish is in flight and leaves with the next: an idle system forwards each token at once, a
-loaded one larger pieces. With Redis a piece is shown when Redis has it, so that text a reader saw outlives this
-process; a Redis that does not answer within `ack` seconds costs the other workers' readers time, not ours.
+Text gathers while one publish is in flight and leaves with the next, in one write with what other turns have to say:
+an idle system forwards each token at once, a loaded one larger pieces, and no task is woken for it. With Redis a piece
+is shown when Redis has it, so that text a reader saw outlives this process; a Redis that does not answer within `ack`
+seconds costs the other workers' readers time, not ours.
 In a blind battle both sides start together and leave in pieces of one size at one pace, whatever the models do.
 """
 
@@ -12,11 +13,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from .bus import RedisBus
+from .bus import Gather, RedisBus
 from .events import Entry, Said, TurnLog, completed, created, encode
 
 SKIP = 1000  # more events than a writer that is thought dead can have sent after it was last heard of
@@ -32,18 +34,57 @@ class Pace:
     kept: float
 
 
+class Patience:
+    """Tells writers that Redis has kept them waiting for `ack` seconds: one timer for all, not one a token."""
+
+    def __init__(self, ack: float) -> None:
+        self._ack = ack
+        self._since: dict[Writer, float] = {}  # who waits, the longest first
+        self._timed = False
+
+    def begin(self, writer: Writer) -> None:
+        loop = asyncio.get_running_loop()
+        self._since[writer] = loop.time()
+        if not self._timed:
+            self._timed = True
+            loop.call_later(self._ack, self._look)
+
+    def end(self, writer: Writer) -> None:
+        self._since.pop(writer, None)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        late = loop.time() - self._ack + 0.001
+        for writer in [each for each, since in self._since.items() if since <= late]:
+            self.end(writer)
+            writer.late()
+        self._timed = bool(self._since)
+        if self._timed:
+            loop.call_at(next(iter(self._since.values())) + self._ack, self._look)
+
+
 class Writer:
     """Writes one turn's log. `run` ends when the last event is shown; only its owner's tasks may call it."""
 
     def __init__(
-        self, log: TurnLog, channel: str, bus: RedisBus | None, pace: Pace, notify: Callable[[], None]
+        self,
+        log: TurnLog,
+        channel: str,
+        bus: RedisBus | None,
+        pace: Pace,
+        notify: Callable[[], None],
+        gather: Gather,
+        patience: Patience,
     ) -> None:
         self.log = log
+        self.sure: Callable[[], bool] = lambda: True  # False: ask `fence` before saying more
         self.fence: Callable[[], Awaitable[bool]] | None = None  # False: the turn was taken from us, say nothing more
         self.ending: Callable[[int], Awaitable[bool]] | None = None  # asked before the end, with its number; likewise
         self._channel = channel
         self._bus = bus
         self._pace = pace
+        self._gather = gather
+        self._patience = patience
         self.notify = notify
         self._wake = asyncio.Event()
         self._shown = asyncio.Event()
@@ -60,7 +101,10 @@ class Writer:
         self._done = False
         self.stored = False  # whether storage has the end; until then this log alone knows how the turn ended
         self._acked = -1  # the last event Redis is known to have
-        self._sending: asyncio.Future[Any] | None = None
+        self._gathered = False  # we are called soon to say what there is
+        self._flying = False  # a batch is on its way to Redis and back
+        self._waiting = False  # … and is to be shown when it is back
+        self._renewed = 0.0  # monotonic: when Redis was told how long to keep the log
         self._sent_at = 0.0
 
     # -- what generation says
@@ -71,7 +115,7 @@ class Writer:
     def say(self, participant: str, message_id: str, text: str) -> None:
         key = (participant, message_id)
         self._texts[key] = self._texts.get(key, "") + text
-        self._wake.set()
+        self._hurry()
 
     def complete(self, message: dict[str, Any]) -> None:
         """The reply has ended so; said after all of its text."""
@@ -114,26 +158,54 @@ class Writer:
 
     # -- how it leaves
 
+    def _hurry(self) -> None:
+        """Have what was said leave: with what gathers, or in a blind battle at the next tick."""
+        if self._pace.tick:
+            self._wake.set()
+        elif not (self._gathered or self._waiting):
+            self._gathered = True
+            self._gather.soon(self._speak)
+
+    def _speak(self) -> None:
+        """Say the text there is; all that is not only text is `run`'s."""
+        self._gathered = False
+        if self._waiting or self._gone:
+            return
+        if self._bodies or self._done or self._skip or not self.sure():
+            self._wake.set()
+        elif self._texts:
+            self._leave(self._take())
+
     async def run(self) -> None:
-        """Number, send and show until the end is shown."""
-        while not self.log.ended:
+        """Say beginnings, endings and what a blind battle says, until the end is shown."""
+        while not (self.log.ended or self._gone):
             await self._wake.wait()
             self._wake.clear()
             await self._wait_for_tick()
             if self.fence is not None and not await self.fence():
                 return
+            await self._landed()
             entries = self._take()
             ends = bool(entries) and entries[-1].kind == "end"
             if ends and self.ending is not None and not await self.ending(entries[-1].seq):
                 return
             if entries:
-                self.log.append(entries)
-                await self._send()
-                if self._gone:
-                    return
-                self.show()
+                self._leave(entries)
+                await self._landed()
             if self._texts or self._bodies:
                 self._wake.set()
+
+    def _leave(self, entries: list[Entry]) -> None:
+        """Send numbered events, or show them where nothing waits for Redis."""
+        self.log.append(entries)
+        if not self.send():
+            self.show()
+
+    async def _landed(self) -> None:
+        """Wait until what is on its way is shown."""
+        while self._waiting and not self._gone:
+            self._shown.clear()
+            await self._shown.wait()
 
     def show(self) -> None:
         if self.log.show():
@@ -215,29 +287,21 @@ class Writer:
 
     # -- Redis
 
-    async def _send(self) -> None:
-        """Send what Redis lacks and wait for its answer a moment. While an earlier batch hangs nothing waits."""
-        sending = self.send()
-        if sending is None:
-            return
-        loop = asyncio.get_running_loop()
-        enough: asyncio.Future[None] = loop.create_future()  # a third of the cost of asyncio.wait
-        timer = loop.call_later(self._pace.ack, _resolve, enough)
-        sending.add_done_callback(lambda _: _resolve(enough))
-        await enough
-        timer.cancel()
-
-    def send(self) -> asyncio.Future[Any] | None:
-        """Send everything not acknowledged yet, unless a batch is under way already."""
-        if self._bus is None or (self._sending is not None and not self._sending.done()):
-            return None
+    def send(self) -> bool:
+        """Send everything Redis may lack, unless a batch is under way. Whether showing waits for the answer."""
+        if self._bus is None or self._flying:
+            return False
         missing = self.log.entries[self._first_missing() :]
         if not missing:
-            return None
-        payload = encode(Said(self.log.id, missing))
-        self._sending = self._bus.append(log_key(self.log.id), self._channel, payload, self._pace.kept * 2)
-        self._sending.add_done_callback(lambda future: self._answered(future, missing[-1].seq))
-        return self._sending
+            return False
+        lifetime, now = 0, time.monotonic()
+        if self.log.closed or now - self._renewed > self._pace.kept / 2:
+            lifetime, self._renewed = int(self._pace.kept * 2), now
+        self._flying = self._waiting = True
+        self._patience.begin(self)
+        payload, answered = encode(Said(self.log.id, missing)), partial(self._answered, missing[-1].seq)
+        self._bus.append(log_key(self.log.id), self._channel, payload, lifetime, answered)
+        return self._waiting
 
     def _first_missing(self) -> int:
         place = len(self.log.entries)
@@ -245,23 +309,33 @@ class Writer:
             place -= 1
         return place
 
-    def _answered(self, future: asyncio.Future[Any], seq: int) -> None:
-        if future.cancelled() or future.exception() is not None:
+    def _answered(self, seq: int, answer: Any) -> None:
+        self._patience.end(self)
+        self._flying = False
+        if isinstance(answer, Exception):
+            self.late()
             return
         self._acked = max(self._acked, seq)
+        self.late()
         if self._acked < self.log.last and self.log.shown == self.log.last:
             self.send()  # what was said while Redis hung; nothing else may come to carry it
 
+    def late(self) -> None:
+        """Show what is on its way: Redis has it, or takes too long."""
+        if not self._waiting:
+            return
+        self._waiting = False
+        if self._gone:
+            self._shown.set()
+            return
+        self.show()
+        if self._texts:
+            self._hurry()
+
     def resend(self) -> None:
         """Redis is back, perhaps empty: say everything again, readers drop what they know."""
-        self._acked = -1
-        self._sending = None
+        self._acked, self._renewed = -1, 0.0
         self.send()
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _moved(entries: list[Entry], by: int) -> list[Entry]:

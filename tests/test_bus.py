@@ -65,7 +65,9 @@ async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
         ours.subscribe("echo") as here,
         theirs.subscribe("echo") as there,
     ):
-        await bus.append("parley:turn:echo", "echo", b'["turn"]', 60)
+        done = asyncio.get_running_loop().create_future()
+        bus.append("parley:turn:echo", "echo", b'["turn"]', 60, done.set_result)
+        await done
         await ours.publish("echo", "for all")
         async with asyncio.timeout(2):
             assert [(await there.get()).message for _ in range(2)] == ['aaaaaaaa["turn"]', "for all"]

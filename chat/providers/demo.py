@@ -90,6 +90,7 @@ class Script(msgspec.Struct, frozen=True):
     tokens: Iterable[str]
     pace: float
     error: ProviderError | None = None
+    timed: bool = False  # a token `⟨3⟩` is said `⟨3:<µs of the monotonic clock as it leaves>⟩`
     ending: str = "finish"  # or "truncate": just stop; or "silence": say nothing until the listener gives up
 
 
@@ -109,6 +110,8 @@ class Demo:
             # by the clock from the start: the time a token takes to leave would otherwise slow the next ones down
             due = started + count * script.pace - clock()
             await _pass(max(0.0, due), limits.idle_timeout)
+            if script.timed:
+                token = token.replace("⟩", f":{time.monotonic_ns() // 1000}⟩")
             yield Delta(token)
             count += 1
         else:
@@ -178,9 +181,8 @@ def _count(model: Model, argument: str) -> Script:
     number, rest = _number(argument, 100)
     count, (rate, rest) = int(number), _number(rest, 0)
     filler = "·" * int(_number(rest, 0)[0])
-    timed = (f"⟨{n}:{time.monotonic_ns() // 1000}⟩{filler}" + " " * (n < count - 1) for n in range(count))
-    plain = (f"⟨{n}⟩" + " " * (n < count - 1) for n in range(count))
-    return Script(timed if rate else plain, 1 / rate if rate else model.pace)
+    tokens = (f"⟨{n}⟩{filler}" + " " * (n < count - 1) for n in range(count))
+    return Script(tokens, 1 / rate if rate else model.pace, timed=rate > 0)
 
 
 def _echo(model: Model, argument: str) -> Script:
