@@ -71,7 +71,10 @@ def talking(
 ) -> Iterator[Service]:
     """A service whose models are the vendors; neither their words nor its key may turn up in its log."""
     environment = CLOSED | store(request.param, request, tmp_path_factory.mktemp("talking"))
-    environment |= {"PARLEY_MODELS": json.dumps(models(vendors)), "VENDOR_KEY": KEY, "PARLEY_PACE": "0.01"}
+    alpha, beta = models(vendors)
+    failing = [alpha | {"id": f"fake-{mode}", "model_code": f"fake-{mode}"} for mode in SIDES]
+    offered = json.dumps([alpha, beta, *failing])
+    environment |= {"PARLEY_MODELS": offered, "VENDOR_KEY": KEY, "PARLEY_PACE": "0.01"}
     with Service(environment, workers=1 if request.param == "sqlite" else 2) as running:
         yield running
         log = running.log()
@@ -272,22 +275,39 @@ async def test_the_history_is_what_was_said(talk: Talk, api: str) -> None:
     assert second.key == KEY and second.body["max_tokens"] == 2048
 
 
-SIDES = [  # how side a fails; side b answers a hundred tokens
-    "rst",
-    "stall",
-    "no-header",
-    "500",
-    "garbage",
-    "clean-eof",
-]
+SIDES = ["rst", "stall", "no-header", "500", "garbage", "clean-eof"]  # how one side fails; the other has much to say
+
+
+async def one_side_fails(talk: Talk) -> None:
+    """Both sides end, each with its own status, on both readers; the vote may be cast."""
+    try:
+        replies = await talk.ask("tokens:100 pace:0.015 id:m")
+        by_status = {row["status"]: row for row in replies}
+        assert set(by_status) == {"success", "failed"}, talk.journal.story()
+        assert by_status["success"]["content"] == "".join(f"⟨m:{n}⟩ " for n in range(100))
+        assert by_status["failed"]["failure_reason"] in {CUT, GARBLED, AWAY, "provider_timeout"}
+        for reader in talk.readers:
+            assert [m.terminals for m in reader.view.messages.values() if m.role == "assistant"] == [1, 1]
+        await talk.check()
+        vote = {"session_id": talk.session, "message_id": replies[0]["id"], "feedback_type": "preference"}
+        answer = await call(talk.service.url, "POST", "/api/feedback/", talk.token, json=vote | {"preference": "tie"})
+        assert answer.status_code in (201, 409), answer.text
+    finally:
+        await talk.close()
 
 
 @pytest.mark.parametrize("mode", SIDES)
-@pytest.mark.parametrize("game", ["compare", "random"])
-async def test_one_side_of_an_arena_fails_and_the_other_goes_on(
-    talking: Service, vendors: Vendors, request: pytest.FixtureRequest, game: str, mode: str, tmp_path: Any
+async def test_one_side_of_a_comparison_fails_and_the_other_goes_on(talk: Talk, mode: str) -> None:
+    """The model misbehaves by its name."""
+    await talk.open(mode="compare", model_a_id=f"fake-{mode}", model_b_id="beta")
+    await one_side_fails(talk)
+
+
+@pytest.mark.parametrize("mode", ["rst", "stall", "500"])
+async def test_one_side_of_a_blind_battle_fails_and_the_other_goes_on(
+    vendors: Vendors, talking: Service, request: pytest.FixtureRequest, mode: str, tmp_path: Any
 ) -> None:
-    """Alpha misbehaves by its name, beta answers: both end, each with its own status, and the vote may be cast."""
+    """On a service that has these two models alone; the survivor does not wait for the one that stalled."""
     offered = models(vendors)
     offered[0]["model_code"] = f"fake-{mode}"
     kind = next(name for name in STORES if name in request.node.callspec.params.values())
@@ -295,22 +315,8 @@ async def test_one_side_of_an_arena_fails_and_the_other_goes_on(
     environment |= {"PARLEY_MODELS": json.dumps(offered), "VENDOR_KEY": KEY, "PARLEY_PACE": "0.01"}
     async with Service(environment) as service:
         talk = Talk(service, vendors)
-        wish = {"model_a_id": "alpha", "model_b_id": "beta"} if game == "compare" else {}
-        await talk.open(mode=game, **wish)
-        try:
-            replies = await talk.ask("tokens:100 pace:0.015 id:m")
-            by_status = {row["status"]: row for row in replies}
-            assert set(by_status) == {"success", "failed"}, talk.journal.story()
-            assert by_status["success"]["content"] == "".join(f"⟨m:{n}⟩ " for n in range(100))
-            assert by_status["failed"]["failure_reason"] in {CUT, GARBLED, AWAY, "provider_timeout"}
-            for reader in talk.readers:
-                assert [m.terminals for m in reader.view.messages.values() if m.role == "assistant"] == [1, 1]
-            await talk.check()
-            vote = {"session_id": talk.session, "message_id": replies[0]["id"], "feedback_type": "preference"}
-            answer = await call(service.url, "POST", "/api/feedback/", talk.token, json=vote | {"preference": "tie"})
-            assert answer.status_code in (201, 409), answer.text
-        finally:
-            await talk.close()
+        await talk.open(mode="random")
+        await one_side_fails(talk)
 
 
 async def test_the_same_answer_in_every_dialect(talking: Service, vendors: Vendors) -> None:
