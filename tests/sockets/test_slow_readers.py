@@ -31,10 +31,10 @@ RATE = 15_000  # bytes a second: a plain uvicorn's buffer takes longer than the 
 
 @pytest.fixture(scope="module", params=["serve", "uvicorn"])
 def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Models that never pause, readers that are given up quickly; pings as in production, where they find the dead."""
+    """Models of a thousand tokens a second, readers that are given up quickly; pings as in production, where they find the dead."""
     environment = ENVIRONMENT | store("sqlite", request, tmp_path_factory.mktemp("fast"))
     environment |= {
-        "PARLEY_MODELS": offer(0),
+        "PARLEY_MODELS": offer(0.0005),
         "PARLEY_SEND_TIMEOUT": str(SEND_TIMEOUT),
         "PARLEY_TCP_USER_TIMEOUT": str(KERNEL_TIMEOUT),
         "PARLEY_PING_INTERVAL": "20",
@@ -77,12 +77,12 @@ async def _slow(fast: Service, journal: Journal, mode: str, sides: int) -> None:
         ):
             proxy.limit(RATE)
             before = proxy.bytes_to_client
-            await quick.say(f"/count {NUMBER // sides}")
+            await quick.say(f"/count {NUMBER}")
             await quick.turn_ended()
             await slow.until(lambda: proxy.bytes_to_client > before + 4 * RATE, 20, "four seconds of text")
             proxy.ok()
             await slow.turn_ended()
-            assert quick.view.texts() == slow.view.texts() == [counted(NUMBER // sides)] * sides
+            assert quick.view.texts() == slow.view.texts() == [counted(NUMBER)] * sides
             assert slow.codes == []
     assert len(_spans(journal, slow_name)) < NUMBER / 2, journal.story()
 
