@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import httpx
 import pytest
 
 import routes
 from tests.conftest import CLOSED, STORES, store
+from tests.harness import until
 from tests.harness.api import call, guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
@@ -210,6 +212,29 @@ async def test_ratings_and_reports_are_kept_per_reply(arena: Service) -> None:
     rows = await messages(arena.url, someone.access, session_id)
     kept = {row["participant"]: row for row in rows}["a"]
     assert kept["has_feedback"] and kept["feedback"]["rating"] == 5
+
+
+async def test_a_load_test_that_drops_every_stream_gets_every_answer(arena: Service) -> None:
+    """What the arena's own does: a random session, ids of both models, a message, gone right after the headers."""
+    people = await asyncio.gather(*[guest(arena.url) for _ in range(20)])
+
+    async def visit(token: str) -> tuple[str, str]:
+        session = await new_session(arena.url, token, mode="random")
+        assert session["model_a"]["id"] and session["model_b"]["id"]
+        body = {"session_id": session["id"], "content": "/count 40"}
+        headers = {"Authorization": f"Bearer {token}"}
+        async with httpx.AsyncClient(base_url=arena.urls[-1], headers=headers, timeout=20) as client:
+            async with client.stream("POST", "/api/messages/stream/", json=body) as response:
+                assert response.status_code == 200
+        return token, session["id"]
+
+    async def answered(token: str, session_id: str) -> bool:
+        replies = [row for row in await messages(arena.url, token, session_id) if row["role"] == "assistant"]
+        return [row["status"] for row in replies] == ["success"] * 2 and all(row["content"] for row in replies)
+
+    visits = await asyncio.gather(*[visit(each.access) for each in people])
+    for token, session_id in visits:
+        await until(lambda t=token, s=session_id: answered(t, s), 20, "both answers")
 
 
 async def test_sides_are_shuffled(arena: Service) -> None:

@@ -1,0 +1,91 @@
+"""Who meets whom: drawn by need and doubt, never a model that is failing, the same under the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from chat.errors import ChatError
+from chat.ratings import Rating
+from chat.settings import Model
+from chat.votes import Standing, draw, names_itself, pick
+
+MODELS = ["ant", "bee", "cat", "dog"]
+DRAWS = 6000
+
+
+def rating(name: str, battles: int, lower: float | None = None, upper: float | None = None) -> Rating:
+    middle = None if lower is None or upper is None else (lower + upper) / 2
+    return Rating(name, middle, lower, upper, 1, battles, 0, 0, 0, 0, 0.0, True)
+
+
+def shares(*ratings: Rating) -> dict[frozenset[str], float]:
+    """How often each pair is drawn."""
+    dice, rated = random.Random(7), {each.model: each for each in ratings}
+    drawn = Counter(frozenset(pick(MODELS, rated, dice)) for _ in range(DRAWS))
+    return {pair: number / DRAWS for pair, number in drawn.items()}
+
+
+def test_unknown_models_all_meet_alike() -> None:
+    found = shares()
+    assert len(found) == 6
+    assert all(abs(share - 1 / 6) < 0.02 for share in found.values())
+
+
+def test_sides_are_shuffled_after_the_draw() -> None:
+    dice = random.Random(7)
+    firsts = Counter(pick(["ant", "bee"], {}, dice)[0] for _ in range(DRAWS))
+    assert abs(firsts["ant"] / DRAWS - 0.5) < 0.02
+
+
+def test_a_new_model_meets_others_more_often() -> None:
+    """Weights 1/√(1 + n): with 99 battles behind the others, a pair with the new one is ten times as likely."""
+    found = shares(*[rating(name, 99) for name in MODELS[1:]])
+    new = sum(share for pair, share in found.items() if "ant" in pair)
+    assert abs(new - 30 / 33) < 0.02
+
+
+def test_pairs_nobody_can_tell_apart_meet_twice_as_often() -> None:
+    apart = [rating(name, 50, at, at + 50) for name, at in zip(MODELS, (900, 920, 1100, 1300), strict=True)]
+    found = shares(*apart)
+    assert abs(found[frozenset({"ant", "bee"})] - 2 / 7) < 0.02
+    assert abs(found[frozenset({"cat", "dog"})] - 1 / 7) < 0.02
+
+
+def test_the_same_seed_draws_the_same_battles() -> None:
+    first, second = random.Random(42), random.Random(42)
+    assert [draw(MODELS, [], [], first) for _ in range(50)] == [draw(MODELS[::-1], [], [], second) for _ in range(50)]
+
+
+def test_a_failing_model_is_not_drawn_while_two_others_are_well() -> None:
+    dice = random.Random(7)
+    drawn = {name for _ in range(200) for name in draw(MODELS, ["ant", "bee"], [], dice)}
+    assert drawn == {"cat", "dog"}
+    drawn = {name for _ in range(200) for name in draw(MODELS, ["ant", "bee", "cat"], [], dice)}
+    assert drawn == set(MODELS)  # one alone is no battle: better a model that may fail than none
+
+
+def test_a_battle_needs_two_models() -> None:
+    with pytest.raises(ChatError) as refused:
+        draw(["ant"], [], [Standing(rating("ant", 3), 0.0)], random.Random(7))
+    assert refused.value.code == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("I am Gnat Prime and glad to help.", True),
+        ("I'm GPT-4, a model by OpenAI.", True),
+        ("As a large model trained by Anthropic, I cannot.", True),
+        ("I was MADE BY insectia.", True),
+        ("Gnats are made by nature; insects abound.", False),
+        ("OpenAI and Anthropic publish papers.", False),
+        ("I am gnatprimer than you.", False),
+        ("", False),
+    ],
+)
+def test_an_answer_that_names_its_model_or_maker_is_known(text: str, named: bool) -> None:
+    offered = Model(id="gnat", provider="openai_chat", vendor="Insectia", display_name="Gnat Prime", model_code="gp-1")
+    assert names_itself(text, offered) is named
