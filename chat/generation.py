@@ -298,6 +298,8 @@ class Generation:
         try:
             async with asyncio.timeout(self.settings.reply_timeout):
                 await self._stream(running, reply, self._prompt(reply, history), limits, result, started)
+            running.writer.over(reply["id"], result.status)
+            await running.writer.spoken(reply["id"])  # a blind battle says it slower than it came, and may be stopped
         except ProviderError as problem:
             result.status, result.reason = "failed", problem.code
         except TimeoutError:
@@ -311,6 +313,8 @@ class Generation:
             result.status, result.reason = "failed", "internal"
         if running.fenced:
             return
+        # It has ended: who ends the turn early from here on must not cancel the writing down.
+        running.streams = [each for each in running.streams if each is not asyncio.current_task()]
         await self._finish(running, reply, result, time.monotonic() - started)
 
     async def _stream(
@@ -420,7 +424,7 @@ class Generation:
         running.stop = running.stop or why
         for stream in running.streams:
             stream.cancel()
-        running.streams = []  # a second stop must not cancel the writing down of the first
+        running.streams = []
 
     def _fence(self, running: Running) -> None:
         """Somebody else owns the turn now: say and write nothing more of it, and hear what the new owner says."""
