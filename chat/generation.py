@@ -78,6 +78,7 @@ class Generation:
         self.limits = limits
         self.worker = worker
         self.running: dict[str, Running] = {}
+        self._launching: set[str] = set()  # turns of ours that are stored and wait for their room
         self.draining = False
         self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
@@ -197,8 +198,12 @@ class Generation:
         await asyncio.shield(launched)
 
     async def _launched(self, turn: Turn, limits: Limits, reserved: int) -> None:
-        writer = await self.relay.write(turn.session, turn.id)
-        running = self.running[turn.id] = Running(turn, writer)
+        self._launching.add(turn.id)  # a room waits for Redis; nobody here may think meanwhile that it was forgotten
+        try:
+            writer = await self.relay.write(turn.session, turn.id)
+            running = self.running[turn.id] = Running(turn, writer)
+        finally:
+            self._launching.discard(turn.id)
         writer.sure = lambda: self._awake() and not running.fenced
         writer.fence = lambda: self._still_ours(running)
         writer.ending = lambda seq: self._store_end(running, seq)
@@ -471,7 +476,7 @@ class Generation:
             elif turn_id in owned and owned[turn_id]["stop_requested"]:
                 self._end_early(running, "stopped")
         # A turn whose insertion outlasted its caller's patience is ours, and nobody answers it.
-        strangers = owned.keys() - known - self.running.keys()
+        strangers = owned.keys() - known - self.running.keys() - self._launching
         for turn_id in strangers & self._strangers:
             self.spawn(self._end_orphan(owned[turn_id]))
         self._strangers = strangers
@@ -506,7 +511,7 @@ class Generation:
         if self.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
-            if row["id"] in self.running:
+            if row["id"] in self.running or row["id"] in self._launching:
                 continue  # our own, not renewed in time: now it is
             self.relay.count("taken_over")
             log.warning("turn %s: its worker is gone, ending it", row["id"])

@@ -455,9 +455,13 @@ class Relay:
 
     async def _leave(self, room: Room) -> None:
         async with self._lock(room.session_id):
-            if not room.followers and not room.writing and self.rooms.get(room.session_id) is room:
-                del self.rooms[room.session_id]
-                await room.close()
+            await self._close_empty(room)
+
+    async def _close_empty(self, room: Room) -> None:
+        """Close the room if nobody is in it. Call under its session's lock."""
+        if not room.followers and not room.writing and self.rooms.get(room.session_id) is room:
+            del self.rooms[room.session_id]
+            await room.close()
 
     async def join(self, session_id: str, dialect: Dialect, account_id: str = "") -> Follower:
         """Follow a session from its running turn's start, or from what comes next. Leave with `leave`."""
@@ -620,6 +624,7 @@ class Relay:
                     room.add(turn_log)
             except BaseException:
                 room.writing -= 1
+                await self._close_empty(room)
                 raise
             writer = self.writers[turn_id] = Writer(
                 turn_log, room.channel, self.bus, pace, room.notify, self._gather, self._patience
