@@ -83,8 +83,8 @@ class Generation:
         self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._awake_at = time.monotonic()
-        self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
+        self._awake_at = self._renewed_at = time.monotonic()
+        self._slept = False  # this process was frozen until after its lease: its turns may be someone else's
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         self._orphans: set[str] = set()  # turns that are being ended for somebody else
@@ -97,7 +97,7 @@ class Generation:
         self.spawn(self._forever(self._renew, self.settings.lease_renew))
         self.spawn(self._forever(self._sweep, self.settings.sweep_every))
         self.spawn(self._forever(self.relay.beat, 1.0))
-        self.spawn(self._forever(self._watch, self.settings.lease_renew))
+        self.spawn(self._forever(self._watch, self.settings.lease_renew / 2))
         self.spawn(self._forever(self.limits.beat, 5.0))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -442,7 +442,7 @@ class Generation:
         self.relay.give_up(running.turn.session.id, running.writer)
 
     async def _still_ours(self, running: Running) -> bool:
-        """Cheap while this process was awake; after a freeze longer than the lease it asks the database."""
+        """Cheap while this process was awake; after a freeze that outlasted the lease it asks the database."""
         await self._watch()
         if self._slept and not running.fenced:
             with contextlib.suppress(StorageUnavailable):  # nobody else can have taken it then
@@ -453,9 +453,13 @@ class Generation:
         self._awake()
 
     def _awake(self) -> bool:
-        """Notice a freeze. A clock of its own: that storage answers late is no sign of having slept."""
+        """Notice a freeze in which the lease ran out: it does from the last renewal, not from when we fell asleep.
+
+        A clock of its own: that storage answers late is no sign of having slept.
+        """
         now = time.monotonic()
-        self._slept = self._slept or now - self._awake_at > self.settings.lease
+        frozen = now - self._awake_at > self.settings.lease_renew
+        self._slept = self._slept or (frozen and now - self._renewed_at > self.settings.lease)
         self._awake_at = now
         return not self._slept
 
@@ -463,12 +467,11 @@ class Generation:
 
     async def _renew(self) -> None:
         known = set(self.running)
-        try:
-            await self.database.set_clock()
-            owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
-        finally:
-            self._awake_at = time.monotonic()
-        self._slept = False  # this process was frozen for a lease or longer: its turns may be someone else's
+        await self.database.set_clock()
+        asked = time.monotonic()
+        owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
+        self._renewed_at = asked
+        self._slept = time.monotonic() - asked > self.settings.lease  # frozen before we read this, say
         for turn_id in known & self.running.keys():
             running = self.running[turn_id]
             if turn_id not in owned and not running.ending and not running.writer.log.ended:
