@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 from contextlib import AsyncExitStack
@@ -106,6 +107,7 @@ def _metrics(relay: Relay, generation: Generation) -> Metrics:
             "chat_rooms": ("Sessions somebody follows or writes here", lambda: len(relay.rooms)),
             "chat_turns_running": ("Turns this worker answers", lambda: len(generation.running)),
             "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
+            "asyncio_tasks": ("Tasks of the event loop", lambda: len(asyncio.all_tasks())),
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.lag),
         },
     )

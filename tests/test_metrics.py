@@ -23,7 +23,7 @@ async def test_metrics_are_for_the_operator(tmp_path: Path) -> None:
     assert f'gen_ai_client_operation_duration_seconds_count{{error_type="",{model}}} 1.0' in text
     assert f'gen_ai_client_operation_duration_seconds_count{{error_type="provider_unavailable",{model}}} 1.0' in text
     assert f'gen_ai_client_token_usage_total{{{model},gen_ai_token_type="output"}} 5.0' in text
-    assert "chat_turns_running 0.0" in text and "event_loop_lag_seconds" in text
+    assert "chat_turns_running 0.0" in text and "event_loop_lag_seconds" in text and "asyncio_tasks" in text
 
 
 async def test_without_a_token_there_are_no_metrics(tmp_path: Path) -> None:
