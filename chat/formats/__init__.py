@@ -42,8 +42,18 @@ class EventStream(Format):
         return [b"".join(_sse(log.id, entry) for entry in entries)]
 
 
+LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+
+def _one_line(data: bytes) -> bytes:
+    """JSON for clients that read lines: many (Python's `splitlines`, httpx) also end them at what JSON may hold."""
+    for plain, escaped in LINE_ENDS:
+        data = data.replace(plain, escaped)
+    return data
+
+
 def _sse(turn_id: str, entry: Entry) -> bytes:
-    data = entry_json(turn_id, entry)
+    data = _one_line(entry_json(turn_id, entry))
     kind = data[9 : data.index(b'"', 9)]  # {"type":"<kind>"
     return b"id: %b.%d\nevent: %b\ndata: %b\n\n" % (turn_id.encode(), entry.seq, kind, data)
 
@@ -53,7 +63,7 @@ class JsonLines(Format):
 
     @staticmethod
     def dialect(log: TurnLog, entries: list[Entry]) -> list[bytes]:
-        return [b"".join(entry_json(log.id, entry) + b"\n" for entry in entries)]
+        return [b"".join(_one_line(entry_json(log.id, entry)) + b"\n" for entry in entries)]
 
 
 class ArenaLines(Format):

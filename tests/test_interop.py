@@ -1,0 +1,293 @@
+"""Clients that other people wrote, unmodified: curl, httpx, websockets, Node's fetch and WebSocket, `ws`, `eventsource`.
+
+What they say is compared to the byte. Each is asked at its first token how far the service is with the answer: a client,
+or a proxy on the way, that gathers what it should pass on would have it whole by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import websockets.sync.client
+
+from tests.conftest import CLOSED, absent, store
+from tests.harness import until
+from tests.harness.api import ACCEPT, Guest, guest, messages, new_session, post_turn, short_body, unescape
+from tests.harness.proxy import Proxy
+from tests.harness.service import ROOT, Service
+from tests.harness.sse import SSEParser
+
+HERE = ROOT / "tests" / "interop"
+PACED = json.dumps([{"id": "calm", "provider": "demo", "personality": "scholar", "pace": 0.01}])
+
+if not all(map(shutil.which, ("curl", "node", "npm"))):
+    absent("the tests of other people's clients need curl, Node.js and npm (apt-get install curl nodejs npm)")
+
+
+@pytest.fixture(scope="module")
+def node() -> list[str]:
+    """The command that runs one of `clients.mjs`; its packages are installed once per change of their lock file."""
+    lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".installed"
+    if not stamp.exists() or stamp.read_text() != lock.read_text():
+        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
+        if done.returncode:
+            absent(f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}")
+        stamp.write_text(lock.read_text())
+    major = int(subprocess.run(["node", "--version"], capture_output=True, text=True).stdout[1:].split(".")[0])
+    return ["node", *(["--experimental-websocket"] if major < 22 else []), str(HERE / "clients.mjs")]
+
+
+@pytest.fixture(scope="module", params=["serve", "uvicorn"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Parley's own start, and uvicorn as its manual starts it, with compression offered to sockets."""
+    environment = CLOSED | store("sqlite", request, tmp_path_factory.mktemp("service")) | {"PARLEY_MODELS": PACED}
+    command = "-m uvicorn {app} --port {port}".split() if request.param == "uvicorn" else None
+    with Service(environment, server=request.param, command=command) as running:
+        yield running
+        log = running.log()
+    assert "Traceback" not in log, log[-6000:]
+
+
+def counted(number: int) -> str:
+    return " ".join(f"⟨{n}⟩" for n in range(number))
+
+
+async def home(base: str) -> tuple[Guest, dict[str, str]]:
+    """A guest with a session, and what their client has to know."""
+    someone = await guest(base)
+    session_id = (await new_session(base, someone.access))["id"]
+    socket = f"ws{base.removeprefix('http')}/ws/chat/session/{session_id}/"
+    return someone, {"base": base, "token": someone.access, "session": session_id, "socket": socket}
+
+
+async def progress(given: dict[str, str]) -> str:
+    """How far the service is with the session's answer."""
+    return (await messages(given["base"], given["token"], given["session"]))[-1]["status"]
+
+
+RUNNING = ("pending", "streaming")
+
+
+def arena_text(said: bytes) -> str:
+    """What the arena's lines say, which are that and nothing else; its clients end them at LF alone."""
+    *lines, end, rest = said.split(b"\n")
+    assert (end, rest) == (b'ad:{"finishReason":"stop"}', b"")
+    assert all(line.startswith(b'a0:"') and line.endswith(b'"') for line in lines)
+    return unescape(b"".join(line[4:-1] for line in lines).decode())
+
+
+@contextlib.asynccontextmanager
+async def output(*command: str) -> AsyncIterator[asyncio.StreamReader]:
+    """What a command prints, as it prints it; at the end it has gone, content."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        async with asyncio.timeout(20):
+            yield process.stdout
+            code = await process.wait()
+            assert code == 0, (await process.stderr.read()).decode()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def seen_by(command: list[str], client: str, **given: str) -> AsyncIterator[dict[str, Any]]:
+    async with output(*command, client, json.dumps(given)) as printed:
+        async for line in printed:
+            yield json.loads(line)
+
+
+# -- curl
+
+
+def curl(given: dict[str, str], accept: str, content: str) -> list[str]:
+    body = json.dumps(short_body(given["session"], content))
+    headers = [f"Authorization: Bearer {given['token']}", f"Accept: {accept}", "Content-Type: application/json"]
+    shown = [word for header in headers for word in ("-H", header)]
+    return ["curl", "-sS", "--noproxy", "*", "-N", f"{given['base']}/api/messages/stream/", *shown, "-d", body]
+
+
+@pytest.mark.parametrize("accept", ["lines", "ndjson", "sse", "text"])
+async def test_curl_prints_each_token_when_it_is_made(service: Service, accept: str) -> None:
+    _, given = await home(service.url)
+    pieces, first = [], None
+    async with output(*curl(given, ACCEPT[accept], "/count 120")) as printed:
+        while piece := await printed.read(65_536):
+            pieces.append(piece)
+            if first is None and "⟨0⟩".encode() in piece:
+                first = await progress(given)
+    assert (first in RUNNING, await progress(given)) == (True, "success")
+    assert len(pieces) > 20
+    said = b"".join(pieces).decode()
+    match accept:
+        case "lines":
+            assert arena_text(said.encode()) == counted(120)
+        case "text":
+            assert said == counted(120) + "\n"
+        case "sse":
+            assert said.startswith(": ok\nretry: 1000\n\nid: ") and said.endswith("event: done\ndata: {}\n\n")
+        case "ndjson":
+            assert [json.loads(line)["type"] for line in said.splitlines()][-1] == "turn_complete"
+
+
+async def test_curl_gets_the_first_bytes_before_there_is_a_token(service: Service) -> None:
+    """An event stream opens at once, so that no proxy's clock for the first byte runs out."""
+    _, given = await home(service.url)
+    async with output(*curl(given, ACCEPT["sse"], "/silent")) as printed:
+        assert await printed.readline() == b": ok\n"
+        assert await progress(given) in RUNNING
+        rest = await printed.read()
+    assert rest.endswith(b"event: done\ndata: {}\n\n")
+
+
+async def test_the_readme_s_curl_lines_work_as_they_stand(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    lines = re.findall(r"^curl .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 2
+    environment = store("sqlite", request, tmp_path_factory.mktemp("open"))
+    async with Service(environment, server="serve") as opened:
+        printed = []
+        for line in lines:
+            words = shlex.split(line.replace("localhost:8001", f"localhost:{opened.ports[0]}"))
+            async with output(*words[:1], "--noproxy", "*", *words[1:]) as said:
+                printed.append((await said.read()).decode())
+    assert json.loads(printed[0])["status"] == "healthy"
+    assert "demo model" in printed[1] and not printed[1].startswith(("{", "a0:"))
+
+
+# -- Python
+
+
+AWKWARD = 'back\\slash \\n "quotes" नमस्ते 👋🏽 line\nline\r\n a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg end'
+
+
+async def test_httpx_reads_lines_as_it_understands_them(service: Service) -> None:
+    """It also ends lines at U+2028 and its like, which JSON may hold as they are: they are escaped here."""
+    someone, given = await home(service.url)
+    headers = {"Authorization": f"Bearer {someone.access}"}
+    for accept in ("ndjson", "sse"):
+        async with (
+            httpx.AsyncClient(base_url=service.url, trust_env=False, headers=headers) as client,
+            client.stream(
+                "POST",
+                "/api/messages/stream/",
+                json=short_body(given["session"], f"/echo {AWKWARD}"),
+                headers={"Accept": ACCEPT[accept]},
+            ) as response,
+        ):
+            lines = [line.removeprefix("data: ") async for line in response.aiter_lines()]
+        events = [json.loads(line) for line in lines if line.startswith('{"type"')]
+        assert_whole_turn(events, AWKWARD)
+
+
+async def test_websockets_in_a_thread_talks_to_a_session(service: Service) -> None:
+    """Its simplest client, as a script would use it, with the compression it offers by default."""
+    someone, given = await home(service.url)
+
+    def talk() -> list[dict[str, Any]]:
+        headers = {"Authorization": f"Bearer {someone.access}"}
+        with websockets.sync.client.connect(given["socket"], additional_headers=headers, proxy=None) as socket:
+            socket.send(json.dumps({"type": "message", "content": "/count 40"}))
+            events = []
+            while not events or events[-1]["type"] != "turn_complete":
+                events.append(json.loads(socket.recv(timeout=10)))
+        return events
+
+    assert_whole_turn(await asyncio.to_thread(talk), counted(40))
+
+
+def assert_whole_turn(events: list[dict[str, Any]], text: str) -> None:
+    """Every numbered event once and in order, and the text they make."""
+    told = [event for event in events if "seq" in event]
+    numbers = [n for event in told for n in range(event.get("from_seq", event["seq"]), event["seq"] + 1)]
+    assert numbers == list(range(len(numbers)))
+    assert "".join(event["chunk"] for event in told if event["type"] == "message_chunk") == text
+    assert told[-2]["message"]["content"] == text and told[-1]["type"] == "turn_complete"
+
+
+# -- Node
+
+
+@pytest.mark.parametrize("accept", ["lines", "sse"])
+async def test_nodes_fetch_reads_to_the_byte(service: Service, node: list[str], accept: str) -> None:
+    """Of an answer that was streamed to it, it has the bytes that everyone gets."""
+    _, given = await home(service.url)
+    said, first = [], None
+    async for seen in seen_by(node, "fetch", accept=ACCEPT[accept], content="/count 120", **given):
+        if "status" in seen:
+            assert seen["status"] == 200
+            continue
+        said.append(base64.b64decode(seen["piece"]))
+        if first is None and "⟨0⟩".encode() in said[-1]:
+            first = await progress(given)
+    assert first in RUNNING and len(said) > 20
+    whole = b"".join(said)
+    if accept == "lines":
+        assert arena_text(whole) == counted(120)
+    else:
+        events = [json.loads(event.data) for event in SSEParser().feed(whole) if event.event != "done"]
+        assert_whole_turn(events, counted(120))
+
+
+async def test_nodes_fetch_reads_awkward_text_to_the_byte(service: Service, node: list[str]) -> None:
+    someone, given = await home(service.url)
+    given["content"] = f"/echo {AWKWARD}"
+    seen = [each async for each in seen_by(node, "fetch", accept=ACCEPT["lines"], **given)]
+    whole = b"".join(base64.b64decode(each["piece"]) for each in seen if "piece" in each)
+    assert arena_text(whole) == AWKWARD.replace("\r", "")
+    stored = await messages(service.url, someone.access, given["session"])
+    assert stored[-1]["content"] == AWKWARD
+
+
+@pytest.mark.parametrize("client", ["WebSocket", "ws"])
+async def test_nodes_sockets_talk_to_a_session(service: Service, node: list[str], client: str) -> None:
+    _, given = await home(service.url)
+    events, first = [], None
+    async for seen in seen_by(node, client, content="/count 120", **given):
+        events.append(seen)
+        if first is None and seen.get("type") == "message_chunk":
+            first = await progress(given)
+    end = events.pop()
+    assert first in RUNNING
+    assert end["closed"] == 1000 and end.get("protocol", "parley.v1") == "parley.v1"
+    assert [event["type"] for event in events[:2]] == ["connection_established", "session_state"]
+    assert_whole_turn(events, counted(120))
+
+
+async def test_the_eventsource_package_resumes_and_ends_by_itself(service: Service, node: list[str]) -> None:
+    """Cut off in the middle it asks with the id of its last event; having it all, it is told so and stops."""
+    someone, given = await home(service.url)
+    posting = asyncio.create_task(post_turn(service.url, someone.access, given["session"], "/count 100"))
+    events, asked, closed = [], [], False
+    async with Proxy.before(service.url) as proxy:
+        await until(lambda: messages(service.url, someone.access, given["session"]), what="the turn")
+        through = given | {"base": proxy.through(service.url)}
+        async for seen in seen_by(node, "eventsource", content="", **through):
+            if "asked" in seen:
+                asked.append(seen["asked"])
+            elif "kind" in seen and seen["kind"] != "done":
+                events.append(seen["event"])
+                assert seen["id"] == f"{seen['event']['turn_id']}.{seen['event']['seq']}"
+                if len(events) == 20:
+                    proxy.close_all()
+            closed = closed or "closed" in seen
+    assert closed and len(asked) == 3
+    assert asked[0] is None and asked[1] != asked[2]
+    assert asked[2] == f"{events[-1]['turn_id']}.{events[-1]['seq']}"
+    assert_whole_turn(events, counted(100))
+    assert (await posting).ended
