@@ -35,6 +35,7 @@ def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     environment = ENVIRONMENT | store("sqlite", request, tmp_path_factory.mktemp("fast"))
     environment |= {
         "PARLEY_MODELS": offer(0.0005),
+        "PARLEY_PUBLISH_EVERY": "0",  # many small events to lag behind, also on a busy machine
         "PARLEY_SEND_TIMEOUT": str(SEND_TIMEOUT),
         "PARLEY_TCP_USER_TIMEOUT": str(KERNEL_TIMEOUT),
         "PARLEY_PING_INTERVAL": "20",
