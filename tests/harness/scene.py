@@ -90,8 +90,6 @@ class Scene:
         reader = SocketReader(self.journal, name, session_id=self.id, token=self.someone.access, **options)
         self.readers.append(reader)
         await reader.start()
-        if not reader.finished:
-            await reader.event("session_state")
         return reader
 
     async def sse(self, name: str, worker: int | Sequence[int] = 0, **options: Any) -> SSEReader:
