@@ -26,10 +26,11 @@ from typing import Any
 
 import httpx
 
+from chat.metrics import COUNTED
 from tests.vendors import CANARY, Vendors
 
 from .api import Guest, call, guest, new_session
-from .checker import INVARIANTS, Violations
+from .checker import INVARIANTS, Violations, counts, i9_no_leak
 from .client import SocketReader, SSEReader
 from .evidence import Allowed, Evidence, Rows, gather, read_rows
 from .journal import Journal
@@ -77,6 +78,7 @@ class World:
             "PARLEY_OPEN_SESSIONS": "false",
             "PARLEY_MODELS": json.dumps(models(self.vendors)),
             "VENDOR_KEY": KEY,
+            "ADMIN_TOKEN": OPERATOR,
         } | more
 
 
@@ -97,7 +99,10 @@ class Report:
     log: str
     counts: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
-    growth: dict[str, float] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+    repairs: Counter[str] = field(default_factory=Counter)  # what the workers counted, by metric
+    before: dict[str, float] = field(default_factory=dict)  # what all workers held, and what stood in both servers
+    after: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         done = ", ".join(f"{n} {what}" for what, n in sorted(self.counts.items()))
@@ -111,7 +116,8 @@ class Report:
 class Chaos:
     """One run: sessions that talk, readers that come and go, faults, then quiet and the invariants.
 
-    every: seconds between two strokes of faults, shortest and longest.
+    Seconds, shortest and longest: `every` between two strokes of faults, `pace` between two tokens, `rest` between two
+    deeds of a watcher. `chunks=False` keeps no chunk in the journal: hours of them fill a machine.
     """
 
     def __init__(
@@ -124,12 +130,17 @@ class Chaos:
         sessions: int = 3,
         readers: int = 3,
         every: tuple[float, float] = (0.3, 2.0),
+        pace: tuple[float, float] = (0.002, 0.03),
+        rest: tuple[float, float] = (0.2, 2.0),
+        chunks: bool = True,
     ) -> None:
         self.world, self.service, self.seed, self.seconds = world, service, seed, seconds
-        self.sessions, self.watchers, self.every = sessions, readers, every
+        self.sessions, self.watchers, self.every, self.pace, self.rest = sessions, readers, every, pace, rest
         self.database_url = str(service.processes[0].env["DATABASE_URL"])  # type: ignore[index]
-        self.journal = Journal()
+        self.journal = Journal(chunks=chunks)
         self.counts: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()  # what workers counted before they died
         self.readers: list[Reader] = []
         self.violations: Violations = []
         self._busy: set[str] = set()  # what a fault has in its hands
@@ -139,6 +150,7 @@ class Chaos:
 
     async def run(self) -> Report:
         self._until = time.monotonic() + self.seconds
+        before = await self._holdings()
         someone = await guest(self.service.url)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._faults())
@@ -148,19 +160,22 @@ class Chaos:
         await self._settle()
         for reader in self.readers:
             await reader.leave()
+        after = await self._nothing_left(before)
         evidence = await gather(
             self.journal,
             self.readers,
             self.database_url,
             calls=list(self.world.vendors.calls),
             logs=self.service.log(),
-            canaries=[CANARY, KEY],
+            canaries=[CANARY, KEY, OPERATOR],
             allowed=Allowed(lost=self._may_lose(), codes=CLOSES, log=LOUD),
         )
         self.violations += [violation for invariant in INVARIANTS for violation in invariant(evidence)]
         self.violations += _success_of_nothing(evidence)
         self.violations += _positions(evidence.rows)
         report = Report(self.seed, self.violations, self.journal, evidence.logs, self.counts)
+        report.counts["readers"] = len(self.readers)
+        report.faults, report.repairs, report.before, report.after = self.faults, self.repairs, before, after
         for row in evidence.rows.messages if evidence.rows else ():
             if row.role == "assistant":
                 report.statuses[row.status + (f"/{row.failure_reason}" if row.failure_reason else "")] += 1
@@ -192,7 +207,7 @@ class Chaos:
 
     async def _turn(self, dice: random.Random, name: str, session: str, someone: Guest) -> None:
         mode = dice.choice(GOOD) if dice.random() < 0.6 else dice.choice(BAD)
-        asked = {"mode": mode, "tokens": dice.randint(20, 150), "pace": round(dice.uniform(0.002, 0.03), 3)}
+        asked = {"mode": mode, "tokens": dice.randint(20, 150), "pace": round(dice.uniform(*self.pace), 3)}
         asked |= {"after": dice.randint(0, 40), "id": name, "times": dice.choice([1, 9])}
         content = f"[[{' '.join(f'{key}:{value}' for key, value in asked.items())}]]"
         way, stop_after = dice.choice(["socket", "post", "post"]), dice.uniform(0.1, 3.0) if dice.random() < 0.1 else 0
@@ -253,7 +268,7 @@ class Chaos:
                 await reader.start()
             leaves = time.monotonic() + dice.uniform(1.0, max(2.0, self.seconds))
             while self._running() and time.monotonic() < leaves and not reader.finished:
-                await asyncio.sleep(dice.uniform(0.2, 2.0))
+                await asyncio.sleep(dice.uniform(*self.rest))
                 deed = dice.random()
                 if deed < 0.3:
                     reader.drop()
@@ -283,6 +298,7 @@ class Chaos:
             return
         self._busy.add(held)
         self.counts["faults"] += 1
+        self.faults[fault.strike.__name__] += 1
         try:
             await fault.strike(self, dice, worker)
         finally:
@@ -335,6 +351,7 @@ class Chaos:
         self.journal.fault("postgres resumed")
 
     async def worker_killed(self, dice: random.Random, worker: int) -> None:
+        await self._count_repairs(worker)
         self.journal.fault(f"worker {worker} killed")
         self._deaths.append(time.monotonic())
         self.service.kill(worker)
@@ -350,6 +367,7 @@ class Chaos:
         self.journal.fault(f"worker {worker} goes on")
 
     async def worker_stopped(self, dice: random.Random, worker: int) -> None:
+        await self._count_repairs(worker)
         self.journal.fault(f"worker {worker}: SIGTERM")
         self._deaths.append(time.monotonic())
         self.service.terminate(worker)
@@ -376,6 +394,40 @@ class Chaos:
         """Text that only a worker knew is lost with it: said while Redis was away, or before Redis had it again."""
         spans = [(start - 0.1, end + FRESH) for start, end in self._redis_away]
         return any(start <= death <= end for death in self._deaths for start, end in spans)
+
+    # -- what is held (I9)
+
+    async def _holdings(self) -> dict[str, float]:
+        """What all workers hold together, and what stands in Redis and PostgreSQL."""
+        held: Counter[str] = Counter()
+        for worker in range(self.service.workers):
+            held.update(self.service.resources(worker))
+            held.update({name: value for name, value in (await self._metrics(worker)).items() if name in HELD})
+        return dict(held) | await counts(self.world.redis.url, self.database_url)
+
+    async def _metrics(self, worker: int) -> dict[str, float]:
+        answer = await call(self.service.urls[worker], "GET", "/metrics", OPERATOR)
+        lines = [line.split() for line in answer.text.splitlines() if "{" not in line and not line.startswith("#")]
+        return {line[0]: float(line[1]) for line in lines if len(line) == 2}
+
+    async def _count_repairs(self, worker: int) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            counted = await self._metrics(worker)
+            self.repairs.update({name: int(value) for name, value in counted.items() if name in REPAIRS and value})
+
+    async def _nothing_left(self, before: dict[str, float]) -> dict[str, float]:
+        """Wait until what the run took is given back; what is not, is a violation."""
+        deadline = time.monotonic() + GIVEN_BACK
+        room = {"rss": GROWTH * self.service.workers, "fds": (POOL + self.sessions) * self.service.workers}
+        room["threads"] = self.service.workers  # asking for a name's address takes one, which stays
+        while wrong := i9_no_leak(before, after := await self._holdings(), room):
+            if time.monotonic() > deadline:
+                self.violations += wrong
+                break
+            await asyncio.sleep(0.1)
+        for worker in range(self.service.workers):
+            await self._count_repairs(worker)
+        return after
 
     # -- the end
 
@@ -434,6 +486,12 @@ FAULTS = (
     Fault("worker", Chaos.worker_stopped),
 )
 LOUD = None
+OPERATOR = "the-operator-of-the-chaos"
+HELD = {"chat_followers", "chat_rooms", "chat_turns_running", "asyncio_tasks"}
+REPAIRS = {f"{name}_total" for name, _ in COUNTED.values()}
+GIVEN_BACK = 10.0  # seconds after the last reader has left
+GROWTH = 30e6  # bytes a worker may grow
+POOL = 5  # connections to PostgreSQL a worker may open and keep; to each model vendor it keeps one per stream at once
 
 
 def _success_of_nothing(evidence: Evidence) -> Violations:
@@ -454,11 +512,18 @@ def _positions(rows: Rows | None) -> Violations:
 
 
 async def chaos(
-    world: World, seed: int, seconds: float, *, workers: int = 2, root: Path = ROOT, **options: Any
+    world: World,
+    seed: int,
+    seconds: float,
+    *,
+    workers: int = 2,
+    root: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    **options: Any,
 ) -> Report:
-    """Run one seed against a service of its own."""
+    """Run one seed against a service of its own; `options` are those of `Chaos`."""
     world.vendors.reset()
-    async with Service(world.environment(), workers=workers, root=root, server="serve") as service:
+    async with Service(world.environment(**environment or {}), workers=workers, root=root, server="serve") as service:
         run = Chaos(world, service, seed, seconds, **options)
         try:
             return await run.run()

@@ -348,15 +348,12 @@ def i9_no_leak(
 
 def i10_no_canary(evidence: Evidence) -> Violations:
     """No secret that was planted is in a log or in anything a client got."""
-    places = {"the log": evidence.logs}
+    found = Counter({("the log", canary): evidence.logs.count(canary) for canary in evidence.canaries})
     for entry in evidence.journal.of(None, "event", "refused", "closed"):
-        places[f"what {entry.reader} got"] = places.get(f"what {entry.reader} got", "") + f"{entry.data}\n"
-    return [
-        f"I10 {canary[:12]}… is in {place}, {count} times"
-        for canary in evidence.canaries
-        for place, text in places.items()
-        if (count := text.count(canary))
-    ]
+        text = str(entry.data)
+        for canary in evidence.canaries:
+            found[f"what {entry.reader} got", canary] += text.count(canary)
+    return [f"I10 {canary[:12]}… is in {place}, {count} times" for (place, canary), count in found.items() if count]
 
 
 INVARIANTS = (

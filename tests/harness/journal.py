@@ -32,12 +32,20 @@ class Entry:
 
 @dataclass
 class Journal:
+    """`chunks=False` counts chunks and keeps none of them; what they said is in the views."""
+
     entries: list[Entry] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    chunks: bool = True
+    heard: int = 0  # characters of text, by all readers
 
     def add(self, reader: str, kind: str, data: dict[str, Any]) -> Entry:
         entry = Entry(time.monotonic(), reader, kind, data)
-        self.entries.append(entry)
+        chunk = kind == "event" and data.get("type") == "message_chunk"
+        if chunk:
+            self.heard += len(data.get("chunk") or "")
+        if self.chunks or not chunk:
+            self.entries.append(entry)
         return entry
 
     def fault(self, text: str) -> float:
