@@ -253,17 +253,18 @@ class RedisBus(BroadcastBackend):
         self._waiting: list[Answered] = []  # theirs
         self._listener: Wire | None = None
         self._wire: Wire | None = None
-        self._first_try = asyncio.Event()
+        self._tried = {self._listen: asyncio.Event(), self._command: asyncio.Event()}  # its first try is over
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- what broadcaster calls
 
     async def connect(self) -> None:
         """Start both connections' keepers and give them one moment; a Redis that is away is not an error."""
-        self._tasks = [asyncio.create_task(self._keep(self._listen)), asyncio.create_task(self._keep(self._command))]
+        self._tasks = [asyncio.create_task(self._keep(serve)) for serve in self._tried]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                await self._first_try.wait()
+                for tried in self._tried.values():  # both: a channel subscribed to before we listen begins with a gap
+                    await tried.wait()
 
     async def disconnect(self) -> None:
         for task in self._tasks:
@@ -340,7 +341,7 @@ class RedisBus(BroadcastBackend):
                 await serve()
             except (OSError, TimeoutError, hiredis.HiredisError) as problem:
                 log.debug("redis %r: %s", self.address, problem)
-            self._first_try.set()
+            self._tried[serve].set()
             if asyncio.get_running_loop().time() - started > wait:  # it had served, or took its time to fail
                 wait = BACKOFF[0]
             await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
@@ -365,13 +366,14 @@ class RedisBus(BroadcastBackend):
             self.connected = connected
             log.warning("redis %r is %s", self.address, "connected" if connected else "away")
             if connected:
-                self._first_try.set()
+                self._tried[self._command].set()
                 self.on_return()
 
     async def _listen(self) -> None:
         wire = await Wire.open(self.address, self._read)
         try:
             self._listener = wire
+            self._tried[self._listen].set()
             for channel in self._wanted:
                 wire.send("SUBSCRIBE", channel)
                 self._published.put_nowait(Event(channel, GAP))
