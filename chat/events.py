@@ -279,15 +279,27 @@ def _joined(run: list[Entry]) -> Entry:
     return Entry(last.seq, first.from_seq, "chunk", first.participant, first.message_id, text)
 
 
+class Chunk(msgspec.Struct, tag_field="type", tag="message_chunk", gc=False):
+    """A chunk of text as every JSON reader gets it: the one event that is said all the time."""
+
+    requestId: str
+    turn_id: str
+    seq: int
+    from_seq: int | msgspec.UnsetType
+    message_id: str
+    participant: str
+    chunk: str
+
+
 def entry_json(turn_id: str, entry: Entry) -> bytes:
     """A numbered event as every JSON reader gets it. Ids are ours or match `[A-Za-z0-9_-]`: they need no escaping."""
+    if entry.kind == "chunk":
+        start = entry.from_seq if entry.from_seq != entry.seq else msgspec.UNSET
+        return encode(Chunk(turn_id, turn_id, entry.seq, start, entry.message_id, entry.participant, entry.text))
     head = (
         f'{{"type":"{TYPES[entry.kind]}","requestId":"{turn_id}","turn_id":"{turn_id}","seq":{entry.seq}'
         + (f',"from_seq":{entry.from_seq}' if entry.from_seq != entry.seq else "")
     ).encode()
-    if entry.kind == "chunk":
-        names = f',"message_id":"{entry.message_id}","participant":"{entry.participant}","chunk":'.encode()
-        return b"%b%b%b}" % (head, names, encode(entry.text))
     if entry.kind == "end":
         return head + b"}"
     return b"%b,%b" % (head, bytes(entry.body)[1:])  # the body is an object: its fields follow ours
