@@ -264,11 +264,10 @@ class Room:
     def add(self, turn_log: TurnLog) -> None:
         """Put the newest turn's log behind the others and drop those nobody can resume any more."""
         then = time.monotonic() - self.relay.settings.log_kept
-        self.logs = [each for each in self.logs if not each.ended or each.ended_at > then]
         behind = bool(self.logs) and not self.logs[-1].ended
         if self.logs:
-            self.logs[-1].next = turn_log
-        self.logs.append(turn_log)
+            self.logs[-1].next = turn_log  # before it is dropped: readers stand in it and go on from there
+        self.logs = [each for each in self.logs if not each.ended or each.ended_at > then] + [turn_log]
         if behind:
             self.repair()  # one turn runs at a time: the one before has ended, which this room has not heard
 
