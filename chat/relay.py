@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from itertools import dropwhile, takewhile
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -34,6 +35,7 @@ from .writer import Pace, Patience, Writer, log_key
 log = logging.getLogger("parley.relay")
 
 SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message
+SNAPSHOT_TRIES = 3  # storage and a room that still tell different stories are told as they are
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
 NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
 
@@ -177,6 +179,8 @@ class Room:
         early, self._early = self._early or [], None
         for said in early:
             self._said(said)
+        if self._again:
+            self.repair()
 
     async def close(self) -> None:
         for task in (self._pump, self._repairing):
@@ -217,7 +221,8 @@ class Room:
         if turn_log is None:
             first = said.entries[0] if said.entries else None
             # Said again after an outage it may be an older turn; only storage knows the order.
-            if first is None or first.from_seq or first.kind != "created" or said.turn_id <= self.newest:
+            next_one = first is not None and first.kind == "created" and not first.from_seq
+            if not next_one or said.turn_id <= self.newest or self._behind:
                 self.repair()
                 return
             turn_log = TurnLog(said.turn_id)
@@ -250,55 +255,62 @@ class Room:
                 follower.seq = turn_log.shown
                 direct.write(said)
 
-    def resync(self) -> None:
-        """Have every reader start over from a snapshot."""
-        for follower in self.followers:
-            follower.lost = True
-            follower.wake()
-
     # -- logs
 
     def find(self, turn_id: str) -> TurnLog | None:
         return next((each for each in self.logs if each.id == turn_id), None)
 
     def add(self, turn_log: TurnLog) -> None:
-        """Put the newest turn's log behind the others and drop those nobody can resume any more."""
+        """Put the next turn's log behind the others and drop those nobody can resume any more.
+
+        Logs are those of turns that follow one another: one left out here no reader would ever be told.
+        """
         then = time.monotonic() - self.relay.settings.log_kept
         behind = bool(self.logs) and not self.logs[-1].ended
         if self.logs:
             self.logs[-1].next = turn_log  # before it is dropped: readers stand in it and go on from there
-        self.logs = [each for each in self.logs if not each.ended or each.ended_at > then] + [turn_log]
+        kept = dropwhile(lambda each: each.ended and each.ended_at <= then, self.logs)
+        self.logs = [*kept, turn_log]
         if behind:
             self.repair()  # one turn runs at a time: the one before has ended, which this room has not heard
 
-    def start_behind(self, turn_log: TurnLog) -> None:
-        """Readers that wait for a first turn know this one, brought in for the sake of an older cursor, already."""
+    def put_before(self, older: list[TurnLog]) -> None:
+        """Bring in the logs of the turns right before those that are here, for the sake of an older cursor."""
         for follower in self.followers:
-            if follower.log is None:
-                follower.log, follower.seq = turn_log, turn_log.shown
+            if follower.log is None:  # it waits for what comes next and knows these
+                follower.log, follower.seq = older[-1], older[-1].shown
+        self.logs = older + self.logs
+        for each, following in zip(self.logs, self.logs[1:], strict=False):
+            each.next = following
 
     @property
     def running(self) -> TurnLog | None:
         """The log of the turn that is being said, if one is."""
         return self.logs[-1] if self.logs and not self.logs[-1].ended else None
 
-    def behind(self, rows: list[Row]) -> bool:
-        """Whether storage knows of a turn or of an end that this room has not heard of."""
-        if rows[-1]["turn_id"] != self.newest:
+    def agrees(self, rows: list[Row]) -> bool:
+        """Whether stored messages and what this room has heard can be told as one: neither knows of more turns.
+
+        Only of the newest turn may storage know less or more: the log says how far its readers are.
+        """
+        if not rows:
             return True
         running = self.running
-        return running is not None and any(
-            row["status"] in ENDED and running.ending(row["id"]) is None
-            for row in rows
-            if row["turn_id"] == running.id
-        )
+        for row in rows:
+            ended = row["status"] in ENDED or row["role"] == "user"
+            if row["turn_id"] != self.newest:
+                if not ended:
+                    return False  # it has ended since the rows were read
+            elif running is not None and row["status"] in ENDED and running.ending(row["id"]) is None:
+                return False
+        return rows[-1]["turn_id"] == self.newest or self.find(rows[-1]["turn_id"]) is not None
 
     # -- repair
 
     def repair(self) -> None:
         """Read again what may have been missed; once more afterwards if asked meanwhile."""
         self._again = True
-        if self._repairing is None or self._repairing.done():
+        if self._early is None and (self._repairing is None or self._repairing.done()):
             self._repairing = asyncio.create_task(self._repair())
 
     async def _repair(self) -> None:
@@ -307,35 +319,48 @@ class Room:
             try:
                 await self.read_again()
             except StorageUnavailable:
-                return  # the silence watch or the next gap asks again
+                self._again = True
+                return  # the next beat or gap asks again
 
-    async def catch_up(self, running: Row) -> None:
-        """Bring the running turn into the room, after the turns before it that were missed as well."""
-        await self.read_again()
-        if self.find(running["id"]) is None:
-            await self.relay.bring(self, running)
+    @property
+    def unrepaired(self) -> bool:
+        """Whether something may have been missed and could not be read yet."""
+        return self._again
+
+    @property
+    def _behind(self) -> bool:
+        """Whether a turn before the next one may still have to be read."""
+        return self._again or self._reading.locked()
 
     @property
     def newest(self) -> str:
         return self.logs[-1].id if self.logs else self.before
 
     async def read_again(self) -> None:
-        async with self._reading:  # who overtook the first would find some turns here and others not
+        """Bring in what storage or Redis know beyond this room. Turns that begin meanwhile wait for it to end."""
+        async with self._reading:
             await self._read_again()
+        self.notify()
 
     async def _read_again(self) -> None:
-        newest = self.newest
-        oldest = next((each.id for each in self.logs if not each.ended), newest)
-        for row in await turns.select_turns_since(self.relay.database, self.session_id, oldest):
-            if row["id"] in self.relay.writers or row["id"] == self.before:
-                continue
-            if self.find(row["id"]) is None and newest != self.newest:
-                self.resync()  # a later turn was heard meanwhile: readers are past this one
+        oldest = next((each.id for each in self.logs if not each.ended), self.newest)
+        while True:
+            rows = await turns.select_turns_since(self.relay.database, self.session_id, oldest)
+            for row in rows:
+                if row["id"] in self.relay.writers or row["id"] == self.before:
+                    continue
+                if await self.relay.bring(self, row):
+                    self.relay.count("gaps_filled")
+            if len(rows) < turns.AT_ONCE:
                 return
-            newest = row["id"] if row["id"] > newest else newest
-            if await self.relay.bring(self, row):
-                self.relay.count("gaps_filled")
-        self.notify()
+            oldest = rows[-1]["id"]
+
+    async def begin(self, turn_log: TurnLog) -> None:
+        """Add the log of a turn that this process writes, after what may be missing before it."""
+        async with self._reading:
+            if self._again:
+                await self._read_again()
+            self.add(turn_log)
 
 
 class Relay:
@@ -417,6 +442,8 @@ class Relay:
             if writer.stored and writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
                 del self.writers[turn_id]
         for room in self.rooms.values():
+            if room.unrepaired:
+                room.repair()
             for turn_log in room.logs:
                 silent = not turn_log.ended and turn_log.id not in self.writers
                 if silent and now - turn_log.heard_at > self.settings.relay_silence:
@@ -485,8 +512,10 @@ class Relay:
         writer = self.writers.get(turn_id)
         if writer is not None and writer.fence is not None and seq > writer.log.last:
             await writer.fence()  # a reader knows more of our turn than we do: somebody else has gone on with it
-        if turn_log is None or (seq > turn_log.last and turn_id not in self.writers):
+        if turn_log is None:
             turn_log = await self._fetch(follower.room, turn_id)
+        elif seq > turn_log.last and turn_id not in self.writers:
+            await follower.room.read_again()
         if turn_log is None or not turn_log.serves(seq):
             return False
         follower.log, follower.seq = turn_log, seq
@@ -494,31 +523,24 @@ class Relay:
 
     async def _fetch(self, room: Room, turn_id: str) -> TurnLog | None:
         """Bring the logs from this turn on into the room; None when one of them is not kept any more."""
-        found: list[TurnLog] = []
-        for row in await turns.select_turns_since(self.database, room.session_id, turn_id):
+        rows = await turns.select_turns_since(self.database, room.session_id, turn_id)
+        if rows and room.find(rows[-1]["id"]) is None and rows[-1]["id"] != room.before:
+            await room.read_again()  # what is missing at the end; then only the beginning is
+        found: dict[str, TurnLog] = {}
+        for row in takewhile(lambda row: room.find(row["id"]) is None, rows):
             kept = await self._kept(row["id"])
-            if kept is None or (row["status"] == "ended" and not kept.ended):
+            if kept is None or not kept.ended:
                 return None
-            found.append(kept)
-        if not found:
-            return None
-        for position, turn_log in enumerate(found):
-            known = room.find(turn_log.id)
-            if known is not None:
-                known.append(turn_log.entries)
-                known.show()
-                found[position] = known
-        for each in found:
-            if each.id == room.before:
-                room.start_behind(each)
-        missing = [each for each in found if each not in room.logs]
-        later = [each for each in room.logs if each not in found and each.id > found[-1].id]
-        room.logs = found + later
-        for each, following in zip(room.logs, room.logs[1:], strict=False):
-            each.next = following
-        if missing:
-            room.notify()
-        return found[0]
+            found[row["id"]] = kept
+        if room.find(turn_id) is None:  # else another reader has brought it meanwhile, and all after it
+            known = room.logs[0].id if room.logs else room.before
+            ids = [row["id"] for row in rows]
+            end = ids.index(known) + (not room.logs) if known in ids else 0
+            older = [found.get(each) for each in ids[:end]]
+            if not older or None in older:
+                return None  # too many, or logs have been forgotten meanwhile
+            room.put_before([each for each in older if each is not None])
+        return room.find(turn_id)
 
     async def follow_turn(self, follower: Follower, turn_id: str, seq: int) -> bool:
         """Put the follower in one turn, whether its log is kept or only its rows are left. False: nothing to read."""
@@ -528,7 +550,7 @@ class Relay:
             if not rows:
                 return False
             if rows[0]["status"] == "running":  # it began elsewhere and this room has not heard of it
-                await follower.room.catch_up(rows[0])
+                await follower.room.read_again()
             turn_log = follower.room.find(turn_id)
             if turn_log is None:
                 turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
@@ -540,8 +562,12 @@ class Relay:
     async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
         """The fields of `session_state`, and the follower moved to just behind it."""
         rows = await turns.select_messages(self.database, session.id)
-        if rows and follower.room.behind(rows):
-            await follower.room.read_again()  # said while the bus was away: it must not come after this again
+        for _ in range(SNAPSHOT_TRIES):
+            if follower.room.agrees(rows):
+                break
+            # Said while the bus was away it must not come after this again; ended meanwhile its end would not come.
+            await follower.room.read_again()
+            rows = await turns.select_messages(self.database, session.id)
         logs = follower.room.logs
         messages = self.mask.messages(session, rows)
         if logs:
@@ -577,14 +603,13 @@ class Relay:
 
     async def bring(self, room: Room, row: Row) -> bool:
         """Bring a turn's log in the room up to date. Whether it was behind."""
-        if room.find(row["id"]) is None:
-            turn_log = TurnLog(row["id"])
-            await self.refresh(room.session_id, turn_log, row)
-            if room.find(row["id"]) is None:
-                room.add(turn_log)
-                return True
-        turn_log = room.find(row["id"]) or turn_log
-        return await self.refresh(room.session_id, turn_log, row)
+        turn_log = room.find(row["id"])
+        if turn_log is not None:
+            return await self.refresh(room.session_id, turn_log, row)
+        turn_log = TurnLog(row["id"])
+        await self.refresh(room.session_id, turn_log, row)
+        room.add(turn_log)
+        return True
 
     async def refresh(self, session_id: str, turn_log: TurnLog, row: Row) -> bool:
         """Add what a log lacks, from Redis or else from the turn's rows. Whether it was behind."""
@@ -616,11 +641,11 @@ class Relay:
             room.writing += 1
             try:
                 if taken is not None:
-                    await self.bring(room, taken)
+                    await room.read_again()
                 turn_log = room.find(turn_id)
                 if turn_log is None:
                     turn_log = TurnLog(turn_id)
-                    room.add(turn_log)
+                    await room.begin(turn_log)
             except BaseException:
                 room.writing -= 1
                 await self._close_empty(room)

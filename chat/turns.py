@@ -295,14 +295,20 @@ async def select_latest_turn(database: Database, session_id: str) -> Row | None:
     )
 
 
+AT_ONCE = 50  # turns read by one statement
+
+
 async def select_turns_since(database: Database, session_id: str, turn_id: str) -> list[Row]:
-    """The turn and all after it, or for "" all there are, oldest first; empty when the session has no such turn."""
+    """The turn and those after it, or for "" all there are, oldest first, at most `AT_ONCE`.
+
+    None at all when the session has no such turn.
+    """
     return await database.fetch_all(
-        """SELECT id, status, owner, seq FROM turns
+        f"""SELECT id, status, owner, seq FROM turns
             WHERE session_id = :session_id
               AND (:turn_id = '' OR position >= (SELECT position FROM turns
                                                   WHERE id = :turn_id AND session_id = :session_id))
-            ORDER BY position LIMIT 50""",
+            ORDER BY position LIMIT {AT_ONCE}""",
         {"session_id": session_id, "turn_id": turn_id},
     )
 

@@ -278,6 +278,9 @@ class Chaos:
                     await asyncio.sleep(dice.uniform(0.1, 2.5))
                     reader.release()
                     self.counts["holds"] += 1
+            if self._running():  # at the end all stay: what they know is looked at then
+                reader.view.left = True
+                await reader.leave()
 
     # -- faults
 

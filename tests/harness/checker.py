@@ -153,7 +153,7 @@ def i4_one_end(evidence: Evidence) -> Violations:
     for view, message in evidence.seen():
         if message.terminals > 1:
             found.append(f"I4 {view.name}: message {message.id} ended {message.terminals} times")
-        if message.role == "assistant" and not message.over and not evidence.allowed.running:
+        if message.role == "assistant" and not (message.over or view.left or evidence.allowed.running):
             found.append(f"I4 {view.name}: message {message.id} is still {message.status}")
     return found + list(_disagreements(evidence)) + list(_too_slow(evidence)) + list(_open_rows(evidence))
 

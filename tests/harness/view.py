@@ -106,6 +106,7 @@ class View:
         self.turn: TurnView | None = None  # the one the cursor is in
         self.snapshots = 0
         self.resumptions = 0
+        self.left = False  # before the end: what it has heard is right, and not all
         self._greeted = greeted
 
     @property
