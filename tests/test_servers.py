@@ -315,7 +315,7 @@ async def test_a_server_without_lifespan_sends_its_readers_elsewhere(
                 await sse.chunks(5)
                 service.terminate(1)
                 assert await service.ended(1, within=10) == 0
-                await asyncio.gather(socket.turn_ended(), sse.turn_ended())
+                await asyncio.gather(socket.turn_ended(), sse.ended(within=20))
                 assert socket.view.texts() == sse.view.texts() == [counted(300)]
                 assert sse.statuses == [200, 200]
                 assert [entry.data["code"] for entry in journal.of("sse", "closed")] == ["eof", "done"]
