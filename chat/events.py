@@ -24,6 +24,7 @@ TYPES = {"created": "message_update", "chunk": "message_chunk", "complete": "mes
 ENDED = ("success", "stopped", "interrupted", "failed")  # how a message can end
 CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(-1|[0-9]{1,12})")  # of a NUL, say, PostgreSQL makes an error
 
+Part = tuple[str, dict[str, Any], str]  # kind, Message, text: of an event made from what storage has
 Dialect = Callable[["TurnLog", list["Entry"]], list[bytes]]
 
 
@@ -99,6 +100,7 @@ class TurnLog:
         self._ends: list[int] = []  # entries[i].seq, for bisection
         self._covered = -1  # the last event that was taken without being kept: its message had ended here already
         self._over: set[str] = set()  # messages whose end is written
+        self._whole: set[str] = set()  # … all of whose text is
         self.shown = -1
         self._visible = 0  # how many entries are shown
         self._texts: dict[str, list[str]] = {}
@@ -128,7 +130,7 @@ class TurnLog:
                 continue
             if entry.from_seq > self.last + 1 or (entry.from_seq <= self.last and entry.kind == "chunk"):
                 return False
-            if entry.message_id in self._over:
+            if entry.message_id in self._over or (entry.kind == "chunk" and entry.message_id in self._whole):
                 self._covered = entry.seq  # its end was read from storage before the bus told all of it
                 continue
             # It may begin before our end: a new owner knew less than we do, or what was between is covered.
@@ -141,33 +143,48 @@ class TurnLog:
                 self._over.add(entry.message_id)
         return True
 
-    def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], seq: int, ended: bool) -> None:
+    def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], end: int | None) -> None:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
 
-        seqs: the last event each message's stored text covers, by its id; seq: that of all, or the end's. The numbers
-        meet the real ones there; inside the one chunk a side that is made here no cursor can be served.
+        seqs: the last event each message's stored text covers, by its id; end: the number of the turn's end, None
+        while it runs. What is made here takes no number of an event that storage does not know: the numbers meet the
+        real ones where the stored text ends; inside the one chunk a side that is made here no cursor can be served.
         """
-        if self.closed or (seq < 0 and not ended):
+        replies = sorted((each for each in messages if each["role"] == "assistant"), key=lambda each: seqs[each["id"]])
+        running = [seqs[each["id"]] for each in replies if each["status"] not in ENDED]
+        most = end if end is not None else min(running) if running else max(seqs.values())
+        if self.closed or most < 0:
             return  # nothing was said yet: whoever owns the turn begins it
         known = {(entry.kind, entry.message_id) for entry in self.entries}
-        parts = [("created", message, "", -1) for message in messages if ("created", message["id"]) not in known]
-        replies = [message for message in messages if message["role"] == "assistant"]
-        for message in sorted(replies, key=lambda each: seqs[each["id"]]):
-            if ("complete", message["id"]) in known:
-                continue
-            said, covered = self._said(message["id"]), seqs[message["id"]]
-            if message["content"].startswith(said) and message["content"] != said:
-                parts.append(("chunk", message, message["content"].removeprefix(said), covered))
-            if message["status"] in ENDED:
-                parts.append(("complete", message, "", covered + 1))
-        if ended:
-            parts.append(("end", {"id": "", "participant": ""}, "", seq))
-        numbers = [number for _, _, _, number in parts]
+        parts: list[Part] = [("created", each, "") for each in messages if ("created", each["id"]) not in known]
+        over = {each["id"] for each in replies if each["status"] in ENDED}
+        told: dict[str, list[Part]] = {each["id"]: [] for each in replies}
+        chunks: list[Part] = [("chunk", each, more) for each in replies if (more := self._more(each))]
+        endings: list[Part] = [("complete", each, "") for each in replies if ("complete", each["id"]) not in known]
+        for part in [each for each in chunks if each[1]["id"] not in over]:
+            told[part[1]["id"]].append(part)
+        # An ending is stored before it is told, perhaps after `most`: here it gets what numbers the others leave.
+        spare = most - self.last - len(parts) - sum(map(len, told.values()))
+        for part in [each for each in chunks + endings if each[1]["id"] in over]:
+            if spare > 0 or end is not None:
+                told[part[1]["id"]].append(part)
+                spare -= 1
+        parts += [part for each in replies for part in told[each["id"]]]
+        if end is not None:
+            parts.append(("end", {"id": "", "participant": ""}, ""))
+        numbers = [-1 if kind == "created" else seqs.get(each["id"], most) for kind, each, _ in parts]
+        numbers[-1:] = [most] if parts else []
         for place in range(len(parts) - 2, -1, -1):
             numbers[place] = min(numbers[place], numbers[place + 1] - 1)
-        for (kind, message, text, _), number in zip(parts, numbers, strict=True):
+        for (kind, message, text), number in zip(parts, numbers, strict=True):
             start = self.last + 1
             self.append([_made(start, max(start, number), kind, message, text)])
+        self._whole |= {each["id"] for each in replies if each["id"] in over and not self._more(each)}
+
+    def _more(self, message: dict[str, Any]) -> str:
+        """What a stored reply has beyond its text in this log."""
+        said = self._said(message["id"])
+        return message["content"].removeprefix(said) if message["content"].startswith(said) else ""
 
     def _said(self, message_id: str) -> str:
         """All text of a reply in this log, shown or not."""

@@ -492,6 +492,9 @@ class Generation:
             if turn_log.shown <= running.checkpointed or running.fenced:
                 continue
             running.checkpointed = turn_log.shown
+            if not any(turn_log.text(reply["id"]) for reply in running.turn.replies):
+                continue
+            # All replies or none: only where each says what it is at one event, storage knows all that was said by it.
             values += [
                 {
                     "session_id": running.turn.session.id,
@@ -503,7 +506,6 @@ class Generation:
                     "now": self.database.now(),
                 }
                 for reply in running.turn.replies
-                if turn_log.text(reply["id"])
             ]
         if values:
             await turns.checkpoint(self.database, values)

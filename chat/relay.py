@@ -619,9 +619,9 @@ class Relay:
         if kept is None or turn_log.last < row["seq"] or (row["status"] == "ended" and not turn_log.closed):
             session = await sessions.select_unchecked(self.database, session_id)
             rows = await turns.select_turn_messages(self.database, row["id"])
-            seq = max([row["seq"], *[each["seq"] for each in rows]])
             seqs = {each["id"]: each["seq"] for each in rows}
-            turn_log.catch_up(self.mask.messages(session, rows), seqs, seq, row["status"] == "ended")
+            end = row["seq"] if row["status"] == "ended" else None
+            turn_log.catch_up(self.mask.messages(session, rows), seqs, end)
         return turn_log.show()
 
     # -- writing and telling

@@ -343,7 +343,8 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
 
     async def work(query: Query) -> None:
         await query.execute_many(
-            f"""UPDATE messages SET content = :content, seq = :seq, status = 'streaming', updated_at = :now
+            f"""UPDATE messages SET content = :content, seq = :seq, updated_at = :now,
+                       status = CASE WHEN CAST(:content AS TEXT) = '' THEN status ELSE 'streaming' END
                  WHERE session_id = :session_id AND id = :id AND status IN ('pending', 'streaming') AND {OWNED}""",
             values,
         )
