@@ -36,7 +36,7 @@ ANSWER_TIMEOUT = 5.0  # seconds without any answer after which a command connect
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 
 
-Answered = Callable[[Any], None]  # is given Redis' answer, or the exception that stands for it
+Answered = Callable[[Any], None] | None  # is given Redis' answer, or the exception that stands for it, if it cares
 
 
 class RelayUnavailable(Exception):
@@ -121,8 +121,10 @@ class Gather:
             self.wake()
 
 
-def _guarded(call: Callable[..., None], *given: Any) -> None:
+def _guarded(call: Callable[..., None] | None, *given: Any) -> None:
     """Call back. Never raises: what one turn makes of its answer must not take everyone's connection along."""
+    if call is None:
+        return
     try:
         call(*given)
     except Exception:
@@ -186,8 +188,8 @@ class Wire(asyncio.Protocol):
             while (answer := self._reader.gets()) is not False:
                 if self._pushed is not None:
                     pushed.append(answer)
-                elif self._waiting:
-                    _guarded(self._waiting.popleft(), answer)
+                elif self._waiting and (answered := self._waiting.popleft()) is not None:
+                    _guarded(answered, answer)
         except hiredis.ProtocolError as problem:
             log.warning("redis spoke no RESP: %s", problem)
             self.close()
@@ -220,10 +222,6 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
 
 
-def _ignore(answer: Any) -> None:
-    """Of a command whose answer nobody asks for."""
-
-
 def _settle(future: asyncio.Future[Any], answer: Any) -> None:
     if future.done():
         return
@@ -242,6 +240,7 @@ class RedisBus(BroadcastBackend):
         self.address = Address(url, verify)
         self.gather = Gather(every, self._flush)
         self.origin = origin  # messages that start with it are our own echo
+        self._origin = origin.encode()
         self.connected = False  # the command connection answers
         self.gaps = 0
         self.foreign = 0  # payloads that are not ours
@@ -302,18 +301,18 @@ class RedisBus(BroadcastBackend):
         return future
 
     def append(self, key: str, channel: str, payload: bytes, lifetime: int, answered: Answered) -> None:
-        """Add `payload` to the list `key` and tell `channel`, in one round trip; called back when both are done.
+        """Add `payload` to the list `key` and tell `channel`, in one round trip; called back when the list has it.
 
         lifetime: seconds from now after which Redis forgets the list; 0 leaves that as it is.
         """
-        self._ask(_ignore, ("RPUSH", key, payload))
+        self._ask(answered, ("RPUSH", key, payload))
         if lifetime:
-            self._ask(_ignore, ("EXPIRE", key, lifetime))
-        self._ask(answered, ("PUBLISH", channel, self.origin.encode() + payload))
+            self._ask(None, ("EXPIRE", key, lifetime))
+        self._ask(None, ("PUBLISH", channel, self._origin + payload))
 
     def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
         if self._wire is None or not self._wire.writable:
-            answered(RelayUnavailable("Redis is away"))
+            _guarded(answered, RelayUnavailable("Redis is away"))
             return
         self._commands.append(hiredis.pack_command(command))
         self._waiting.append(answered)
@@ -394,7 +393,7 @@ class RedisBus(BroadcastBackend):
             self._confirmed.clear()
 
     def _read(self, pushed: list[Any]) -> None:
-        origin = self.origin.encode()
+        origin = self._origin
         for push in pushed:
             if not isinstance(push, list) or len(push) != 3:
                 continue  # the answer to our PING

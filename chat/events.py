@@ -97,8 +97,9 @@ class TurnLog:
         self.id = turn_id
         self.next: TurnLog | None = None
         self.entries: list[Entry] = []
+        self.last = -1  # the last event taken; not all are kept: what comes of a message that had ended here is not
+        self.closed = False  # the end is written; nothing can be appended behind it
         self._ends: list[int] = []  # entries[i].seq, for bisection
-        self._covered = -1  # the last event that was taken without being kept: its message had ended here already
         self._over: set[str] = set()  # messages whose end is written
         self._whole: set[str] = set()  # … all of whose text is
         self.shown = -1
@@ -108,15 +109,6 @@ class TurnLog:
         self.ended_at = 0.0  # monotonic, when `end` was shown
         self.heard_at = time.monotonic()
         self._frames: dict[tuple[int, int, Dialect], list[bytes]] = {}  # what followers in step share
-
-    @property
-    def last(self) -> int:
-        return max(self._covered, self.entries[-1].seq if self.entries else -1)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the end is written; nothing can be appended behind it."""
-        return bool(self.entries) and self.entries[-1].kind == "end"
 
     @property
     def ended(self) -> bool:
@@ -130,18 +122,23 @@ class TurnLog:
                 continue
             if entry.from_seq > self.last + 1 or (entry.from_seq <= self.last and entry.kind == "chunk"):
                 return False
+            self.last = entry.seq
             if entry.message_id in self._over or (entry.kind == "chunk" and entry.message_id in self._whole):
-                self._covered = entry.seq  # its end was read from storage before the bus told all of it
-                continue
+                continue  # its end was read from storage before the bus told all of it
             # It may begin before our end: a new owner knew less than we do, or what was between is covered.
-            start = self.entries[-1].seq + 1 if self.entries else 0
+            start = self._ends[-1] + 1 if self._ends else 0
             if entry.from_seq != start:
                 entry = msgspec.structs.replace(entry, from_seq=start)
-            self.entries.append(entry)
-            self._ends.append(entry.seq)
-            if entry.kind == "complete":
-                self._over.add(entry.message_id)
+            self._keep(entry)
         return True
+
+    def _keep(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._ends.append(entry.seq)
+        if entry.kind == "complete":
+            self._over.add(entry.message_id)
+        elif entry.kind == "end":
+            self.closed = True
 
     def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], end: int | None) -> None:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
@@ -211,6 +208,7 @@ class TurnLog:
     def forget_unshown(self) -> None:
         """Drop what was appended and not shown: another worker has gone on with these numbers."""
         del self.entries[self._visible :], self._ends[self._visible :]
+        self.last, self.closed = self.shown, self.ended
         self._over = {entry.message_id for entry in self.entries if entry.kind == "complete"}
 
     def text(self, message_id: str) -> str:
@@ -246,6 +244,8 @@ class TurnLog:
         with a cursor that claims text of the other side which it never got.
         """
         start = bisect_right(self._ends, seq)
+        if start == self._visible - 1:
+            return self.entries[start : self._visible]
         merged: list[Entry] = []
         run: list[Entry] = []
         for entry in self.entries[start : self._visible]:

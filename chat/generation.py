@@ -20,7 +20,7 @@ from .accounts import Account
 from .database import Database, Row, StorageUnavailable
 from .errors import ChatError
 from .limits import Limits as RateLimits
-from .providers import ChatMessage, Delta, Finish, Limits, ProviderError, Providers
+from .providers import ChatMessage, Finish, Limits, ProviderError, Providers
 from .relay import Relay
 from .sessions import Session
 from .settings import Settings
@@ -45,7 +45,8 @@ class Running:
     fenced: bool = False
     ending: bool = False  # storage may have the end already: that it is not ours there any more is no wonder
     streams: list[asyncio.Task[None]] = field(default_factory=list)
-    checkpointed: int = -1
+    checkpointed: int = -1  # the last event storage has been told of
+    checkpointed_at: float = 0.0  # monotonic, when it was
     unsaved: list[Row] = field(default_factory=list)  # ended replies that storage does not have so
 
 
@@ -342,12 +343,9 @@ class Generation:
         said = 0
         limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
         stream = self.providers.stream(reply["model"], prompt, limits)
+        say, side, id = running.writer.say, reply["participant"], reply["id"]
         async with contextlib.aclosing(stream):
-            while True:
-                # the providers keep the clocks of first and next token: they know of pings and of thinking
-                piece = await anext(stream, None)
-                if piece is None:
-                    raise ProviderError("provider_truncated")
+            async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
                 if isinstance(piece, Finish):
                     result.finish = piece
                     return
@@ -357,10 +355,8 @@ class Generation:
                 if said > settings.reply_max:
                     result.status, result.reason = "failed", "too_long"
                     return
-                self._say(running, reply, piece)
-
-    def _say(self, running: Running, reply: Row, piece: Delta) -> None:
-        running.writer.say(reply["participant"], reply["id"], piece.text)
+                say(side, id, piece.text)
+        raise ProviderError("provider_truncated")
 
     async def _finish(self, running: Running, reply: Row, result: Result, seconds: float) -> None:
         """Store how a reply ended, then say so; say `storage_unavailable` when it cannot be stored."""
@@ -485,13 +481,18 @@ class Generation:
         self._strangers = strangers
 
     async def _checkpoint(self) -> None:
-        """Write the text so far of every reply that said something since the last time, in one transaction."""
+        """Write the text so far of every reply that said something since the last time, in one transaction.
+
+        The whole text each time: what Redis has, too, can wait for a few seconds.
+        """
+        now = time.monotonic()
         values: list[Row] = []
         for running in self.running.values():
             turn_log = running.writer.log
-            if turn_log.shown <= running.checkpointed or running.fenced:
+            rests = now - running.checkpointed_at < self.settings.checkpoint_with_redis and running.writer.safe
+            if turn_log.shown <= running.checkpointed or running.fenced or rests:
                 continue
-            running.checkpointed = turn_log.shown
+            running.checkpointed, running.checkpointed_at = turn_log.shown, now
             if not any(turn_log.text(reply["id"]) for reply in running.turn.replies):
                 continue
             # All replies or none: only where each says what it is at one event, storage knows all that was said by it.

@@ -241,18 +241,17 @@ class Room:
     def notify(self) -> None:
         """Say what is new: the same bytes, at once, to everyone in step; the others are woken."""
         turn_log = self.logs[-1] if self.logs else None
-        step: tuple[int, Dialect] | None = None
-        said = b""
+        shown = turn_log.shown if turn_log is not None else -1
+        seq, dialect, said = shown, None, b""
         for follower in self.followers:
             direct = follower.direct
             if direct is None or direct.blocked or follower.log is not turn_log or not follower.idle:
                 follower.wake()
-                continue
-            if turn_log is not None and follower.seq < turn_log.shown:
-                if step != (follower.seq, follower.dialect):
-                    step = (follower.seq, follower.dialect)
-                    said = b"".join(turn_log.frames(follower.seq, follower.dialect))
-                follower.seq = turn_log.shown
+            elif follower.seq < shown:
+                if follower.seq != seq or follower.dialect is not dialect:
+                    seq, dialect = follower.seq, follower.dialect
+                    said = b"".join(turn_log.frames(seq, dialect))  # type: ignore[union-attr]  # -1 < -1 is false
+                follower.seq = shown
                 direct.write(said)
 
     # -- logs

@@ -69,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pool_size: int = 5
     storage_timeout: float = 5.0
     checkpoint_every: float = 0.5
+    checkpoint_with_redis: float = 3.0
     # [relay]
     relay_ack: float = 0.25
     publish_every: float = 0.003

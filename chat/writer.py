@@ -13,7 +13,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -42,25 +41,25 @@ class Patience:
         self._since: dict[Writer, float] = {}  # who waits, the longest first
         self._timed = False
 
-    def begin(self, writer: Writer) -> None:
-        loop = asyncio.get_running_loop()
-        self._since[writer] = loop.time()
+    def begin(self, writer: Writer, now: float) -> None:
+        """now: monotonic, as all times here."""
+        self._since[writer] = now
         if not self._timed:
             self._timed = True
-            loop.call_later(self._ack, self._look)
+            asyncio.get_running_loop().call_later(self._ack, self._look)
 
     def end(self, writer: Writer) -> None:
         self._since.pop(writer, None)
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        late = loop.time() - self._ack + 0.001
+        now = time.monotonic()
+        late = now - self._ack + 0.001
         for writer in [each for each, since in self._since.items() if since <= late]:
             self.end(writer)
             writer.late()
         self._timed = bool(self._since)
         if self._timed:
-            loop.call_at(next(iter(self._since.values())) + self._ack, self._look)
+            asyncio.get_running_loop().call_later(next(iter(self._since.values())) + self._ack - now, self._look)
 
 
 class Writer:
@@ -101,6 +100,8 @@ class Writer:
         self._done = False
         self.stored = False  # whether storage has the end; until then this log alone knows how the turn ended
         self._acked = -1  # the last event Redis is known to have
+        self._sent = -1  # the last one that is on its way
+        self._key = log_key(log.id)
         self._gathered = False  # we are called soon to say what there is
         self._flying = False  # a batch is on its way to Redis and back
         self._waiting = False  # … and is to be shown when it is back
@@ -144,6 +145,11 @@ class Writer:
         self._shown.set()
         self._wake.set()
 
+    @property
+    def safe(self) -> bool:
+        """Whether all that was shown would outlive this process: Redis is there and has it."""
+        return self._bus is not None and self._bus.connected and self._acked >= self.log.shown
+
     async def spoken(self, message_id: str) -> None:
         """Wait until all text of a reply is shown."""
         while not self._gone and (
@@ -174,7 +180,12 @@ class Writer:
         if self._bodies or self._done or self._skip or not self.sure():
             self._wake.set()
         elif self._texts:
-            self._leave(self._take())
+            number, entries = self.log.last, []
+            for (side, message_id), text in self._texts.items():
+                number += 1
+                entries.append(Entry(number, number, "chunk", side, message_id, text))
+            self._texts = {}
+            self._leave(entries)
 
     async def run(self) -> None:
         """Say beginnings, endings and what a blind battle says, until the end is shown."""
@@ -298,9 +309,9 @@ class Writer:
         if self.log.closed or now - self._renewed > self._pace.kept / 2:
             lifetime, self._renewed = int(self._pace.kept * 2), now
         self._flying = self._waiting = True
-        self._patience.begin(self)
-        payload, answered = encode(Said(self.log.id, missing)), partial(self._answered, missing[-1].seq)
-        self._bus.append(log_key(self.log.id), self._channel, payload, lifetime, answered)
+        self._patience.begin(self, now)
+        self._sent = missing[-1].seq
+        self._bus.append(self._key, self._channel, encode(Said(self.log.id, missing)), lifetime, self._answered)
         return self._waiting
 
     def _first_missing(self) -> int:
@@ -309,13 +320,13 @@ class Writer:
             place -= 1
         return place
 
-    def _answered(self, seq: int, answer: Any) -> None:
+    def _answered(self, answer: Any) -> None:
         self._patience.end(self)
         self._flying = False
         if isinstance(answer, Exception):
             self.late()
             return
-        self._acked = max(self._acked, seq)
+        self._acked = max(self._acked, self._sent)
         self.late()
         if self._acked < self.log.last and self.log.shown == self.log.last:
             self.send()  # what was said while Redis hung; nothing else may come to carry it

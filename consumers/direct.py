@@ -15,7 +15,7 @@ from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from chat.events import Entry, TurnLog, encode, socket_json
+from chat.events import Entry, TurnLog, encode, entry_json
 
 EXTENSION = "parley.direct"
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
@@ -85,9 +85,10 @@ class DirectProtocol(WebSocketsSansIOProtocol):
                     raise
 
     def write(self, frames: bytes) -> None:
-        """Write whole frames, unless the socket is closing."""
-        if self.handshake_complete and not (self.close_sent or self.disconnected or self.transport.is_closing()):
-            self.transport.write(frames)
+        """Write whole frames to an accepted socket, unless it is closing."""
+        transport = self.transport
+        if not (self.close_sent or transport.is_closing()):
+            transport.write(frames)
 
     def abort(self, code: int, reason: str) -> None:
         """Close a socket that takes nothing: say why behind what is stuck, and let the kernel's patience decide."""
@@ -116,4 +117,4 @@ def framed(payload: bytes) -> bytes:
 
 def socket_frames(log: TurnLog, entries: list[Entry]) -> list[bytes]:
     """The dialect of direct sockets: every event of the span as finished frames, in one piece."""
-    return [b"".join([framed(event) for event in socket_json(log, entries)])]
+    return [b"".join([framed(entry_json(log.id, entry)) for entry in entries])]

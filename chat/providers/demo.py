@@ -109,7 +109,9 @@ class Demo:
                 break
             # by the clock from the start: the time a token takes to leave would otherwise slow the next ones down
             due = started + count * script.pace - clock()
-            await _pass(max(0.0, due), limits.idle_timeout)
+            if due > limits.idle_timeout:
+                await _pass(due, limits.idle_timeout)
+            await asyncio.sleep(max(0.0, due))
             if script.timed:
                 token = token.replace("⟩", f":{time.monotonic_ns() // 1000}⟩")
             yield Delta(token)
