@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "data")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache", "data")
 RELAY, WORKERS = "tests/test_faults_relay.py", "tests/test_faults_workers.py"
 SLOW = "tests/sockets/test_slow_readers.py"
 FROZEN = f"{WORKERS}::test_the_owner_is_frozen"
@@ -39,7 +39,7 @@ MUTATIONS = (
     Mutation(
         "repair",
         "a gap is not repaired",
-        (("chat/relay.py", "        self._again = True\n        if self._repairing", "        return\n        if self._repairing"),),
+        (("chat/relay.py", "        self._again = True\n        if self._early", "        return\n        if self._early"),),
         (
             f"{RELAY}::test_redis_is_killed_and_comes_back",
             f"{RELAY}::test_redis_drops_its_listeners_five_times",
