@@ -118,3 +118,8 @@ CREATE TABLE budgets (
     messages INTEGER NOT NULL,
     PRIMARY KEY (name, day)
 );
+
+-- step 2
+
+-- Leaderboards count who met whom and how it ended, over all votes: read from this alone.
+CREATE INDEX votes_by_pair ON votes (counted, mode, model_a, model_b, preference, created_at);

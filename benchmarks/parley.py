@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import tempfile
+import time
 
 from machine import CLIENT, HERE, ROOT, Load, Process, venv
 from targets import PEERS, Target
@@ -50,7 +51,7 @@ def http_load(job: dict) -> dict:
 class Parley(Target):
     label = "Parley"
     load_options = ("--only", '"message_chunk"', "--greeted", "yes")
-    in_scenarios = (*Target.in_scenarios, "http", "streams")
+    in_scenarios = (*Target.in_scenarios, "http", "streams", "waits")
     database_url = ""  # a fresh SQLite file unless a subclass or a scenario says otherwise
     with_redis = True
 
@@ -67,10 +68,24 @@ class Parley(Target):
         }
         if not self.with_redis:
             env["REDIS_URL"] = ""
+        self.python, self.env = python, env
         release = [python, ROOT / "service.py", "release"]
         subprocess.run(release, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
         self.serve(python, ROOT / "service.py", "serve", **env)
         self.tokens = [answer["tokens"]["access"] for answer in self.ask([["POST", "/api/auth/anonymous/", {}, {}]])]
+
+    def fill(self, sessions: int, messages: int, votes: int) -> None:
+        """Give the first guest years of use; see fill.py."""
+        [me] = self.ask([["GET", "/api/users/me/", {"Authorization": f"Bearer {self.tokens[0]}"}, None]])
+        command = [self.python, HERE / "fill.py", self.env["DATABASE_URL"], me["id"], sessions, messages, votes]
+        subprocess.run([str(word) for word in command], check=True)
+
+    def start_again(self) -> float:
+        """Seconds from the command to an open port, on a database that is there."""
+        self.processes.pop().stop()
+        began = time.monotonic()
+        self.serve(self.python, ROOT / "service.py", "serve", **self.env)
+        return time.monotonic() - began
 
     def ask(self, requests: list) -> list[dict]:
         """Every request once; the answers' bodies. Anything but a success ends the run."""

@@ -51,8 +51,21 @@ COLUMNS = {
         ("seconds", "seconds", 1),
         ("per_cpu_second", "tokens/CPU-s", 0),
     ],
+    "waits": [
+        (f"{name}{store}", f"{heading}{', PostgreSQL' if store else ''}", decimals)
+        for store in ("", "_pg")
+        for name, heading, decimals in (
+            ("leaderboard", "leaderboard of 1M votes, ms", 0),
+            ("again", "kept", 2),
+            ("list", "list of 10,000 sessions", 1),
+            ("search", "search in them", 1),
+            ("history", "last 50 of 1,000 messages", 1),
+            ("messages", "all 1,000", 1),
+            ("start", "second start, s", 2),
+        )
+    ],
 }
-LESS_IS_BETTER = {"idle", "memory"}
+LESS_IS_BETTER = {"idle", "memory", "waits"}
 
 TITLES = {
     "S1": "S1: 1 session × 500 sockets × 50 tokens/s — tokens delivered per server CPU-second",
@@ -63,6 +76,7 @@ TITLES = {
     "growth": "Growth: 18,000 tokens/s spread ever wider — tokens delivered per server CPU-second at 10 sockets",
     "http": "HTTP: /api/health/ answers per server CPU-second",
     "streams": "Streams: 3,000 concurrent HTTP turns — % complete",
+    "waits": "Waits: the leaderboard of a million votes, computed, ms (less is better)",
 }
 
 

@@ -225,6 +225,41 @@ def streams(kind: type[Target], seconds: float) -> Sample:
     return with_target(kind, measure)
 
 
+def waits(kind: type[Target], seconds: float) -> Sample:
+    """What else a user waits for, after years of use: one request at a time, ms; and the second start, s."""
+    sessions, messages, votes = (10_000, 1_000, 1_000_000) if seconds >= 5 else (1_000, 100, 10_000)
+    pages = {
+        "list": "/api/sessions/",
+        "search": "/api/sessions/?search=number+77",
+        "history": "/api/sessions/big/",
+        "messages": "/api/messages/?session_id=big&limit=1000",
+        "leaderboard": "/api/leaderboard/?mode=random",
+        "again": "/api/leaderboard/?mode=random",
+    }
+
+    def measure(target: Parley) -> Sample:
+        target.fill(sessions, messages, votes)
+        sample = {}
+        for name, path in pages.items():
+            request = ["GET", path, {"Authorization": f"Bearer {target.tokens[0]}"}, None]
+            job = {"kind": "rate", "port": target.port, "requests": [request], "connections": 1}
+            sample[name] = http_load(job | {"seconds": 0.02 if name == "leaderboard" else 2})["p50_ms"]
+        sample["start"] = target.start_again()
+        return sample
+
+    sample = with_target(kind, measure)
+    try:
+        postgres = Postgres()
+    except Missing as missing:
+        print(f"NOT ON POSTGRESQL: {missing}", file=sys.stderr)
+        return sample
+    try:
+        on_postgres = with_target(kind, measure, database_url=postgres.url)
+    finally:
+        postgres.stop()
+    return sample | {f"{name}_pg": value for name, value in on_postgres.items()}
+
+
 SCENARIOS = {
     "S1": s1,
     "S2": s2,
@@ -234,4 +269,5 @@ SCENARIOS = {
     "growth": growth,
     "http": http,
     "streams": streams,
+    "waits": waits,
 }

@@ -198,15 +198,20 @@ class Leaderboard:
         self._database = database
         self._kept = kept
         self._standings: dict[tuple[str, tuple[str, ...]], tuple[float, list[Standing]]] = {}
+        self._turn = asyncio.Lock()  # who finds them too old together waits for one computation
 
     async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         """Best first; models without a rating last."""
         key = (period, modes)
-        at, standings = self._standings.get(key, (-self._kept, []))
-        if time.monotonic() - at >= self._kept:
-            standings = await self._computed(period, modes)
-            self._standings[key] = (time.monotonic(), standings)
-        return standings
+        asked = time.monotonic()
+        if not self._fresh(key, asked):
+            async with self._turn:
+                if not self._fresh(key, asked):
+                    self._standings[key] = (time.monotonic(), await self._computed(period, modes))
+        return self._standings[key][1]
+
+    def _fresh(self, key: tuple[str, tuple[str, ...]], now: float) -> bool:
+        return key in self._standings and now - self._standings[key][0] < self._kept
 
     async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         now, days = self._database.now(), PERIODS[period]
@@ -236,11 +241,11 @@ def _modes(modes: tuple[str, ...]) -> dict[str, Any]:
 async def _select_tally(
     database: Database, since: int, before: int, modes: tuple[str, ...]
 ) -> list[Tally]:
-    """How often each pair met and ended so: `(model_a, model_b, preference, count)`."""
+    """How often each pair met and ended so: `(model_a, model_b, preference, count)`, by mode: an index has them so."""
     rows = await database.fetch_all(
         """SELECT model_a, model_b, preference, COUNT(*) AS battles FROM votes
             WHERE counted = 1 AND mode IN (:mode, :other) AND created_at >= :since AND created_at < :before
-            GROUP BY model_a, model_b, preference ORDER BY model_a, model_b, preference""",
+            GROUP BY mode, model_a, model_b, preference ORDER BY mode, model_a, model_b, preference""",
         _modes(modes) | {"since": since, "before": before},
     )
     return [(row["model_a"], row["model_b"], row["preference"], row["battles"]) for row in rows]

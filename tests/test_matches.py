@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from chat.database import Database
 from chat.errors import ChatError
 from chat.ratings import Rating
-from chat.settings import Model
-from chat.votes import Standing, draw, names_itself, pick
+from chat.settings import HERE, Model
+from chat.votes import Leaderboard, Standing, draw, names_itself, pick
 
 MODELS = ["ant", "bee", "cat", "dog"]
 DRAWS = 6000
@@ -89,3 +93,29 @@ def test_a_battle_needs_two_models() -> None:
 def test_an_answer_that_names_its_model_or_maker_is_known(text: str, named: bool) -> None:
     offered = Model(id="gnat", provider="openai_chat", vendor="Insectia", display_name="Gnat Prime", model_code="gp-1")
     assert names_itself(text, offered) is named
+
+
+class Counting(Database):
+    """Counts how often votes are read."""
+
+    read = 0
+
+    async def fetch_all(self, sql: str, values: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        self.read += "FROM votes" in sql
+        return await super().fetch_all(sql, values)
+
+
+async def test_who_asks_together_waits_for_one_computation(tmp_path: Path) -> None:
+    """A leaderboard of a million votes takes a while: a hundred pages that find it old must not each begin it."""
+    database = Counting(f"sqlite:///{tmp_path / 'votes.db'}")
+    await database.connect()
+    try:
+        await database.migrate((HERE / "models.sql").read_text())
+        board = Leaderboard(database, 60.0)
+        assert await asyncio.gather(*(board.standings("all_time", ("random",)) for _ in range(20))) == [[]] * 20
+        once = database.read
+        assert once and await board.standings("all_time", ("random",)) == [] and database.read == once
+        await board.standings("daily", ("random",))
+        assert database.read == 2 * once
+    finally:
+        await database.disconnect()

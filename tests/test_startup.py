@@ -90,6 +90,6 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_release_applies_the_schema_once(tmp_path: Path) -> None:
-    assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 1 step applied\n")
+    assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 2 steps applied\n")
     assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 0 steps applied\n")
     assert start(tmp_path, "service.py", "dance")[0] != 0
