@@ -142,6 +142,25 @@ async def test_the_owner_is_killed_after_one_side_has_ended(whole: Stage, mode: 
         await scene.check(codes=KILLED)
 
 
+async def test_who_joins_after_one_side_has_ended_without_redis_misses_no_word_of_the_other(whole: Stage) -> None:
+    """Storage has one side's end and, from a moment before, the other side's text: what is told from it must not stand
+    for the words between. Found by a soak."""
+    async with await whole.scene(mode="compare", model_a_id="fluent", model_b_id="hasty") as scene:
+        near = await scene.socket("near", 0)
+        assert whole.redis is not None
+        scene.journal.fault("redis killed")
+        whole.redis.kill()
+        await near.say("/count 150 scholar")
+        await near.event("message_complete")
+        far, later = await asyncio.gather(scene.socket("far", 1), scene.sse("later", 1))
+        await near.chunks(60)
+        await whole.redis.start()
+        scene.journal.fault("redis back")
+        await ended([near, far, later])
+        assert near.view.texts() == far.view.texts() == later.view.texts()
+        await scene.check()
+
+
 async def test_the_owner_is_killed_before_it_said_a_word(scene: Scene) -> None:
     """17, earlier: the turn is stored and nothing of it is said. Readers hear it begin and end `interrupted`, and who
     posted it is answered with that turn."""
