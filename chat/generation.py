@@ -543,6 +543,7 @@ class Generation:
         known = max(each["seq"] for each in rows)
         writer = await self.relay.write(session, turn.id, row | {"status": "running", "seq": known})
         running = self.running[turn.id] = Running(turn, writer)
+        writer.ending = lambda seq: self._store_end(running, seq)
         writer.skip_ahead()
         status, reason = ("stopped", None) if row["stop_requested"] else ("interrupted", "interrupted")
         # All is stored before any of it is told: should we die, too, the next one tells it with the same numbers.
