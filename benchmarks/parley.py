@@ -99,6 +99,11 @@ class Parley(Target):
         body = {"mode": "direct", "model_a_id": "demo-scholar"}
         return ["POST", "/api/sessions/", {"Authorization": f"Bearer {token}"}, body]
 
+    def new_turn(self, content: str) -> list:
+        """A turn in a session of its own, made along with it, answered to its end as bare text."""
+        body = {"content": content, "mode": "direct", "model_a_id": "demo-scholar"}
+        return ["POST", "/api/messages/stream/?format=text", {"Authorization": f"Bearer {self.tokens[0]}"}, body]
+
     def prepare(self, sessions: int) -> None:
         made = self.ask([self.new_session(self.tokens[0])] * sessions)
         self.sessions = [session["id"] for session in made]

@@ -40,8 +40,15 @@ COLUMNS = {
     "http": [
         ("health_per_cpu_second", "health/CPU-s", 0),
         ("health_per_second", "health/s", 0),
-        ("sessions_sqlite", "sessions/s SQLite", 0),
-        ("sessions_postgres", "sessions/s PostgreSQL", 0),
+        *(
+            (f"{name}_{store.lower()}", f"{heading} {store}", decimals)
+            for store in ("SQLite", "Postgres")
+            for name, heading, decimals in (
+                ("sessions", "sessions/s", 0),
+                ("turns", "turns/s", 0),
+                ("turn_ms", "CPU-ms/turn", 2),
+            )
+        ),
     ],
     "streams": [
         ("complete_percent", "complete %", 1),

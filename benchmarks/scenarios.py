@@ -170,36 +170,40 @@ def growth(kind: type[Target], seconds: float) -> Sample:
 
 
 def http(kind: type[Target], seconds: float) -> Sample:
-    """`/api/health/`, and for Parley sessions created on SQLite and on PostgreSQL."""
+    """`/api/health/`, and for Parley sessions created, and whole turns of one token, on SQLite and on PostgreSQL."""
 
-    def hammer(target: Target, requests: list) -> tuple[float, float]:
+    def hammer(target: Target, requests: list) -> Sample:
         job = {"kind": "rate", "port": target.port, "requests": requests, "connections": 32, "seconds": seconds}
         http_load(job | {"seconds": 1})
         spent = -target.cpu()
         result = http_load(job)
+        spent += target.cpu()
         if result["errors"]:
             print(f"  {target.label}: {result['errors']} of {result['answers']} answers are errors", file=sys.stderr)
-        return result["per_second"], result["answers"] / max(spent + target.cpu(), 0.01)
+        per_cpu_second = result["answers"] / max(spent, 0.01)
+        return {"per_second": result["per_second"], "per_cpu_second": per_cpu_second, "ms": 1000 / per_cpu_second}
 
     def health(target: Target) -> Sample:
-        per_second, per_cpu_second = hammer(target, [["GET", "/api/health/", {}, None]])
-        return {"health_per_second": per_second, "health_per_cpu_second": per_cpu_second}
+        return hammer(target, [["GET", "/api/health/", {}, None]])
 
-    def sessions(target: Parley) -> float:
-        return hammer(target, [target.new_session(target.tokens[0])])[0]
+    def writes(target: Parley) -> Sample:
+        made = hammer(target, [target.new_session(target.tokens[0])])
+        said = hammer(target, [target.new_turn("/count 1")])
+        return {"sessions": made["per_second"], "turns": said["per_second"], "turn_ms": said["ms"]}
 
-    sample = with_target(kind, health)
+    sample = {f"health_{name}": value for name, value in with_target(kind, health).items()}
     if kind is Parley:
-        sample["sessions_sqlite"] = with_target(kind, sessions)
+        sample |= {f"{name}_sqlite": value for name, value in with_target(kind, writes).items()}
         try:
             postgres = Postgres()
         except Missing as missing:
             print(f"NO SESSIONS ON POSTGRESQL: {missing}", file=sys.stderr)
             return sample
         try:
-            sample["sessions_postgres"] = with_target(kind, sessions, database_url=postgres.url)
+            on_postgres = with_target(kind, writes, database_url=postgres.url)
         finally:
             postgres.stop()
+        sample |= {f"{name}_postgres": value for name, value in on_postgres.items()}
     return sample
 
 

@@ -71,7 +71,7 @@ MUTATIONS = (
             ("chat/events.py", "            if entry.seq <= self.last or self.closed:\n", "            if self.closed:\n"),
             ("chat/events.py", " or (entry.from_seq <= self.last and entry.kind == \"chunk\"):", ":"),
         ),
-        (f"{RELAY}::test_redis_is_killed_and_comes_back", f"{WORKERS}::test_snapshots_while_redis_is_away_bring_nothing_twice"),
+        ("tests/test_turn_log.py", f"{WORKERS}::test_snapshots_while_redis_is_away_bring_nothing_twice"),
     ),
     Mutation(
         "shield",
