@@ -20,6 +20,7 @@ import re
 import secrets
 import sqlite3
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,56 +68,78 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-class Query:
+class Query(ABC):
     """Statements on one connection: what `Database` hands out and what a transaction works with."""
 
-    def __init__(self, connection: Any, postgres: bool) -> None:
-        self._connection = connection
-        self._postgres = postgres
+    @abstractmethod
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]: ...
 
-    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
-        raw = self._connection.raw_connection
-        if self._postgres:
-            statement, names = _numbered(sql)
-            return [dict(row) for row in await raw.fetch(statement, *[(values or {})[name] for name in names])]
-        # One visit to SQLite's thread; a cursor of our own would take three.
-        return [dict(row) for row in await raw.execute_fetchall(sql, values or {})]
+    @abstractmethod
+    async def execute_many(self, sql: str, values: list[Values]) -> None: ...
 
     async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
         rows = await self.fetch_all(sql, values)
         return rows[0] if rows else None
 
     async def execute(self, sql: str, values: Values | None = None) -> None:
-        raw = self._connection.raw_connection
-        if self._postgres:
-            statement, names = _numbered(sql)
-            await raw.execute(statement, *[(values or {})[name] for name in names])
-        else:
-            await raw.execute_fetchall(sql, values or {})
+        await self.fetch_all(sql, values)
+
+
+class PostgresQuery(Query):
+    """On a connection of the pool."""
+
+    def __init__(self, connection: Any) -> None:
+        self._raw = connection.raw_connection
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        statement, names = _numbered(sql)
+        return [dict(row) for row in await self._raw.fetch(statement, *[(values or {})[name] for name in names])]
 
     async def execute_many(self, sql: str, values: list[Values]) -> None:
-        raw = self._connection.raw_connection
-        if self._postgres:
-            statement, names = _numbered(sql)
-            await raw.executemany(statement, [[each[name] for name in names] for each in values])
-        else:
-            await raw.executemany(sql, values)
+        statement, names = _numbered(sql)
+        await self._raw.executemany(statement, [[each[name] for name in names] for each in values])
 
-    @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        """Whole or not at all. On SQLite the write lock is taken first: read-then-write would fail beside another."""
-        if self._postgres:
-            async with self._connection.transaction():
-                yield
-            return
-        raw = self._connection.raw_connection
-        await raw.execute_fetchall("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            await raw.execute_fetchall("ROLLBACK")
-            raise
-        await raw.execute_fetchall("COMMIT")
+
+class SQLiteQuery(Query):
+    """Inside the thread of a connection: nothing here ever waits."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._raw = connection
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        return [dict(row) for row in self._raw.execute(sql, values or {}).fetchall()]
+
+    async def execute_many(self, sql: str, values: list[Values]) -> None:
+        self._raw.executemany(sql, values)
+
+
+def _in_thread(connection: sqlite3.Connection, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
+    """Do all that `work` asks for in one visit to the connection's thread; `whole`: in a transaction.
+
+    A visit a statement costs more than the statement, and each hands the interpreter from thread to thread and back.
+    The write lock is taken first: read-then-write would fail beside another.
+    """
+    if whole:
+        connection.execute("BEGIN IMMEDIATE")
+    try:
+        answer = _driven(work(SQLiteQuery(connection)))
+        if whole:
+            connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk has ended it already
+            connection.execute("ROLLBACK")
+        raise
+    return answer
+
+
+def _driven(work: Awaitable[T]) -> T:
+    """The result of a coroutine that never waits."""
+    try:
+        next(work.__await__())
+    except StopIteration as done:
+        answer: T = done.value
+        return answer
+    raise RuntimeError("a transaction waited for something else than its statements")
 
 
 class Database:
@@ -221,19 +244,26 @@ class Database:
         await self._shielded(lambda: self._once(lambda query: query.execute(sql, values), False))
 
     async def transaction(self, work: Callable[[Query], Awaitable[T]], *, timeout: float | None = None) -> T:
-        """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile."""
+        """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile.
 
-        async def run() -> T:
-            async with self._connection(reading=False) as connection:
-                query = Query(connection, self.postgres)
-                async with query.transaction():
-                    return await work(query)
-
-        return await self._shielded(run, timeout)
+        It may wait for nothing but its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
+        """
+        return await self._shielded(lambda: self._on_connection(work, reading=False, whole=True), timeout)
 
     async def _once(self, ask: Callable[[Query], Awaitable[T]], reading: bool) -> T:
+        return await self._on_connection(ask, reading, whole=False)
+
+    async def _on_connection(self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool) -> T:
         async with self._connection(reading) as connection:
-            return await ask(Query(connection, self.postgres))
+            if not self.postgres:
+                raw = connection.raw_connection
+                # aiosqlite's own way into its thread; its public calls go there for one statement each.
+                answer: T = await raw._execute(_in_thread, raw._conn, work, whole)
+                return answer
+            if not whole:
+                return await work(PostgresQuery(connection))
+            async with connection.transaction():
+                return await work(PostgresQuery(connection))
 
     @contextlib.asynccontextmanager
     async def _connection(self, reading: bool) -> AsyncIterator[Any]:

@@ -274,12 +274,12 @@ class Generation:
 
     async def _history(self, turn: Turn) -> list[Row]:
         """The conversation up to and with the turn's user message, newest first, cut to the token budget."""
-        try:
-            rows = await turns.select_messages(
-                self.database, turn.session.id, limit=HISTORY_MESSAGES, before=turn.user["position"]
-            )
-        except StorageUnavailable:
-            rows = []
+        rows: list[Row] = []
+        if turn.user["position"]:
+            with contextlib.suppress(StorageUnavailable):
+                rows = await turns.select_messages(
+                    self.database, turn.session.id, limit=HISTORY_MESSAGES, before=turn.user["position"]
+                )
         budget = self.settings.history_tokens * CHARS_PER_TOKEN
         kept: list[Row] = []
         for row in [turn.user, *rows[::-1]]:

@@ -62,6 +62,7 @@ class Follower:
         self.over = False  # this worker ends: its reader is to come back to another
         self.direct: Direct | None = None  # written to at once while it keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
+        self.sign_of_life = b""  # what a reader of one turn is to be told next, whatever else there is
         self._busy = True  # its own coroutine is speaking: nobody else may
         self.notices: deque[bytes] = deque(maxlen=NOTICES_KEPT)
         self._event = asyncio.Event()
@@ -74,6 +75,11 @@ class Follower:
             return
         for frames in self.take():
             direct.write(frames)
+
+    def nudge(self, said: bytes) -> None:
+        """Have a reader of one turn say this between two events."""
+        self.sign_of_life = said
+        self._event.set()
 
     def hang_up(self) -> None:
         """Have its coroutine say what there is and then raise `draining`."""
@@ -99,6 +105,9 @@ class Follower:
     async def next_of_turn(self) -> list[bytes]:
         """Like `next`, for a reader of one turn: an empty list when the turn has been said to its end."""
         while self.log is not None:
+            if self.sign_of_life:
+                said, self.sign_of_life = self.sign_of_life, b""
+                return [said]
             if self.inexact and self.log.ended:
                 entries, self.seq, self.inexact = self.log.endings(self.seq), self.log.shown, False
                 return self.dialect(self.log, entries)
@@ -160,18 +169,19 @@ class Room:
 
     # -- opening and closing, under the relay's lock of this session
 
-    async def open(self) -> None:
+    async def open(self, own: str = "") -> None:
+        """own: the turn it is opened for, which this process is about to begin: there is nothing to read of it."""
         self._subscription = self.relay.broadcast.subscribe(self.channel)
         subscriber = await self._subscription.__aenter__()
         self._pump = asyncio.create_task(self._listen(subscriber))
         try:
-            await self._load()
+            await self._load(own)
         except BaseException:
             await self.close()
             raise
 
-    async def _load(self) -> None:
-        latest = await turns.select_latest_turn(self.relay.database, self.session_id)
+    async def _load(self, own: str) -> None:
+        latest = None if own else await turns.select_latest_turn(self.relay.database, self.session_id)
         if latest is not None and (latest["status"] == "running" or latest["id"] in self.relay.writers):
             await self.relay.bring(self, latest)
         elif latest is not None:
@@ -469,12 +479,12 @@ class Relay:
             lock = self._locks[session_id] = asyncio.Lock()
         return lock
 
-    async def _enter(self, session_id: str) -> Room:
+    async def _enter(self, session_id: str, own: str = "") -> Room:
         """The session's room, open. Call under its lock."""
         room = self.rooms.get(session_id)
         if room is None:
             room = Room(self, session_id)
-            await room.open()
+            await room.open(own)
             self.rooms[session_id] = room
         return room
 
@@ -636,7 +646,7 @@ class Relay:
             kept=settings.log_kept,
         )
         async with self._lock(session.id):
-            room = await self._enter(session.id)
+            room = await self._enter(session.id, turn_id if taken is None else "")
             room.writing += 1
             try:
                 if taken is not None:

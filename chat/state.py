@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from broadcaster import Broadcast
 
-from .bus import RedisBus
+from .bus import RedisBus, RelayUnavailable
 from .database import Database
+from .errors import ChatError
 from .generation import Generation
+from .kept import Kept
 from .limits import Limits
 from .metrics import Metrics
 from .providers import Providers
@@ -21,6 +25,9 @@ from .sessions import Mask
 from .settings import HERE, Settings
 from .tokens import Tokens
 from .votes import Leaderboard
+
+CHECK_TIMEOUT = 2.0  # seconds
+CHECKED_FOR = 0.25  # seconds: anyone may ask for health, as often as they like, and each check goes to the database
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class State:
     providers: Providers
     leaderboard: Leaderboard
     metrics: Metrics
+    checks: Kept[dict[str, str]]  # what health says of the database, Redis and the relay
     dice: random.Random  # draws the pairs of blind battles
     bus: RedisBus | None
     worker: str
@@ -90,6 +98,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         providers=providers,
         leaderboard=leaderboard,
         metrics=metrics,
+        checks=Kept(CHECKED_FOR, lambda: _checks(database, relay, bus)),
         dice=dice,
         bus=bus,
         worker=worker,
@@ -119,3 +128,24 @@ def _metrics(relay: Relay, generation: Generation) -> Metrics:
         (result.finish.input_tokens, result.finish.output_tokens) if result.finish else (None, None),
     )
     return metrics
+
+
+async def _checks(database: Database, relay: Relay, bus: RedisBus | None) -> dict[str, str]:
+    stored, cached = await asyncio.gather(_answers(database.fetch_one("SELECT 1 AS one")), _pinged(bus))
+    return {
+        "database": "ok" if stored else "failed",
+        "cache": "ok" if cached else "failed",
+        "channels": "configured" if relay.healthy else "failed",
+    }
+
+
+async def _pinged(bus: RedisBus | None) -> bool:
+    return bus is None or await _answers(bus.command("PING"))
+
+
+async def _answers(asked: Awaitable[Any]) -> bool:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT):
+            return bool(await asked)
+    except (ChatError, RelayUnavailable, TimeoutError):
+        return False

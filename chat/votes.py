@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
 from . import ratings
 from .database import Database, Query, Row, new_id
 from .errors import ChatError, not_found
+from .kept import Kept
 from .ratings import Rating
 from .sessions import Session
 from .settings import Model
@@ -197,21 +198,12 @@ class Leaderboard:
     def __init__(self, database: Database, kept: float) -> None:
         self._database = database
         self._kept = kept
-        self._standings: dict[tuple[str, tuple[str, ...]], tuple[float, list[Standing]]] = {}
-        self._turn = asyncio.Lock()  # who finds them too old together waits for one computation
+        self._standings: dict[tuple[str, tuple[str, ...]], Kept[list[Standing]]] = {}
 
     async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         """Best first; models without a rating last."""
-        key = (period, modes)
-        asked = time.monotonic()
-        if not self._fresh(key, asked):
-            async with self._turn:
-                if not self._fresh(key, asked):
-                    self._standings[key] = (time.monotonic(), await self._computed(period, modes))
-        return self._standings[key][1]
-
-    def _fresh(self, key: tuple[str, tuple[str, ...]], now: float) -> bool:
-        return key in self._standings and now - self._standings[key][0] < self._kept
+        computed = partial(self._computed, period, modes)
+        return await self._standings.setdefault((period, modes), Kept(self._kept, computed)).get()
 
     async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         now, days = self._database.now(), PERIODS[period]

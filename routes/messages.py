@@ -176,26 +176,25 @@ class FollowResponse(StreamingResponse):
 
 async def _said(chat: State, follower: Follower, spoken: type[Format]) -> AsyncIterator[bytes]:
     yield spoken.opening
-    waiting: asyncio.Task[list[bytes]] | None = None
+    # A timer for the stream, not one a wait: proxies close what is silent, and tokens may come by the thousand.
+    pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(follower.next_of_turn())
-            done, _ = await asyncio.wait({waiting}, timeout=chat.settings.sse_ping)
-            if not done:
-                yield spoken.ping
-                continue
-            try:
-                frames, waiting = waiting.result(), None
-            except ChatError:
-                return  # this worker ends: without its last event, the stream is resumed elsewhere
-            if not frames:
-                break
+        while frames := await follower.next_of_turn():
             for frame in frames:
                 yield frame
+    except ChatError:
+        return  # this worker ends: without its last event, the stream is resumed elsewhere
     finally:
-        if waiting is not None:
-            waiting.cancel()
+        if pings is not None:
+            pings.cancel()
     yield spoken.closing
+
+
+async def _pings(follower: Follower, ping: bytes, every: float) -> None:
+    """Say a sign of life now and again, until cancelled."""
+    while True:
+        await asyncio.sleep(every)
+        follower.nudge(ping)
 
 
 async def session_stream(request: Request) -> Response:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from chat.bus import RelayUnavailable
 from chat.errors import ChatError, not_found
 from chat.sessions import model_card
-from chat.state import State
 
 from . import inputs
 
 VERSION = "1.0.0"
-CHECK_TIMEOUT = 2.0  # seconds
 
 
 async def health(request: Request) -> Response:
     """The exact body existing monitors compare; details and addresses never appear here."""
-    checks = await _checks(inputs.state(request))
+    checks = await inputs.state(request).checks.get()
     failed = "failed" in checks.values()
     body = {
         "status": "unhealthy" if failed else "healthy",
@@ -33,33 +29,6 @@ async def health(request: Request) -> Response:
     return inputs.answer(body, 503 if failed else 200, {"Cache-Control": "no-store"})
 
 
-async def _checks(chat: State) -> dict[str, str]:
-    database, cache = await asyncio.gather(_database(chat), _cache(chat))
-    return {
-        "database": "ok" if database else "failed",
-        "cache": "ok" if cache else "failed",
-        "channels": "configured" if chat.relay.healthy else "failed",
-    }
-
-
-async def _database(chat: State) -> bool:
-    try:
-        async with asyncio.timeout(CHECK_TIMEOUT):
-            return await chat.database.fetch_one("SELECT 1 AS one") is not None
-    except (ChatError, TimeoutError):
-        return False
-
-
-async def _cache(chat: State) -> bool:
-    if chat.bus is None:
-        return True
-    try:
-        async with asyncio.timeout(CHECK_TIMEOUT):
-            return bool(await chat.bus.command("PING"))
-    except (RelayUnavailable, TimeoutError):
-        return False
-
-
 async def live(request: Request) -> Response:
     return PlainTextResponse("ok")
 
@@ -67,7 +36,7 @@ async def live(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether to send traffic here: 503 while draining or while a check fails."""
     chat = inputs.state(request)
-    if chat.generation.draining or "failed" in (await _checks(chat)).values():
+    if chat.generation.draining or "failed" in (await chat.checks.get()).values():
         return PlainTextResponse("not ready", 503, {"Retry-After": "2"})
     return PlainTextResponse("ok")
 

@@ -25,6 +25,7 @@ from itsdangerous import URLSafeSerializer
 import routes
 from chat.errors import STATUS
 from chat.settings import read_settings
+from chat.state import CHECKED_FOR
 from routes.operations import VERSION
 from tests.conftest import CLOSED, SECRET
 from tests.harness import until
@@ -1840,6 +1841,7 @@ async def test_a_failed_check_makes_it_unhealthy_and_not_ready(postgres_server: 
         environment = CLOSED | {"DATABASE_URL": database.through(url), "REDIS_URL": redis.through(redis_server.url)}
         async with Service(environment) as service:
             for proxy, check in ((redis, "cache"), (database, "database")):
+                await asyncio.sleep(CHECKED_FOR)  # so long an answer stands, for however many ask
                 proxy.stall()
                 response = await call(service.url, "GET", "/api/health/")
                 assert response.status_code == 503
