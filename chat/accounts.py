@@ -171,10 +171,9 @@ async def reserve(
         raise ChatError("budget_exhausted", message, retry_after=3600)
 
 
-async def settle(database: Database, now: int, account_id: str, tokens: int) -> None:
-    """Give back what was reserved and not used (negative `tokens`)."""
-    for name in budgets_of(account_id):  # one row a statement: two at once may lock them in the other order
-        await database.execute(
-            "UPDATE budgets SET tokens = tokens + :tokens WHERE day = :day AND name = :name",
-            {"tokens": tokens, "day": _day(now), "name": name},
-        )
+async def settle(database: Database, name: str, tokens: int) -> None:
+    """Give back what was reserved today and not used (negative `tokens`), to `account:<id>` or the `service`."""
+    await database.execute(
+        "UPDATE budgets SET tokens = tokens + :tokens WHERE day = :day AND name = :name",
+        {"tokens": tokens, "day": _day(database.now()), "name": name},
+    )

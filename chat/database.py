@@ -49,6 +49,7 @@ UNREACHABLE = (
 TAKEN = (asyncpg.IntegrityConstraintViolationError, sqlite3.IntegrityError)
 OUR_FAULT = (asyncpg.SyntaxOrAccessError, asyncpg.DataError, sqlite3.ProgrammingError)
 SQLITE_READERS = 2
+LINE = 20.0  # seconds a call waits behind others that are answered
 NAME = re.compile(r":([a-z_][a-z0-9_]*)")
 
 
@@ -151,6 +152,7 @@ class Database:
         self.timeout = timeout
         self.failed_at = 0.0  # monotonic: when a call last found the database away
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
+        self._answered_at = {True: 0.0, False: 0.0}  # monotonic, of reads and of writes
         self._exclusive = exclusive
         self._lock_file: int | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -235,23 +237,20 @@ class Database:
     # -- statements
 
     async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
-        return await self._shielded(lambda: self._once(lambda query: query.fetch_all(sql, values), _reads(sql)))
+        return await self._shielded(lambda query: query.fetch_all(sql, values), reading=_reads(sql))
 
     async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
-        return await self._shielded(lambda: self._once(lambda query: query.fetch_one(sql, values), _reads(sql)))
+        return await self._shielded(lambda query: query.fetch_one(sql, values), reading=_reads(sql))
 
     async def execute(self, sql: str, values: Values | None = None) -> None:
-        await self._shielded(lambda: self._once(lambda query: query.execute(sql, values), False))
+        await self._shielded(lambda query: query.execute(sql, values))
 
     async def transaction(self, work: Callable[[Query], Awaitable[T]], *, timeout: float | None = None) -> T:
         """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile.
 
         It may wait for nothing but its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
         """
-        return await self._shielded(lambda: self._on_connection(work, reading=False, whole=True), timeout)
-
-    async def _once(self, ask: Callable[[Query], Awaitable[T]], reading: bool) -> T:
-        return await self._on_connection(ask, reading, whole=False)
+        return await self._shielded(work, whole=True, timeout=timeout)
 
     async def _on_connection(self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool) -> T:
         async with self._connection(reading) as connection:
@@ -280,14 +279,20 @@ class Database:
             async with self._writer_lock:
                 yield self._writer
 
-    async def _shielded(self, call: Callable[[], Awaitable[T]], timeout: float | None = None) -> T:
-        """Await `call` in its own task. A caller that is cancelled or tired of waiting leaves; the call goes on."""
-        task = asyncio.ensure_future(_awaited(call))
+    async def _shielded(
+        self,
+        work: Callable[[Query], Awaitable[T]],
+        *,
+        reading: bool = False,
+        whole: bool = False,
+        timeout: float | None = None,
+    ) -> T:
+        """Await `work` in its own task. A caller that is cancelled or tired of waiting leaves; the work goes on."""
+        task = asyncio.ensure_future(self._on_connection(work, reading, whole))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         try:
-            async with asyncio.timeout(timeout or self.timeout):
-                answer = await asyncio.shield(task)
+            answer = await self._answer(task, reading, timeout or self.timeout)
         except UNREACHABLE as problem:
             if isinstance(problem, TAKEN):
                 raise ChatError("conflict", "This id is taken already.") from problem
@@ -301,6 +306,22 @@ class Database:
         if self._away_since:
             log.warning("storage answers again after %.1f s", time.monotonic() - self._away_since)
             self._away_since = 0.0
+        return answer
+
+    async def _answer(self, task: asyncio.Task[T], reading: bool, timeout: float) -> T:
+        """Wait for a call, and leave it alone. Raises `TimeoutError` where storage is silent for so long.
+
+        While it answers others of its kind, who stands in line is not told that it is away: a burst of turns would be
+        refused for nothing.
+        """
+        began = time.monotonic()
+        while not (await asyncio.wait({task}, timeout=timeout))[0]:
+            now = time.monotonic()
+            if now - self._answered_at[reading] > 1.0 or now - began > LINE:
+                raise TimeoutError
+            timeout = 1.0
+        answer = task.result()
+        self._answered_at[reading] = time.monotonic()
         return answer
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
@@ -366,10 +387,6 @@ def _numbered(sql: str) -> tuple[str, list[str]]:
 @functools.cache
 def _reads(sql: str) -> bool:
     return sql.lstrip().startswith("SELECT")
-
-
-async def _awaited(call: Callable[[], Awaitable[T]]) -> T:
-    return await call()
 
 
 def _reason(problem: BaseException) -> str:

@@ -89,6 +89,7 @@ class Generation:
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         self._orphans: set[str] = set()  # turns that are being ended for somebody else
+        self._unused = 0  # tokens of ended turns that the service has not got back yet: all turns have that one row
         relay.on_stop = self._stop_here
 
     # -- life
@@ -137,6 +138,8 @@ class Generation:
         tasks = [running.task for running in self.running.values() if running.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=self.settings.storage_timeout)
+        with contextlib.suppress(StorageUnavailable):
+            await self._settle()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -267,7 +270,9 @@ class Generation:
                     )
                     running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
-                await accounts.settle(self.database, self.database.now(), turn.account_id, min(0, spent - reserved))
+                unused = min(0, spent - reserved)
+                self._unused += unused
+                await accounts.settle(self.database, f"account:{turn.account_id}", unused)
         finally:
             self.running.pop(turn.id, None)
             await self.relay.finish(turn.session.id)
@@ -510,6 +515,16 @@ class Generation:
             ]
         if values:
             await turns.checkpoint(self.database, values)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        unused, self._unused = self._unused, 0
+        if unused:
+            try:
+                await accounts.settle(self.database, "service", unused)
+            except StorageUnavailable:
+                self._unused += unused
+                raise
 
     async def _sweep(self) -> None:
         """Take over turns whose worker died and end them with the longest text known."""

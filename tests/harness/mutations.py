@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation(
         "shield",
         "a caller that leaves takes its storage call along",
-        (("chat/database.py", "await asyncio.shield(task)", "await task"),),
+        (("chat/database.py", "(await asyncio.wait({task}, timeout=timeout))[0]", "await asyncio.wait_for(task, timeout) or 1"),),
         (f"{RELAY}::test_six_hundred_tabs_close_during_writes",),
     ),
     Mutation(

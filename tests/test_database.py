@@ -1,0 +1,94 @@
+"""The door to storage by itself: who waits, for how long, and what a transaction may do."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from chat.database import Database, Query, StorageUnavailable
+
+SLOW = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000) SELECT COUNT(*) AS n FROM n"
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'a.db'}", timeout=0.3)
+    await database.connect()
+    await database.execute("CREATE TABLE words (word TEXT PRIMARY KEY)")
+    yield database
+    await database.disconnect()
+
+
+async def say(database: Database, word: str, *, slowly: bool = False) -> None:
+    async def work(query: Query) -> None:
+        await query.execute("INSERT INTO words (word) VALUES (:word)", {"word": word})
+        if slowly:
+            await query.fetch_all(SLOW)
+
+    await database.transaction(work)
+
+
+async def words(database: Database) -> list[str]:
+    return [row["word"] for row in await database.fetch_all("SELECT word FROM words ORDER BY word")]
+
+
+async def test_who_stands_in_line_is_not_told_that_storage_is_away(database: Database) -> None:
+    """A burst that takes longer than one call may: all of it is done."""
+    began = time.monotonic()
+    await asyncio.gather(*(say(database, f"{n:03}", slowly=True) for n in range(100)))
+    assert time.monotonic() - began > 2 * database.timeout, "no burst for this machine"
+    assert len(await words(database)) == 100
+    assert not database.failed_at
+
+
+async def test_storage_that_answers_no_write_is_away_in_time(database: Database, tmp_path: Path) -> None:
+    """Somebody else has the file's lock: reads go on, and writes must not wait for them."""
+    with sqlite3.connect(tmp_path / "a.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        writing = [asyncio.create_task(say(database, f"{n}")) for n in range(3)]
+        while not all(each.done() for each in writing):
+            assert await words(database) == []
+            assert time.monotonic() - began < 5
+        assert [type(each.exception()) for each in writing] == [StorageUnavailable] * 3
+        other.execute("ROLLBACK")
+    await say(database, "again")
+    assert "again" in await words(database)
+
+
+async def test_a_transaction_that_fails_leaves_nothing(database: Database) -> None:
+    async def work(query: Query) -> None:
+        await query.execute("INSERT INTO words (word) VALUES ('half')")
+        raise LookupError("changed its mind")
+
+    with pytest.raises(LookupError):
+        await database.transaction(work)
+    await say(database, "whole")
+    assert await words(database) == ["whole"]
+
+
+async def test_a_transaction_waits_for_its_statements_alone(database: Database) -> None:
+    """On SQLite it runs in a thread: what waited there for the loop would wait for ever."""
+
+    async def work(query: Query) -> None:
+        await query.execute("INSERT INTO words (word) VALUES ('half')")
+        await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="waited for something else"):
+        await database.transaction(work)
+    assert await words(database) == []
+
+
+async def test_a_caller_that_leaves_takes_nothing_along(database: Database) -> None:
+    leaving = asyncio.create_task(say(database, "said", slowly=True))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    await say(database, "too")
+    assert await words(database) == ["said", "too"]
