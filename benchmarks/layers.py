@@ -22,6 +22,7 @@ LAYERS = {
     "chat/generation.py": "generation",
     "chat/writer.py": "writer: number, gather, wait for Redis",
     "chat/events.py": "turn log, JSON",
+    "chat/rooms.py": "room: who is in step",
     "chat/relay.py": "room: who is in step",
     "chat/bus.py": "bus: pack, write, read, parse",
     "consumers/direct.py": "frame, send(2) to sockets",

@@ -20,7 +20,7 @@ from chat.accounts import Account
 from chat.database import new_id
 from chat.errors import ChatError
 from chat.events import error_event, parse_cursor, session_event, socket_json
-from chat.relay import Follower
+from chat.rooms import Follower
 from chat.state import State
 from chat.turns import Ask
 

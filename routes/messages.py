@@ -17,7 +17,7 @@ from chat.database import Database, new_id
 from chat.errors import ChatError, invalid
 from chat.events import parse_cursor
 from chat.formats import ArenaLines, BareText, EventStream, Format, JsonLines
-from chat.relay import Follower
+from chat.rooms import Follower
 from chat.sessions import Session
 from chat.state import State
 from chat.turns import Ask, Turn

@@ -13,7 +13,8 @@ import pytest
 from chat import sessions, turns
 from chat.bus import GAP
 from chat.events import Said, socket_json
-from chat.relay import Relay, Room
+from chat.relay import Relay
+from chat.rooms import Room
 from chat.settings import read_settings
 from chat.state import State, open_state
 from tests.conftest import CLOSED
