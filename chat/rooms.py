@@ -171,6 +171,7 @@ class Room:
             raise
 
     async def _load(self, own: str) -> None:
+        self.before = own  # what is read again before it begins starts there, not at the session's first turn
         latest = None if own else await turns.select_latest_turn(self.relay.database, self.session_id)
         if latest is not None and (latest["status"] == "running" or latest["id"] in self.relay.writers):
             await self.relay.bring(self, latest)
@@ -359,4 +360,5 @@ class Room:
         async with self._reading:
             if self._again:
                 await self._read_again()
+            self.before = ""  # it was this turn; should another worker take it, its words are read like any other's
             self.add(turn_log)

@@ -12,7 +12,7 @@ import pytest
 
 from chat import sessions, turns
 from chat.bus import GAP
-from chat.events import Said, socket_json
+from chat.events import Said, TurnLog, socket_json
 from chat.relay import Relay
 from chat.rooms import Room
 from chat.settings import read_settings
@@ -175,3 +175,24 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
         replies = [each["status"] for each in snapshot["messages"] if each["role"] == "assistant"]
         assert replies == ["stopped", "success"]
         await here.relay.leave(follower)
+
+
+async def test_a_gap_before_an_own_turn_begins_brings_no_old_turn(postgres_server: Postgres, redis_server: Redis) -> None:
+    """A room that opens for a turn of its own has read nothing: a gap heard then is no reason to read all there was."""
+    async with house(postgres_server, redis_server) as here:
+        for _ in range(3):
+            await here.turn()
+        await here.turn("/count 5")
+        own = (await here.latest())["id"]  # as good as fresh: nobody else says anything of it any more
+        room = Room(here.relay, here.session)
+        opening = asyncio.create_task(room.open(own))
+        while not opening.done():
+            room._hear(GAP)
+            await asyncio.sleep(0)
+        await opening
+        room._hear(GAP)
+        await room.begin(turn_log := TurnLog(own))
+        assert room.logs == [turn_log]
+        await room.read_again()  # somebody else has gone on with it
+        assert room.logs == [turn_log] and turn_log.closed
+        await room.close()
