@@ -1,6 +1,7 @@
 """Measure Parley and its peers side by side: see README.md.
 
-scripts/bench [S1 S2 S3 idle memory growth http streams waits] [--peers parley,ws,…] [--seconds n] [--rounds n] [--quick]
+scripts/bench [S1 S2 S3 idle memory growth http streams waits] [--peers parley,ws,…] [--seconds n] [--rounds n]
+              [--quick]
 """
 
 import argparse

@@ -55,7 +55,7 @@ async def main(arguments: argparse.Namespace) -> int:
             environment={"PARLEY_LOG_KEPT": str(LOG_KEPT)},
             sessions=sessions,
             readers=arguments.readers // sessions,
-            every=(5.0, 5.0),
+            every=(arguments.every, arguments.every),
             pace=(0.05, 0.3),
             rest=(2.0, 20.0),
             chunks=False,
@@ -76,5 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--readers", type=int, default=200, help="at a time, over all sessions")
     parser.add_argument("--sessions", type=int, default=8)
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two faults")
     parser.add_argument("--story", type=Path, help="where to write what happened when something was violated")
     sys.exit(asyncio.run(main(parser.parse_args())))

@@ -102,6 +102,7 @@ class TurnLog:
         self._ends: list[int] = []  # entries[i].seq, for bisection
         self._over: set[str] = set()  # messages whose end is written
         self._whole: set[str] = set()  # … all of whose text is
+        self._inexact: set[int] = set()  # numbers at which this log, made from storage, is not what the writer's was
         self.shown = -1
         self._visible = 0  # how many entries are shown
         self._texts: dict[str, list[str]] = {}
@@ -140,18 +141,26 @@ class TurnLog:
         elif entry.kind == "end":
             self.closed = True
 
-    def catch_up(self, messages: list[dict[str, Any]], seqs: dict[str, int], end: int | None) -> None:
+    def catch_up(
+        self, messages: list[dict[str, Any]], seqs: dict[str, int], end: int | None, *, anyway: bool = False
+    ) -> bool:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
 
         seqs: the last event each message's stored text covers, by its id; end: the number of the turn's end, None
         while it runs. What is made here takes no number of an event that storage does not know: the numbers meet the
-        real ones where the stored text ends; inside the one chunk a side that is made here no cursor can be served.
+        real ones where the stored text ends; before that no cursor can be served.
+
+        False, and nothing is taken, where storage has a reply's end from a later moment than the other side's text: at
+        no number of the log all of that had been said. `anyway`: where the next moment will not be written down.
         """
         replies = sorted((each for each in messages if each["role"] == "assistant"), key=lambda each: seqs[each["id"]])
         running = [seqs[each["id"]] for each in replies if each["status"] not in ENDED]
         most = end if end is not None else min(running) if running else max(seqs.values())
         if self.closed or most < 0:
-            return  # nothing was said yet: whoever owns the turn begins it
+            return True  # nothing was said yet: whoever owns the turn begins it
+        exact = end is not None or most == max(seqs.values())
+        if not exact and not anyway:
+            return False
         known = {(entry.kind, entry.message_id) for entry in self.entries}
         parts: list[Part] = [("created", each, "") for each in messages if ("created", each["id"]) not in known]
         over = {each["id"] for each in replies if each["status"] in ENDED}
@@ -176,7 +185,11 @@ class TurnLog:
         for (kind, message, text), number in zip(parts, numbers, strict=True):
             start = self.last + 1
             self.append([_made(start, max(start, number), kind, message, text)])
+            self._inexact.add(self.last)
+        if exact:
+            self._inexact.discard(self.last)
         self._whole |= {each["id"] for each in replies if each["id"] in over and not self._more(each)}
+        return True
 
     def _more(self, message: dict[str, Any]) -> str:
         """What a stored reply has beyond its text in this log."""
@@ -228,7 +241,7 @@ class TurnLog:
         if seq == -1:
             return True
         place = bisect_right(self._ends, seq)
-        return place > 0 and self._ends[place - 1] == seq
+        return place > 0 and self._ends[place - 1] == seq and seq not in self._inexact
 
     def messages(self) -> list[dict[str, Any]]:
         """The turn's messages as they stand at `shown`."""

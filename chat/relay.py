@@ -26,6 +26,7 @@ from .writer import Pace, Patience, Writer, log_key
 
 SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message
 SNAPSHOT_TRIES = 3  # storage and a room that still tell different stories are told as they are
+ONE_MOMENT = 4.0  # seconds to wait for a checkpoint after a side's end; longer than between two with Redis
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
 
 
@@ -283,12 +284,18 @@ class Relay:
         if kept is not None:
             turn_log.append(kept.entries)
         if kept is None or turn_log.last < row["seq"] or (row["status"] == "ended" and not turn_log.closed):
-            session = await sessions.select_unchecked(self.database, session_id)
-            rows = await turns.select_turn_messages(self.database, row["id"])
-            seqs = {each["id"]: each["seq"] for each in rows}
             end = row["seq"] if row["status"] == "ended" else None
-            turn_log.catch_up(self.mask.messages(session, rows), seqs, end)
+            # For a turn taken from a dead worker nobody writes another moment down.
+            deadline = time.monotonic() + (ONE_MOMENT if row["owner"] != self.origin else 0.0)
+            while not await self._catch_up(session_id, turn_log, end, time.monotonic() > deadline):
+                await asyncio.sleep(self.settings.checkpoint_every / 2)
         return turn_log.show()
+
+    async def _catch_up(self, session_id: str, turn_log: TurnLog, end: int | None, anyway: bool) -> bool:
+        session = await sessions.select_unchecked(self.database, session_id)
+        rows = await turns.select_turn_messages(self.database, turn_log.id)
+        seqs = {each["id"]: each["seq"] for each in rows}
+        return turn_log.catch_up(self.mask.messages(session, rows), seqs, end, anyway=anyway)
 
     # -- writing and telling
 

@@ -39,6 +39,10 @@ def battles(draw: st.DrawFn) -> list[Entry]:
     return [*entries, Entry(len(entries), len(entries), "end")]
 
 
+def text_at(entries: list[Entry], seq: int, side: str) -> str:
+    return "".join(e.text for e in entries if e.seq <= seq and e.kind == "chunk" and e.participant == side)
+
+
 @given(battles(), st.data())
 def test_what_storage_knows_takes_no_number_of_what_comes(entries: list[Entry], data: st.DataObject) -> None:
     """A reply's end is stored before it is told. A log that learns of it from there goes on with all that is said."""
@@ -57,9 +61,14 @@ def test_what_storage_knows_takes_no_number_of_what_comes(entries: list[Entry], 
     log = TurnLog("turn")
     log.append(entries[: data.draw(st.integers(0, len(entries) - 1), "heard so far")])
     before = log.last
-    log.catch_up(messages, seqs, None)
+    anyway = data.draw(st.booleans(), "no other moment will be written down")
+    if not log.catch_up(messages, seqs, None, anyway=anyway):
+        assert not anyway and log.last == before
     log.show()
     assert log.last <= max(before, *seqs.values())
+    for seq in range(before + 1, log.last + 1):  # whoever comes back with a cursor that is served has just that text
+        if log.serves(seq):
+            assert [text_at(log.entries, seq, side) for side in SIDES] == [text_at(entries, seq, side) for side in SIDES]
     assert log.append(entries)
     log.show()
     assert log.closed
@@ -76,7 +85,7 @@ def test_a_turn_that_is_over_is_told_to_its_end(entries: list[Entry], data: st.D
     endings = {e.participant: e.seq for e in entries if e.kind == "complete"}
     seqs = {"user": -1} | {f"reply-{s}": data.draw(st.integers(2, endings[s] - 1), f"{s} ended at") for s in SIDES}
     log.append(entries[: data.draw(st.integers(0, end), "heard so far")])
-    log.catch_up([USER, *(reply(s, whole[s], "success") for s in SIDES)], seqs, end)
+    assert log.catch_up([USER, *(reply(s, whole[s], "success") for s in SIDES)], seqs, end)
     log.show()
     assert log.closed and log.last == end
     assert [log.text(f"reply-{s}") for s in SIDES] == [whole[s] for s in SIDES]

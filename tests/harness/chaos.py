@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,11 @@ class Report:
         return f"seed {self.seed}: {len(self.violations)} violation(s); {done}; replies: {ends}"
 
     def story(self) -> str:
-        return "\n".join([str(self), *self.violations[:50], "", self.journal.story(20_000), "", self.log[-8000:]])
+        """What happened, of all sessions or of those in which something was violated."""
+        struck = set(re.findall(r"\bs\d+(?=[rt]\d)", " ".join(self.violations)))
+        others = re.compile(rf"(?!({'|'.join(struck)})[rt])s\d+[rt]\d") if struck else None
+        told = self.journal.story(20_000, lambda text: others is None or not others.match(text))
+        return "\n".join([str(self), *self.violations[:50], "", told, "", self.log[-8000:]])
 
 
 class Chaos:

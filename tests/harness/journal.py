@@ -71,18 +71,23 @@ class Journal:
         """Their names, in the order they appeared."""
         return list(dict.fromkeys(entry.reader for entry in self.entries if entry.reader != ALL))
 
-    def story(self, lines: int = LINES) -> str:
-        """The whole timeline as text, one line per thing that happened, runs of chunks folded into one."""
-        told = list(self._told())
+    def story(self, lines: int = LINES, only: Callable[[str], bool] = lambda text: True) -> str:
+        """The whole timeline as text, one line per thing that happened, runs of chunks folded into one.
+
+        only: whether to tell a line, by its reader or, for a fault or a note, by its text.
+        """
+        told = list(self._told(only))
         if len(told) > lines:
             head = lines // 3
             cut = len(told) - lines
             told = [*told[:head], f"          … {cut} lines left out …", *told[head - lines :]]
         return "\n".join(told)
 
-    def _told(self) -> Iterator[str]:
+    def _told(self, only: Callable[[str], bool]) -> Iterator[str]:
         width = max((len(name) for name in self.readers()), default=1)
         for start, end, reader, text in sorted(_folded(self.entries), key=lambda line: line[0]):
+            if not only(reader if reader != ALL else text):
+                continue
             when = f"{start - self.started:8.3f}" + (f"–{end - self.started:<8.3f}" if end > start else " " * 9)
             yield f"{when} {reader:<{width}}  {text}" if reader != ALL else f"{when} {'─' * width}── {text} ──────"
 
