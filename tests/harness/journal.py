@@ -6,7 +6,7 @@ One `Journal` per scenario, shared by its readers. Times are `time.monotonic()` 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
