@@ -146,9 +146,10 @@ class TurnLog:
     ) -> bool:
         """Go on from the turn's stored messages, where the events themselves are lost: what they have beyond this log.
 
-        seqs: the last event each message's stored text covers, by its id; end: the number of the turn's end, None
-        while it runs. What is made here takes no number of an event that storage does not know: the numbers meet the
-        real ones where the stored text ends; before that no cursor can be served.
+        seqs: the last event each message's stored text covers, by its id, or in a turn that is over each reply's end;
+        end: the number of the turn's end, None while it runs. What is made here takes no number of an event that
+        storage does not know: the numbers meet the real ones where the stored text ends; before that no cursor can be
+        served.
 
         False, and nothing is taken, where storage has a reply's end from a later moment than the other side's text: at
         no number of the log all of that had been said. `anyway`: where the next moment will not be written down.
@@ -176,10 +177,13 @@ class TurnLog:
                 told[part[1]["id"]].append(part)
                 spare -= 1
         parts += [part for each in replies for part in told[each["id"]]]
-        if end is not None:
+        if end is not None:  # the ends at their own numbers; a text before its end, and before one that is right before
+            parts.sort(key=lambda part: part[0] != "created" and seqs[part[1]["id"]] - 1.5 * (part[0] == "chunk"))
             parts.append(("end", {"id": "", "participant": ""}, ""))
         numbers = [-1 if kind == "created" else seqs.get(each["id"], most) for kind, each, _ in parts]
         numbers[-1:] = [most] if parts else []
+        if end is not None and len(parts) > 1:
+            numbers[-2] = end - 1  # the last reply's end and the turn's are told together
         for place in range(len(parts) - 2, -1, -1):
             numbers[place] = min(numbers[place], numbers[place + 1] - 1)
         for (kind, message, text), number in zip(parts, numbers, strict=True):

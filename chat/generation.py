@@ -25,7 +25,7 @@ from .relay import Relay
 from .sessions import Session
 from .settings import Settings
 from .turns import Ask, Terms, Turn
-from .writer import Writer
+from .writer import Ends, Writer
 
 log = logging.getLogger("parley.generation")
 
@@ -210,7 +210,7 @@ class Generation:
             self._launching.discard(turn.id)
         writer.sure = lambda: self._awake() and not running.fenced
         writer.fence = lambda: self._still_ours(running)
-        writer.ending = lambda seq: self._store_end(running, seq)
+        writer.ending = lambda ends, seq: self._store_end(running, ends, seq)
         for message in self.relay.mask.messages(turn.session, list(turn.rows)):
             writer.create(message)
         running.task = self.spawn(self._run(running, limits, reserved))
@@ -240,7 +240,7 @@ class Generation:
             await saying
         await self._end(running, reserved)
 
-    async def _store_end(self, running: Running, seq: int) -> bool:
+    async def _store_end(self, running: Running, ends: Ends, seq: int) -> bool:
         """End the turn in storage before readers hear of it: they may begin the next one that moment, anywhere.
 
         False when the turn is somebody else's. A storage that is away keeps nobody waiting; `_end` tries again.
@@ -249,7 +249,7 @@ class Generation:
             return True
         running.ending = True
         try:
-            ours = await turns.end_turn(self.database, self.worker, running.turn.id, seq, [])
+            ours = await turns.end_turn(self.database, self.worker, running.turn.id, seq, ends, [])
         except StorageUnavailable:
             return True
         running.writer.stored = ours
@@ -264,9 +264,9 @@ class Generation:
                 return
             with contextlib.suppress(StorageUnavailable):  # the next renewal or sweep finds the row and ends it as said
                 if not running.writer.stored:
-                    last = running.writer.log.last
+                    last, ends = running.writer.log.last, running.writer.ends()
                     await self._keep_trying(
-                        lambda: turns.end_turn(self.database, self.worker, turn.id, last, running.unsaved)
+                        lambda: turns.end_turn(self.database, self.worker, turn.id, last, ends, running.unsaved)
                     )
                     running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
@@ -558,7 +558,7 @@ class Generation:
         known = max(each["seq"] for each in rows)
         writer = await self.relay.write(session, turn.id, row | {"status": "running", "seq": known})
         running = self.running[turn.id] = Running(turn, writer)
-        writer.ending = lambda seq: self._store_end(running, seq)
+        writer.ending = lambda ends, seq: self._store_end(running, ends, seq)
         writer.skip_ahead()
         status, reason = ("stopped", None) if row["stop_requested"] else ("interrupted", "interrupted")
         # All is stored before any of it is told: should we die, too, the next one tells it with the same numbers.

@@ -366,9 +366,12 @@ async def update_reply(query: Database | Query, owner: str, row: Row, now: int) 
     return updated is not None
 
 
-async def end_turn(database: Database, owner: str, turn_id: str, seq: int, unsaved: list[Row]) -> bool:
+async def end_turn(
+    database: Database, owner: str, turn_id: str, seq: int, ends: dict[str, int], unsaved: list[Row]
+) -> bool:
     """Mark the turn ended. False when it is no longer this worker's.
 
+    ends: the number of each reply's end; of several it is written down, of one it is the turn's less one.
     unsaved: replies whose end storage did not take before it was told. They are written with the turn's: an earlier
     attempt that arrives late finds the turn ended, and changes nothing.
     """
@@ -377,6 +380,11 @@ async def end_turn(database: Database, owner: str, turn_id: str, seq: int, unsav
     async def work(query: Database | Query) -> bool:
         for row in unsaved:
             await update_reply(query, owner, row, now)
+        for id, number in ends.items() if len(ends) > 1 else ():
+            await query.execute(
+                f"UPDATE messages SET seq = :seq WHERE id = :id AND turn_id = :turn_id AND {OWNED}",
+                {"seq": number, "id": id, "turn_id": turn_id, "owner": owner},
+            )
         ended = await query.fetch_one(
             """UPDATE turns SET status = 'ended', seq = :seq, ended_at = :now
                 WHERE id = :id AND owner = :owner AND status = 'running' RETURNING id""",
@@ -384,7 +392,7 @@ async def end_turn(database: Database, owner: str, turn_id: str, seq: int, unsav
         )
         return ended is not None
 
-    return await (database.transaction(work) if unsaved else work(database))
+    return await (database.transaction(work) if unsaved or len(ends) > 1 else work(database))
 
 
 # -- anyone's

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import msgspec
 from .bus import Gather, RedisBus
 from .events import Entry, Said, TurnLog, completed, created, encode
 
+Ends = dict[str, int]  # message id → the number of the event that told its end
 SKIP = 1000  # more events than a writer that is thought dead can have sent after it was last heard of
 
 
@@ -78,7 +79,7 @@ class Writer:
         self.log = log
         self.sure: Callable[[], bool] = lambda: True  # False: ask `fence` before saying more
         self.fence: Callable[[], Awaitable[bool]] | None = None  # False: the turn was taken from us, say nothing more
-        self.ending: Callable[[int], Awaitable[bool]] | None = None  # asked before the end, with its number; likewise
+        self.ending: Callable[[Ends, int], Awaitable[bool]] | None = None  # asked before the turn's end; likewise
         self._channel = channel
         self._bus = bus
         self._pace = pace
@@ -198,13 +199,17 @@ class Writer:
             await self._landed()
             entries = self._take()
             ends = bool(entries) and entries[-1].kind == "end"
-            if ends and self.ending is not None and not await self.ending(entries[-1].seq):
+            if ends and self.ending is not None and not await self.ending(self.ends(entries), entries[-1].seq):
                 return
             if entries:
                 self._leave(entries)
                 await self._landed()
             if self._texts or self._bodies:
                 self._wake.set()
+
+    def ends(self, entries: Iterable[Entry] = ()) -> Ends:
+        """The numbers of the replies' ends, told or about to be."""
+        return {each.message_id: each.seq for each in (*self.log.entries, *entries) if each.kind == "complete"}
 
     def _leave(self, entries: list[Entry]) -> None:
         """Send numbered events, or show them where nothing waits for Redis."""
