@@ -315,10 +315,7 @@ class Relay:
             try:
                 if taken is not None:
                     await room.read_again()
-                turn_log = room.find(turn_id)
-                if turn_log is None:
-                    turn_log = TurnLog(turn_id)
-                    await room.begin(turn_log)
+                turn_log = await room.begin(turn_id)
             except BaseException:
                 room.writing -= 1
                 await self._close_empty(room)

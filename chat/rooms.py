@@ -355,10 +355,17 @@ class Room:
                 return
             oldest = rows[-1]["id"]
 
-    async def begin(self, turn_log: TurnLog) -> None:
-        """Add the log of a turn that this process writes, after what may be missing before it."""
+    async def begin(self, turn_id: str) -> TurnLog:
+        """The log of a turn that this process writes, after what may be missing before it.
+
+        What is being read again may have found the turn, whose row is there already: it gets one log, not two.
+        """
         async with self._reading:
             if self._again:
                 await self._read_again()
             self.before = ""  # it was this turn; should another worker take it, its words are read like any other's
-            self.add(turn_log)
+            turn_log = self.find(turn_id)
+            if turn_log is None:
+                turn_log = TurnLog(turn_id)
+                self.add(turn_log)
+            return turn_log

@@ -12,11 +12,12 @@ import pytest
 
 from chat import sessions, turns
 from chat.bus import GAP
-from chat.events import Said, TurnLog, socket_json
+from chat.events import Said, socket_json
 from chat.relay import Relay
 from chat.rooms import Room
 from chat.settings import read_settings
 from chat.state import State, open_state
+from chat.turns import Ask, Terms
 from tests.conftest import CLOSED
 from tests.harness.api import Guest, guest, new_session, post_turn, stop
 from tests.harness.servers import Postgres, Redis
@@ -191,8 +192,36 @@ async def test_a_gap_before_an_own_turn_begins_brings_no_old_turn(postgres_serve
             await asyncio.sleep(0)
         await opening
         room._hear(GAP)
-        await room.begin(turn_log := TurnLog(own))
+        turn_log = await room.begin(own)
         assert room.logs == [turn_log]
         await room.read_again()  # somebody else has gone on with it
         assert room.logs == [turn_log] and turn_log.closed
         await room.close()
+
+
+async def test_a_turn_found_while_it_begins_has_one_log(postgres_server: Postgres, redis_server: Redis) -> None:
+    """Its row is there before its log is: who reads again what was missed must not put a second one into its place.
+
+    Readers went into that one, where nobody said anything, until the writer was forgotten. Found by a soak.
+    """
+    async with house(postgres_server, redis_server) as here:
+        await here.turn()
+        follower = await here.relay.join(here.session, socket_json)
+        room, database = follower.room, here.state.database
+        session = await sessions.select_unchecked(database, here.session)
+        terms = Terms(here.state.worker, 10_000, 1, (0, 0), 0, 3)
+        turn = await turns.insert_turn(database, session, session.account_id, Ask("m", "hello", {}), terms)
+        reading = asyncio.create_task(room.read_again())
+        await asyncio.sleep(0)
+        writer = await here.relay.write(session, turn.id)
+        await reading
+        assert [each for each in room.logs if each.id == turn.id] == [writer.log]
+        saying = asyncio.create_task(writer.run())
+        for message in here.relay.mask.messages(session, list(turn.rows)):
+            writer.create(message)
+        writer.end()
+        said = b"".join(await follower.next())
+        assert turn.id.encode() in said
+        await saying
+        await here.relay.finish(here.session)
+        await here.relay.leave(follower)
