@@ -84,6 +84,20 @@ def with_target(kind: type[Target], use: Callable, **attributes: object) -> Any:
         redis.stop()
 
 
+def on_postgres(kind: type[Target], measure: Callable, suffix: str) -> Sample:
+    """The same once more on PostgreSQL, its numbers named so; nothing, said loudly, where there is none."""
+    try:
+        postgres = Postgres()
+    except Missing as missing:
+        print(f"NOT ON POSTGRESQL: {missing}", file=sys.stderr)
+        return {}
+    try:
+        sample = with_target(kind, measure, database_url=postgres.url)
+        return {f"{name}{suffix}": value for name, value in sample.items()}
+    finally:
+        postgres.stop()
+
+
 # The scenarios: each starts a kind of target as often as it needs, and gives named numbers.
 
 
@@ -194,16 +208,7 @@ def http(kind: type[Target], seconds: float) -> Sample:
     sample = {f"health_{name}": value for name, value in with_target(kind, health).items()}
     if kind is Parley:
         sample |= {f"{name}_sqlite": value for name, value in with_target(kind, writes).items()}
-        try:
-            postgres = Postgres()
-        except Missing as missing:
-            print(f"NO SESSIONS ON POSTGRESQL: {missing}", file=sys.stderr)
-            return sample
-        try:
-            on_postgres = with_target(kind, writes, database_url=postgres.url)
-        finally:
-            postgres.stop()
-        sample |= {f"{name}_postgres": value for name, value in on_postgres.items()}
+        sample |= on_postgres(kind, writes, "_postgres")
     return sample
 
 
@@ -251,17 +256,7 @@ def waits(kind: type[Target], seconds: float) -> Sample:
         sample["start"] = target.start_again()
         return sample
 
-    sample = with_target(kind, measure)
-    try:
-        postgres = Postgres()
-    except Missing as missing:
-        print(f"NOT ON POSTGRESQL: {missing}", file=sys.stderr)
-        return sample
-    try:
-        on_postgres = with_target(kind, measure, database_url=postgres.url)
-    finally:
-        postgres.stop()
-    return sample | {f"{name}_pg": value for name, value in on_postgres.items()}
+    return with_target(kind, measure) | on_postgres(kind, measure, "_pg")
 
 
 SCENARIOS = {
