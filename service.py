@@ -329,13 +329,13 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from consumers.direct import DirectProtocol
-    from routes.head import ImpatientProtocol
+    from routes.head import HeadProtocol
 
     listener = _listen(settings)
     config = uvicorn.Config(
         "service:app",
         workers=settings.workers,
-        http=ImpatientProtocol,
+        http=HeadProtocol,
         ws=DirectProtocol,
         ws_max_size=settings.frame_max,
         ws_per_message_deflate=False,

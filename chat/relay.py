@@ -222,7 +222,7 @@ class Relay:
             if turn_log is None:
                 turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
                 await self.refresh(follower.room.session_id, turn_log, rows[0])
-        follower.log, follower.seq = turn_log, seq
+        follower.log, follower.seq, follower.of_turn = turn_log, seq, True
         follower.inexact = not turn_log.serves(seq)
         return True
 

@@ -31,9 +31,10 @@ NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indi
 
 
 class Direct(Protocol):
-    """A socket that can be written to without a task."""
+    """A socket, or an answer's body, that can be written to without a task."""
 
-    blocked: bool
+    @property
+    def blocked(self) -> bool: ...
 
     def write(self, frames: bytes) -> None: ...
 
@@ -49,6 +50,7 @@ class Follower:
         self.seq = -1
         self.lost = False  # it needs a snapshot before anything else
         self.inexact = False  # its cursor lies inside a run: text from there would come twice
+        self.of_turn = False  # it reads one turn and nothing else
         self.over = False  # this worker ends: its reader is to come back to another
         self.direct: Direct | None = None  # written to at once while it keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
@@ -60,7 +62,7 @@ class Follower:
     def wake(self) -> None:
         """There is something new. A reader in step that can be written to is, here; others are told."""
         direct = self.direct
-        if direct is None or direct.blocked or not self.idle:
+        if direct is None or direct.blocked or self.of_turn or not self.idle:
             self._event.set()
             return
         for frames in self.take():
@@ -79,7 +81,7 @@ class Follower:
     @property
     def idle(self) -> bool:
         """Whether its coroutine waits for news and has nothing of its own to say first."""
-        return not (self._busy or self.lost or self.notices)
+        return not (self._busy or self.lost or self.inexact or self.notices)
 
     async def next(self) -> list[bytes]:
         """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`.
@@ -105,7 +107,9 @@ class Follower:
                 return self._advance()
             if self.log.ended:
                 break
+            self._busy = False
             await self._news()
+            self._busy = True
         return []
 
     async def _news(self) -> None:
@@ -235,7 +239,7 @@ class Room:
 
     def notice(self, notice: Notice) -> None:
         for follower in self.followers:
-            if not notice.account_id or follower.account_id != notice.account_id:
+            if not follower.of_turn and (not notice.account_id or follower.account_id != notice.account_id):
                 follower.notices.append(notice.json.encode())
                 follower.wake()
 
@@ -254,6 +258,8 @@ class Room:
                     said = b"".join(turn_log.frames(seq, dialect))  # type: ignore[union-attr]  # -1 < -1 is false
                 follower.seq = shown
                 direct.write(said)
+                if follower.of_turn and turn_log.ended:  # type: ignore[union-attr]
+                    follower.wake()  # that was all it came for
 
     # -- logs
 

@@ -1,8 +1,8 @@
-"""uvicorn's WebSocket protocol with its transport within reach: a frame is built once and written to many sockets.
+"""uvicorn's protocols with their transport within reach: a frame is built once and written to many sockets.
 
 Sending through ASGI costs a message, a frame and a task's wake-up per socket and token. `DirectProtocol` is given to
-uvicorn as its `--ws` (`service.py` does); a consumer then finds itself in the scope's extensions. On any other server
-there is none, and the consumer sends through ASGI.
+uvicorn as its `--ws` (`service.py` does); a consumer then finds it in the scope's extensions. For streams over HTTP
+`routes/head.py` has the like. On any other server there is none, and what is said goes through ASGI.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what
 UNSENT = 8_192  # bytes the kernel takes beyond what is on its way; else it takes megabytes, and pings wait behind them
 
 
-class DirectProtocol(WebSocketsSansIOProtocol):
-    """A socket that can be written to without a task. `blocked` while its kernel buffer and ours are full."""
+class Bounded(asyncio.Protocol):
+    """A connection that holds little of what its reader does not take. `blocked` while its buffers are full."""
 
     blocked = False
-
-    _stuck = 0  # bytes that waited when a pong was late
+    transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -35,6 +34,38 @@ class DirectProtocol(WebSocketsSansIOProtocol):
         connection = self.transport.get_extra_info("socket")
         if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.blocked = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.blocked = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.blocked = False  # a transport that is lost while paused never resumes: who waits would wait for ever
+
+    async def writable_again(self) -> None:
+        raise NotImplementedError
+
+    async def room(self, patience: float) -> None:
+        """Wait until more may be written. Raises `TimeoutError` when for so many seconds nothing leaves."""
+        while self.blocked:
+            waiting = self.transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(patience):
+                    await self.writable_again()
+            except TimeoutError:
+                if self.transport.get_write_buffer_size() >= waiting:
+                    raise
+
+
+class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
+    """A socket that can be written to without a task."""
+
+    _stuck = 0  # bytes that waited when a pong was late
 
     def keepalive_timeout(self) -> None:
         """A pong is late while its ping waits behind a backlog that moves: such a reader is slow, not gone."""
@@ -61,28 +92,8 @@ class DirectProtocol(WebSocketsSansIOProtocol):
             self.conn.send_response(response)
             self.transport.write(b"".join(self.conn.data_to_send()))
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.blocked = True
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.blocked = False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.blocked = False  # a transport that is lost while paused never resumes: who waits would wait for ever
-
-    async def room(self, patience: float) -> None:
-        """Wait until more may be written. Raises `TimeoutError` when for so many seconds nothing leaves."""
-        while not self.writable.is_set():
-            waiting = self.transport.get_write_buffer_size()
-            try:
-                async with asyncio.timeout(patience):
-                    await self.writable.wait()
-            except TimeoutError:
-                if self.transport.get_write_buffer_size() >= waiting:
-                    raise
+    async def writable_again(self) -> None:
+        await self.writable.wait()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames to an accepted socket, unless it is closing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -21,9 +21,13 @@ from chat.rooms import Follower
 from chat.sessions import Session
 from chat.state import State
 from chat.turns import Ask, Turn
+from consumers.direct import EXTENSION
 
 from . import inputs
 from .sessions import Id, Title, Wish, make
+
+if TYPE_CHECKING:
+    from .head import Answer
 
 
 class Line(msgspec.Struct):
@@ -155,14 +159,22 @@ async def follow(
         "X-Turn-Id": turn_id,
         "Content-Type": spoken.content_type,
     }
-    return FollowResponse(chat, follower, spoken, kept | (headers or {}))
+    direct = request.scope.get("extensions", {}).get(EXTENSION)
+    return FollowResponse(chat, follower, spoken, direct, kept | (headers or {}))
 
 
 class FollowResponse(StreamingResponse):
     """A stream whose follower leaves its room even when the reader is gone before the first byte."""
 
-    def __init__(self, chat: State, follower: Follower, spoken: type[Format], headers: dict[str, str]) -> None:
-        super().__init__(_said(chat, follower, spoken), headers=headers)
+    def __init__(
+        self,
+        chat: State,
+        follower: Follower,
+        spoken: type[Format],
+        direct: Answer | None,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(_said(chat, follower, spoken, direct), headers=headers)
         self._chat = chat
         self._follower = follower
 
@@ -174,17 +186,30 @@ class FollowResponse(StreamingResponse):
             self._chat.generation.spawn(self._chat.relay.leave(self._follower))
 
 
-async def _said(chat: State, follower: Follower, spoken: type[Format]) -> AsyncIterator[bytes]:
+async def _said(
+    chat: State, follower: Follower, spoken: type[Format], direct: Answer | None
+) -> AsyncIterator[bytes]:
+    """What is left for the stream's own task: while its reader keeps up, the room writes to it directly."""
     yield spoken.opening
+    if direct is not None and direct.streams:
+        follower.direct = direct
     # A timer for the stream, not one a wait: proxies close what is silent, and tokens may come by the thousand.
     pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
         while frames := await follower.next_of_turn():
             for frame in frames:
+                if direct is not None:
+                    await direct.room(chat.settings.send_timeout)
                 yield frame
     except ChatError:
         return  # this worker ends: without its last event, the stream is resumed elsewhere
+    except TimeoutError:
+        chat.relay.count("readers_cut")
+        if direct is not None:
+            direct.abort()
+        return
     finally:
+        follower.direct = None
         if pings is not None:
             pings.cancel()
     yield spoken.closing

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import store
 from tests.harness import until
 from tests.harness.api import call
-from tests.harness.client import SocketReader
+from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
@@ -131,3 +131,39 @@ async def _cut(fast: Service, number: int) -> bool:
 async def _readers_cut(fast: Service) -> float:
     found = re.search(r"(?m)^chat_readers_cut_total (\S+)", (await call(fast.url, "GET", "/metrics", ADMIN)).text)
     return float(found[1]) if found else 0.0
+
+
+async def test_a_slow_stream_gets_fewer_events_and_all_the_text(fast: Service, journal: Journal) -> None:
+    """Over HTTP it is the same: what gathers while its line is full leaves as one event."""
+    someone, session_id = await home(fast.url)
+    async with Narrow.before(fast.url, buffer=4096) as proxy:
+        url = proxy.through(fast.url)
+        async with (
+            SocketReader(journal, "quick", fast.url, session_id, token=someone.access) as quick,
+            SSEReader(journal, "slow", url, session_id, token=someone.access, content=f"/count {NUMBER}") as slow,
+        ):
+            proxy.limit(RATE)
+            before = proxy.bytes_to_client
+            await quick.turn_ended()
+            await slow.until(lambda: proxy.bytes_to_client > before + 4 * RATE, 20, "four seconds of text")
+            proxy.ok()
+            await slow.turn_ended()
+            assert quick.view.texts() == slow.view.texts() == [counted(NUMBER)]
+            assert slow.statuses == [200]
+    assert len(_spans(journal, "slow")) < NUMBER / 2 and max(_spans(journal, "slow")) > 20, journal.story()
+
+
+@pytest.mark.parametrize("fast", ["serve"], indirect=True)
+async def test_a_stream_that_takes_nothing_is_cut_and_comes_back(fast: Service, journal: Journal) -> None:
+    """Where the start is Parley's own; elsewhere nobody sees bytes leave, and the kernel's patience decides."""
+    someone, session_id = await home(fast.url)
+    cut = await _readers_cut(fast)
+    async with Narrow.before(fast.url, buffer=4096) as proxy:
+        url, content = proxy.through(fast.url), f"/count {NUMBER}"
+        async with SSEReader(journal, "asleep", url, session_id, token=someone.access, content=content) as asleep:
+            proxy.stall("to_client", to="open")
+            await until(lambda: _cut(fast, cut + 1), 20, "it is cut", journal.story)
+            await until(lambda: callers(fast) == 0, 20, "the descriptor is given back", journal.story)
+            proxy.ok()
+            await asleep.turn_ended()
+            assert asleep.view.texts() == [counted(NUMBER)] and asleep.statuses == [200, 200]
