@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
@@ -52,21 +52,7 @@ class Service(Starlette):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             routes=[*routes.table, *consumers.table],
-            middleware=[
-                Middleware(
-                    CORSMiddleware,
-                    allow_origins=settings.allowed_origins,
-                    allow_origin_regex=None
-                    if settings.production
-                    else r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?",
-                    allow_methods=["GET", "POST", "PATCH", "DELETE"],
-                    allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
-                    expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
-                    max_age=600,
-                ),
-            ],
             exception_handlers={ChatError: _chat_error, HTTPException: _http_error, Exception: _any_error},
-            max_body_size=settings.body_max,
         )
         self.router.redirect_slashes = False
         self.settings = settings
@@ -175,6 +161,10 @@ def _closing(send: Send) -> Send:
     return send_closing
 
 
+SAFE = ((b"x-content-type-options", b"nosniff"),)
+PLAIN = (*SAFE, (b"vary", b"Origin"))  # CORS says so of what passes it: an answer may not be kept for another page
+
+
 class Gate:
     """Which hosts are answered and which web pages may call, on HTTP and sockets alike; and headers for every answer.
 
@@ -184,31 +174,46 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.settings = settings
+        local = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+        # Not in Starlette's own list, which every part of every answer passes, and where errors would be outside.
+        self.told_to_pages = functools.partial(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_origin_regex=None if settings.production else local,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
+            expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
+            max_age=600,
+        )
+        self.guarded = self.told_to_pages(RequestBodyLimitMiddleware(app, settings.body_max))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = scope["type"] != "http"
+        http = scope["type"] == "http"
+        begun = not http
+        headers = HTTPConnection(scope).headers
+        origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
+        # What only asks, and not from another page, has no body to bound and no page to be told about.
+        plain = not http or (origin is None and not large and scope["method"] in ("GET", "HEAD"))
 
         async def send_safely(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message["headers"], *(PLAIN if plain else SAFE)]
             await send(message)
 
-        headers = HTTPConnection(scope).headers
-        sender = send_safely if scope["type"] == "http" else send
-        problem = None
+        sender = send_safely if http else send
+        app, problem = self.app if plain else self.guarded, None
         if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
             problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
         elif scope["path"] not in OPEN_TO_ALL:
-            problem = self.refusal(headers.get("host", ""), headers.get("origin"))
-        if problem is None and int(headers.get("content-length", 0)) > self.settings.body_max:
-            problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
+            problem = self.refusal(headers.get("host", ""), origin)
         if problem is not None:
-            await refuse(problem, scope, receive, sender)
-            return
+            app = functools.partial(refuse, problem)
+        elif large:  # Starlette would say it in words of its own
+            app = self.told_to_pages(functools.partial(refuse, ChatError("too_large", "The body is too large.")))
         try:
-            await self.app(scope, receive, sender)
+            await app(scope, receive, sender)
         except asyncio.CancelledError:
             # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
             if not begun:

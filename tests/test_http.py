@@ -1649,6 +1649,18 @@ async def test_a_client_that_is_no_page_sends_no_origin(service: Service, ann: O
     response = await call(service.url, "GET", "/api/users/me/", ann.access)
     assert response.status_code == 200
     assert "access-control-allow-origin" not in response.headers
+    assert response.headers["vary"] == "Origin"  # a cache between may not give it to a page
+
+
+async def test_a_page_that_may_call_is_told_its_errors(service: Service, ann: Owner) -> None:
+    """Else a browser keeps them from it, and it sees a network that failed."""
+    page = {"Origin": "http://localhost:3000"}
+    large = await call(service.url, "POST", "/api/sessions/", ann.access, headers=page, content=b"{}".ljust(BODY_MAX + 1))
+    missing = await call(service.url, "GET", "/api/nothing/", ann.access, headers=page)
+    for response, code in ((large, "too_large"), (missing, "not_found")):
+        refused(response, code)
+        assert response.headers["access-control-allow-origin"] == page["Origin"]
+        assert response.headers["vary"] == "Origin"
 
 
 PREFLIGHTS = [  # origin, method, headers, status
