@@ -56,7 +56,9 @@ class Service(Starlette):
         )
         self.router.redirect_slashes = False
         self.settings = settings
-        self.gate = Gate(super().__call__, settings)  # outermost: what Starlette answers by itself passes it, too
+        # Outermost: what Starlette answers by itself passes it, too. Its middleware has nothing to say to a socket, and
+        # would stay on its stack as long as it lives.
+        self.gate = Gate(super().__call__, self.router, settings)
         self.chat: State | None = None
         self._starting = asyncio.Lock()
         self._stack = AsyncExitStack()
@@ -171,8 +173,9 @@ class Gate:
     Starlette's own TrustedHost and CORS middleware leave sockets open to every page on the web.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, sockets: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self.sockets = sockets
         self.settings = settings
         local = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
         # Not in Starlette's own list, which every part of every answer passes, and where errors would be outside.
@@ -203,7 +206,7 @@ class Gate:
             await send(message)
 
         sender = send_safely if http else send
-        app, problem = self.app if plain else self.guarded, None
+        app, problem = self.sockets if not http else self.app if plain else self.guarded, None
         if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
             problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
         elif scope["path"] not in OPEN_TO_ALL:

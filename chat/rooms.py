@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from itertools import dropwhile
@@ -56,27 +55,36 @@ class Follower:
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
         self.sign_of_life = b""  # what a reader of one turn is to be told next, whatever else there is
         self._busy = True  # its own coroutine is speaking: nobody else may
-        self.notices: deque[bytes] = deque(maxlen=NOTICES_KEPT)
-        self._event = asyncio.Event()
+        self.notices: list[bytes] = []
+        self._waiting: asyncio.Future[None] | None = None  # its coroutine's, for news
 
     def wake(self) -> None:
         """There is something new. A reader in step that can be written to is, here; others are told."""
         direct = self.direct
         if direct is None or direct.blocked or self.of_turn or not self.idle:
-            self._event.set()
+            self._rouse()
             return
         for frames in self.take():
             direct.write(frames)
 
+    def _rouse(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def note(self, notice: bytes) -> None:
+        """Have a session event said."""
+        self.notices = [*self.notices, notice][-NOTICES_KEPT:]
+        self.wake()
+
     def nudge(self, said: bytes) -> None:
         """Have a reader of one turn say this between two events."""
         self.sign_of_life = said
-        self._event.set()
+        self._rouse()
 
     def hang_up(self) -> None:
         """Have its coroutine say what there is and then raise `draining`."""
         self.over = True
-        self._event.set()
+        self._rouse()
 
     @property
     def idle(self) -> bool:
@@ -115,12 +123,12 @@ class Follower:
     async def _news(self) -> None:
         if self.over:
             raise ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
-        self._event.clear()
-        await self._event.wait()
+        self._waiting = asyncio.get_running_loop().create_future()
+        await self._waiting
 
     def take(self) -> list[bytes]:
         frames = [self.wrap(notice) for notice in self.notices]
-        self.notices.clear()
+        self.notices = []
         if self.log is None and self.room.logs:
             self.log, self.seq = self.room.logs[0], -1
         while self.log is not None:
@@ -240,8 +248,7 @@ class Room:
     def notice(self, notice: Notice) -> None:
         for follower in self.followers:
             if not follower.of_turn and (not notice.account_id or follower.account_id != notice.account_id):
-                follower.notices.append(notice.json.encode())
-                follower.wake()
+                follower.note(notice.json.encode())
 
     def notify(self) -> None:
         """Say what is new: the same bytes, at once, to everyone in step; the others are woken."""

@@ -1,17 +1,14 @@
 """One socket in one session: admit it, join it to the room, say what the room says, do what its frames ask.
 
-A socket is three coroutines in one group: one takes frames, one does what they ask, one follows the room; every send
-keeps a deadline. Whichever ends first ends the others. Generation is none of its business: a socket that leaves stops
-nothing.
+A socket is two coroutines in one group: one takes frames, one follows the room; a third does what frames ask, as long
+as there are some. Every send keeps a deadline. Whichever fails first ends the others. Generation is none of its
+business: a socket that leaves stops nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Coroutine
-from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -100,16 +97,22 @@ class Conversation:
         if self.direct is not None:
             follower.direct, follower.wrap = self.direct, framed
         self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
-        self._todo: asyncio.Queue[frames.Frame] = asyncio.Queue(chat.settings.frames_per_second)
-        self._bad: deque[float] = deque(maxlen=chat.settings.bad_frames)
-        self._frames: deque[float] = deque(maxlen=chat.settings.frames_per_second)
+        self._todo: list[frames.Frame] = []
+        self._working: asyncio.Task[None] | None = None
+        self._frames: list[float] = []  # when the last ones came, and the last bad ones; monotonic
+        self._bad: list[float] = []
         self._types: bool | None = None  # said by the client, not passed on yet
         self._typing: asyncio.TimerHandle | None = None  # runs for a second after an indicator
         self._written = 0  # bytes of the last write
 
     async def run(self) -> None:
         await self._greet()
-        await _first_of(self._read(), self._work(), self._follow())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(group))
+                await self._follow()
+        except BaseExceptionGroup as ended:
+            raise ended.exceptions[0] from None  # the others ended because of it
 
     def end(self) -> None:
         if self._typing is not None:
@@ -188,7 +191,7 @@ class Conversation:
 
     # -- in
 
-    async def _read(self) -> None:
+    async def _read(self, group: asyncio.TaskGroup) -> None:
         """Take frames as fast as they come: a socket that is not read cannot answer pings either."""
         while True:
             message = await self.socket.receive()
@@ -199,31 +202,22 @@ class Conversation:
                 raise Closed(1003, "text frames only")
             if len(text.encode()) > self.chat.settings.frame_max:
                 raise Closed(1009, "frame too big")
-            self._count_frame()
+            most = self.chat.settings.frames_per_second
+            if len(self._todo) == most or _times(self._frames, 1.0) > most:
+                raise Closed(4429, "too many frames")
             try:
-                self._todo.put_nowait(frames.parse(text))
+                self._todo.append(frames.parse(text))
             except ChatError as problem:
                 await self.send(error_event(problem))
-                self._count_bad()
-            except asyncio.QueueFull:
-                raise Closed(4429, "too many frames") from None
-
-    def _count_frame(self) -> None:
-        now = time.monotonic()
-        if len(self._frames) == self._frames.maxlen and now - self._frames[0] < 1.0:
-            raise Closed(4429, "too many frames")
-        self._frames.append(now)
-
-    def _count_bad(self) -> None:
-        now = time.monotonic()
-        self._bad.append(now)
-        if len(self._bad) == self._bad.maxlen and now - self._bad[0] < BAD_FRAMES_WINDOW:
-            raise Closed(4400, "bad frames")
+                if _times(self._bad, BAD_FRAMES_WINDOW) == self.chat.settings.bad_frames:
+                    raise Closed(4400, "bad frames") from None
+            if self._todo and (self._working is None or self._working.done()):
+                self._working = group.create_task(self._work())
 
     async def _work(self) -> None:
         """Do what the frames ask, in their order. Beside `_read`: storage that hangs must not stop the reading."""
-        while True:
-            frame = await self._todo.get()
+        while self._todo:
+            frame = self._todo.pop(0)
             try:
                 await self._do(frame)
             except ChatError as problem:
@@ -283,14 +277,9 @@ class Conversation:
         self.chat.generation.spawn(self.chat.relay.tell(self.session.id, event, but=account.id))
 
 
-async def _first_of(*work: Coroutine[Any, Any, None]) -> None:
-    """Run coroutines until the first ends; end the others; raise what ended it."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+def _times(when: list[float], seconds: float) -> int:
+    """Note that it happened now; how often it has within so many seconds."""
+    now = time.monotonic()
+    when[:] = [each for each in when if now - each < seconds]
+    when.append(now)
+    return len(when)
