@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from machine import Load, Missing, Redis
@@ -156,19 +157,19 @@ def memory(kind: type[Target], seconds: float) -> Sample:
         more.close()
         return {"base_mib": base, "mib_per_1000_idle": per_socket * 1000}
 
-    def blocked_readers(target: Target) -> Sample:
+    def with_blocked(readers: int, target: Target) -> Sample:
         target.prepare(1)
-        lines = [target.socket(0)] + [target.socket(0) + "\tblocked" for _ in range(BLOCKED)]
+        lines = [target.socket(0)] + [target.socket(0) + "\tblocked" for _ in range(readers)]
         load = Load(target.port, lines, target.load_options)
-        grown = []
         for _ in range(2):  # the kernel's buffers hold the first megabytes; what comes after has to stay somewhere
             before = target.memory()
             phase(target, load, 1, 500, 5, pad=4000)
-            grown.append((target.memory() - before) / BLOCKED)
+        grown = target.memory() - before
         load.close()
-        return {"mib_per_blocked": grown[1]}
+        return {"grown": grown}
 
-    return with_target(kind, idle_sockets) | with_target(kind, blocked_readers)
+    alone, blocked = (with_target(kind, partial(with_blocked, readers))["grown"] for readers in (0, BLOCKED))
+    return with_target(kind, idle_sockets) | {"mib_per_blocked": (blocked - alone) / BLOCKED}
 
 
 def growth(kind: type[Target], seconds: float) -> Sample:

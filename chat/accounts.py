@@ -17,7 +17,7 @@ from .tokens import Tokens
 GUEST_LIFETIME = 30 * 86400 * 1000  # milliseconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Account:
     """A person or guest. Times are milliseconds since 1970."""
 

@@ -40,7 +40,7 @@ class Hidden:
         return self._id
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     """A chat session. Times are milliseconds since 1970."""
 

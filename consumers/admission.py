@@ -30,7 +30,7 @@ class Closed(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """A socket that may read; with an account it may write as well."""
 
