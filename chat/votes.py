@@ -245,9 +245,9 @@ async def _select_tally(
 
 async def _select_recent(database: Database, since: int, modes: tuple[str, ...]) -> list[tuple[str, str, str]]:
     rows = await database.fetch_all(
-        # `+ 0` keeps the index of pairs out of it: the newest are found by time, not by sorting a million.
+        # Not `= 1`, for which the index of pairs would do: the newest are found by time, not by sorting a million.
         """SELECT model_a, model_b, preference FROM votes
-            WHERE counted + 0 = 1 AND mode IN (:mode, :other) AND created_at >= :since
+            WHERE counted <> 0 AND mode IN (:mode, :other) AND created_at >= :since
             ORDER BY created_at DESC, id DESC LIMIT :limit""",
         _modes(modes) | {"since": since, "limit": ELO_VOTES},
     )
