@@ -84,15 +84,21 @@ def _tls(verify: bool, authority: str | None) -> ssl.SSLContext:
     return context
 
 
+BURST = 4  # runs one after the other before they are spread out
+
+
 class Gather:
-    """Does together what gathers within a few milliseconds; the first after a quiet moment at once."""
+    """Does together what gathers, no more often than every so many seconds; a few after a quiet moment at once.
+
+    The generic cell rate algorithm: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
+    """
 
     def __init__(self, every: float, then: Callable[[], None] = lambda: None) -> None:
         self.every = every
         self._then = then
         self._calls: list[Callable[[], None]] = []
         self._waits = False  # a run is due, or on
-        self._ran_at = 0.0
+        self._due = 0.0  # loop time: when the next run would be if all came as often as they may
 
     def soon(self, call: Callable[[], None]) -> None:
         self._calls.append(call)
@@ -104,14 +110,14 @@ class Gather:
             return
         self._waits = True
         loop = asyncio.get_running_loop()
-        wait = self._ran_at + self.every - loop.time()
+        wait = self._due - (BURST - 1) * self.every - loop.time()
         if wait <= 0:
             loop.call_soon(self._run)
         else:
             loop.call_later(wait, self._run)
 
     def _run(self) -> None:
-        self._ran_at = asyncio.get_running_loop().time()
+        self._due = max(self._due, asyncio.get_running_loop().time()) + self.every
         calls, self._calls = self._calls, []
         for call in calls:
             _guarded(call)

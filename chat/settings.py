@@ -72,7 +72,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     checkpoint_with_redis: float = 3.0
     # [relay]
     relay_ack: float = 0.25
-    publish_every: float = 0.0015
+    publish_every: float = 0.001
     log_kept: float = 300.0
     relay_silence: float = 3.0
     relay_tls_verify: bool = True

@@ -6,13 +6,14 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broadcaster import Broadcast
 
-from chat.bus import GAP, RedisBus, RelayUnavailable
+from chat.bus import BURST, GAP, Gather, RedisBus, RelayUnavailable
 from chat.errors import StartupError
 from tests.harness.servers import Redis, make_certificate
 
@@ -144,3 +145,18 @@ async def test_rediss_verifies_unless_told_otherwise(redis_server: Redis, tmp_pa
 def test_a_bad_address_is_one_line(url: str) -> None:
     with pytest.raises(StartupError, match="REDIS_URL"):
         RedisBus(url)
+
+
+async def test_a_few_things_are_done_at_once_and_many_together() -> None:
+    """The first after a quiet moment never wait; what comes faster than that is gathered."""
+    runs: list[list[int]] = []
+    gather, done = Gather(0.2, lambda: runs.append(done.copy()) or done.clear()), list[int]()
+    for n in range(BURST + 3):
+        gather.soon(partial(done.append, n))
+        for _ in range(3):
+            await asyncio.sleep(0)
+    assert runs == [[n] for n in range(BURST)]
+    async with asyncio.timeout(5):
+        while len(runs) == BURST:
+            await asyncio.sleep(0.01)
+    assert runs[BURST:] == [[BURST, BURST + 1, BURST + 2]]
