@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +16,18 @@ from tests.harness.service import Service
 SECRET = "test-secret-key-of-more-than-32-characters"
 CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "false"}
 STORES = ("sqlite", "postgres+redis")
+
+
+SEED = int(os.environ.get("PARLEY_TEST_SEED", "0"))
+
+
+def pytest_report_header() -> str:
+    return f"PARLEY_TEST_SEED={SEED}  # another draws other moments"
+
+
+def seeded(scenario: int) -> random.Random:
+    """What a scenario draws its moments from."""
+    return random.Random(f"{SEED} {scenario}")
 
 
 def absent(what: str) -> NoReturn:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +17,7 @@ import pytest
 from redis.asyncio import Redis as RedisClient
 from websockets.exceptions import ConnectionClosed
 
+from tests.conftest import seeded
 from tests.harness import until
 from tests.harness.api import call, guest, new_session, post_turn
 from tests.harness.checker import i8_bystander, i9_no_leak, tempo
@@ -83,7 +83,7 @@ async def test_refresh_in_the_middle_of_an_answer(scene: Scene, workers: tuple[i
 
 async def test_join_at_sixty_random_moments(scene: Scene) -> None:
     """3. Joined at a random moment, sixty times, by socket and by SSE: the full text, no gap, no repeat."""
-    dice = random.Random(3)
+    dice = seeded(3)
     first = await scene.socket("first")
     await first.say("/count 100")
     await first.chunks(1)
@@ -250,7 +250,7 @@ async def test_a_message_after_a_long_silence(scene: Scene) -> None:
 
 async def test_poison_on_the_session_channel(scene: Scene) -> None:
     """10. Random bytes, no JSON, JSON of other shapes, events of no turn: ignored; the stream goes on and is whole."""
-    dice = random.Random(10)
+    dice = seeded(10)
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 150")
     await far.chunks(5)
@@ -407,7 +407,7 @@ async def test_client_talks_while_an_answer_streams(scene: Scene) -> None:
 async def test_six_hundred_tabs_close_during_writes(stage: Stage) -> None:
     """16. Sockets and SSE readers that leave at a random millisecond of their own message: the pool works, nothing is
     left idle in a transaction, descriptors and channels are back where they were."""
-    dice = random.Random(16)
+    dice = seeded(16)
     async with await stage.scene(model_a_id="hasty") as scene:
         token = scene.someone.access
         sessions = [await new_session(stage.service.url, token, model_a_id="hasty") for _ in range(30)]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from contextlib import AsyncExitStack
 
-from tests.conftest import CLOSED
+from tests.conftest import CLOSED, seeded
 from tests.harness.api import guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
@@ -16,7 +15,7 @@ from tests.harness.service import Service
 
 async def test_seven_readers_on_all_workers_see_the_same_tokens_once(service: Service) -> None:
     """Five sockets and two SSE readers, joining before and during the answer."""
-    journal, dice = Journal(), random.Random(7)
+    journal, dice = Journal(), seeded(7)
     someone = await guest(service.url)
     session = await new_session(service.url, someone.access)
     bases = service.urls
