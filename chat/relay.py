@@ -222,7 +222,7 @@ class Relay:
             if turn_log is None:
                 turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
                 await self.refresh(follower.room.session_id, turn_log, rows[0])
-        follower.log, follower.seq, follower.of_turn = turn_log, seq, True
+        follower.log, follower.seq, follower.of_turn, follower.notices = turn_log, seq, True, []
         follower.inexact = not turn_log.serves(seq)
         return True
 
@@ -241,7 +241,6 @@ class Relay:
             messages = _as_of(logs[-1], messages, [row["turn_id"] for row in rows])
         follower.log = logs[-1] if logs else None
         follower.seq = follower.log.shown if follower.log else -1
-        follower.lost = False
         running = follower.room.running
         turn = {"id": running.id, "seq": running.shown} if running is not None else None
         return {"session": self.mask.state(session), "messages": messages[-50:], "turn": turn}

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from tests.conftest import store
@@ -302,3 +304,31 @@ async def test_who_heard_a_turn_s_end_may_begin_the_next(
                 await second.say("/count 2")
                 await second.turn_ended(2)
     assert not journal.events(None, "error"), journal.story()
+
+
+async def test_a_snapshot_asked_for_during_another_comes_after_it(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Storage is slow: the second frame is heard while the first is being answered, and nothing else happens."""
+    environment = ENVIRONMENT | store("postgres+redis", request, tmp_path)
+    async with Service(environment) as service, _storage(environment) as storage:
+        someone, session_id = await home(service.url)
+        async with plain(service.url, session_id, someone.access) as opened:
+            await hear(opened, "session_state")
+            async with storage.transaction():
+                await storage.execute("LOCK TABLE messages IN ACCESS EXCLUSIVE MODE")
+                for _ in range(2):
+                    await opened.send('{"type": "request_state"}')
+                    await opened.send('{"type": "ping"}')
+                    assert [event["type"] for event in await hear(opened, "pong")] == ["pong"]
+            for _ in range(2):
+                assert [event["type"] for event in await hear(opened, "session_state")] == ["session_state"]
+
+
+@contextlib.asynccontextmanager
+async def _storage(environment: dict[str, str]) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(environment["DATABASE_URL"])
+    try:
+        yield connection
+    finally:
+        await connection.close()
