@@ -102,6 +102,11 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
         else:
             super().keepalive_timeout()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self.transport.close()  # a head the parser gave up: nobody else would end this connection
+
     def start_keepalive(self) -> None:
         super().start_keepalive()
         self.response.headers.clear()  # they are sent

@@ -184,6 +184,15 @@ async def test_half_a_head_is_waited_for_so_long(request: pytest.FixtureRequest,
             await hear(opened, "pong")
 
 
+BODY = b"GET /ws/chat/session/any/ HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 9\r\n\r\n"
+
+
+async def test_a_socket_that_promises_a_body_is_not_held(service: Service) -> None:
+    """There is none: the parser gives it up, and nobody else knows of the connection."""
+    assert b" 101 " not in await _end_of_connection(service.urls[-1], BODY)
+    await until(lambda: callers(service) == 0, what="no descriptor is held")
+
+
 async def _end_of_connection(base: str, said: bytes) -> bytes:
     """What is answered until the service closes."""
     parts = urlsplit(base)
