@@ -201,6 +201,8 @@ async def _said(
                 if direct is not None:
                     await direct.room(chat.settings.send_timeout)
                 yield frame
+        if direct is not None:
+            await direct.room(chat.settings.send_timeout)  # the last words wait for their reader without a deadline
     except ChatError:
         return  # this worker ends: without its last event, the stream is resumed elsewhere
     except TimeoutError:

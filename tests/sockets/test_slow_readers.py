@@ -9,12 +9,13 @@ import asyncio
 import re
 import socket
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 
 from tests.conftest import store
 from tests.harness import until
-from tests.harness.api import call
+from tests.harness.api import call, post_turn
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
 from tests.harness.proxy import Proxy
@@ -167,3 +168,20 @@ async def test_a_stream_that_takes_nothing_is_cut_and_comes_back(fast: Service, 
             proxy.ok()
             await asleep.turn_ended()
             assert asleep.view.texts() == [counted(NUMBER)] and asleep.statuses == [200, 200]
+
+
+@pytest.mark.parametrize("fast", ["serve"], indirect=True)
+async def test_a_stream_whose_end_is_not_taken_is_cut(fast: Service, journal: Journal) -> None:
+    """All of an ended turn leaves in one piece, and nothing comes after it that could find the reader gone."""
+    someone, session_id = await home(fast.url)
+    await post_turn(fast.url, someone.access, session_id, f"/count {NUMBER}")
+    cut = await _readers_cut(fast)
+    async with Narrow.before(fast.url, buffer=4096) as proxy:
+        proxy.stall("to_client", to="new")
+        parts = urlsplit(proxy.through(fast.url))
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        head = f"GET /api/sessions/{session_id}/stream/ HTTP/1.1\r\nHost: localhost\r\n"
+        writer.write(f"{head}Authorization: Bearer {someone.access}\r\n\r\n".encode())
+        await until(lambda: _cut(fast, cut + 1), 20, "it is cut", journal.story)
+        await until(lambda: callers(fast) == 0, 20, "the descriptor is given back", journal.story)
+        writer.close()
