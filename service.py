@@ -31,6 +31,7 @@ import routes
 from chat.errors import ChatError, StartupError
 from chat.settings import HERE, Settings, read_settings
 from chat.state import State, open_database, open_state
+from consumers.direct import EXTENSION
 from routes.inputs import error_answer
 
 log = logging.getLogger("parley")
@@ -106,6 +107,13 @@ class Service(Starlette):
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            # It refers to the scope again: all of a request would stay until the collector comes, which is seldom.
+            scope.get("extensions", {}).pop(EXTENSION, None)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             chat = self.chat or await self.ensure_started(alone=True)
         except StartupError as problem:

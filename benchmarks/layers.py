@@ -26,6 +26,7 @@ LAYERS = {
     "chat/relay.py": "room: who is in step",
     "chat/bus.py": "bus: pack, write, read, parse",
     "consumers/direct.py": "frame, send(2) to sockets",
+    "routes/head.py": "frame, send(2) to sockets",
     "consumers/": "socket's own coroutines",
     "chat/": "storage: checkpoints, leases",
     "aiosqlite": "storage: checkpoints, leases",

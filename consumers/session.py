@@ -97,6 +97,7 @@ class Conversation:
         if self.direct is not None:
             follower.direct, follower.wrap = self.direct, framed
         self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
+        self._group = asyncio.TaskGroup()
         self._todo: list[frames.Frame] = []
         self._working: asyncio.Task[None] | None = None
         self._frames: list[float] = []  # when the last ones came, and the last bad ones; monotonic
@@ -108,11 +109,18 @@ class Conversation:
     async def run(self) -> None:
         await self._greet()
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(group))
+            async with self._group:
+                self._group.create_task(self._read())
                 await self._follow()
         except BaseExceptionGroup as ended:
-            raise ended.exceptions[0] from None  # the others ended because of it
+            problem = ended.exceptions[0]  # the others ended because of it
+            ended.__traceback__ = None  # Python 3.11's group stands in a frame that stands in this
+        # What keeps what was raised is kept by it in turn: all of a socket would stay until the collector comes.
+        self._group = asyncio.TaskGroup()
+        try:
+            raise problem
+        finally:
+            del problem
 
     def end(self) -> None:
         if self._typing is not None:
@@ -191,7 +199,7 @@ class Conversation:
 
     # -- in
 
-    async def _read(self, group: asyncio.TaskGroup) -> None:
+    async def _read(self) -> None:
         """Take frames as fast as they come: a socket that is not read cannot answer pings either."""
         while True:
             message = await self.socket.receive()
@@ -212,7 +220,7 @@ class Conversation:
                 if _times(self._bad, BAD_FRAMES_WINDOW) == self.chat.settings.bad_frames:
                     raise Closed(4400, "bad frames") from None
             if self._todo and (self._working is None or self._working.done()):
-                self._working = group.create_task(self._work())
+                self._working = self._group.create_task(self._work())
 
     async def _work(self) -> None:
         """Do what the frames ask, in their order. Beside `_read`: storage that hangs must not stop the reading."""

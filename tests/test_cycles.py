@@ -1,0 +1,62 @@
+"""What a request leaves behind in its process: nothing that only the garbage collector could take away."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+import service
+from chat.settings import read_settings
+from consumers.direct import DirectProtocol
+from routes.head import HeadProtocol
+from tests.conftest import CLOSED
+from tests.harness.api import guest, http, new_session, post_turn
+from tests.harness.processes import HOST, Port
+from tests.sockets import hear, plain
+
+
+@asynccontextmanager
+async def _served(folder: Path) -> AsyncIterator[str]:
+    """The service as it starts itself, in this process."""
+    settings = read_settings(environ=CLOSED | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"})
+    port = int(Port())
+    config = uvicorn.Config(
+        service.create_app(settings), HOST, port, http=HeadProtocol, ws=DirectProtocol, log_level="error"
+    )
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield f"http://{HOST}:{port}"
+    server.should_exit = True
+    await running
+
+
+async def test_requests_streams_and_sockets_leave_no_cycle(tmp_path: Path) -> None:
+    async with _served(tmp_path) as url:
+        someone = await guest(url)
+        session_id = (await new_session(url, someone.access))["id"]
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                async with http(url) as client:
+                    assert (await client.get("/livez")).status_code == 200
+                await post_turn(url, someone.access, session_id, "/count 3")
+                async with plain(url, session_id, someone.access) as opened:
+                    await hear(opened, "session_state")
+            async with asyncio.timeout(5):
+                while _alive(DirectProtocol) or _alive(RequestResponseCycle):
+                    await asyncio.sleep(0.05)
+        finally:
+            gc.enable()
+
+
+def _alive(kind: type) -> int:
+    return sum(type(each) is kind for each in gc.get_objects())
