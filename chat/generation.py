@@ -275,6 +275,7 @@ class Generation:
                 await accounts.settle(self.database, f"account:{turn.account_id}", unused)
         finally:
             self.running.pop(turn.id, None)
+            running.writer.retire()
             await self.relay.finish(turn.session.id)
 
     async def _history(self, turn: Turn) -> list[Row]:

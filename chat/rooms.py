@@ -199,6 +199,7 @@ class Room:
         for task in (self._pump, self._repairing):
             if task is not None:
                 task.cancel()
+        self._pump = self._repairing = None  # a task that was cancelled keeps its frame, which keeps the room
         if self._subscription is not None:
             await self._subscription.__aexit__(None, None, None)
 

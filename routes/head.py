@@ -37,6 +37,10 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
         if self.cycle is not None and self.cycle.scope is self.scope:  # else it becomes a socket
             self.scope["extensions"] = {EXTENSION: Answer(self, self.cycle)}  # type: ignore[dict-item]
 
+    def handle_websocket_upgrade(self) -> None:
+        super().handle_websocket_upgrade()
+        self.parser = None  # type: ignore[assignment]  # the two hold each other, and nothing else ends that here
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._done()
         super().connection_lost(exc)

@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 import service
+from chat.events import TurnLog
+from chat.rooms import Follower, Room
 from chat.settings import read_settings
+from chat.writer import Writer
 from consumers.direct import DirectProtocol
 from routes.head import HeadProtocol
 from tests.conftest import CLOSED
@@ -20,11 +24,14 @@ from tests.harness.api import guest, http, new_session, post_turn
 from tests.harness.processes import HOST, Port
 from tests.sockets import hear, plain
 
+KINDS = (HeadProtocol, RequestResponseCycle, DirectProtocol, Room, Follower, TurnLog, Writer)
+
 
 @asynccontextmanager
 async def _served(folder: Path) -> AsyncIterator[str]:
     """The service as it starts itself, in this process."""
-    settings = read_settings(environ=CLOSED | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"})
+    environment = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "PARLEY_LOG_KEPT": "0.1"}
+    settings = read_settings(environ=CLOSED | environment)
     port = int(Port())
     config = uvicorn.Config(
         service.create_app(settings), HOST, port, http=HeadProtocol, ws=DirectProtocol, log_level="error"
@@ -52,11 +59,13 @@ async def test_requests_streams_and_sockets_leave_no_cycle(tmp_path: Path) -> No
                 async with plain(url, session_id, someone.access) as opened:
                     await hear(opened, "session_state")
             async with asyncio.timeout(5):
-                while _alive(DirectProtocol) or _alive(RequestResponseCycle):
+                while alive := _alive():
                     await asyncio.sleep(0.05)
+        except TimeoutError:
+            pytest.fail(f"still there: {alive}")
         finally:
             gc.enable()
 
 
-def _alive(kind: type) -> int:
-    return sum(type(each) is kind for each in gc.get_objects())
+def _alive() -> list[str]:
+    return [type(each).__name__ for each in gc.get_objects() if type(each) in KINDS]
