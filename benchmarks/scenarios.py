@@ -163,13 +163,17 @@ def memory(kind: type[Target], seconds: float) -> Sample:
         load = Load(target.port, lines, target.load_options)
         for _ in range(2):  # the kernel's buffers hold the first megabytes; what comes after has to stay somewhere
             before = target.memory()
-            phase(target, load, 1, 500, 5, pad=4000)
+            sample = phase(target, load, 1, 500, 5, pad=4000)
         grown = target.memory() - before
         load.close()
-        return {"grown": grown}
+        return {"grown": grown, "p99_ms": sample["p99_ms"]}
 
-    alone, blocked = (with_target(kind, partial(with_blocked, readers))["grown"] for readers in (0, BLOCKED))
-    return with_target(kind, idle_sockets) | {"mib_per_blocked": (blocked - alone) / BLOCKED}
+    alone, beside = (with_target(kind, partial(with_blocked, readers)) for readers in (0, BLOCKED))
+    return with_target(kind, idle_sockets) | {
+        "mib_per_blocked": (beside["grown"] - alone["grown"]) / BLOCKED,
+        "alone_p99_ms": alone["p99_ms"],
+        "beside_p99_ms": beside["p99_ms"],
+    }
 
 
 def growth(kind: type[Target], seconds: float) -> Sample:
