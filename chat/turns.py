@@ -151,7 +151,8 @@ async def _lock(
 
     The first of so many positions allotted to the new messages.
     """
-    await query.fetch_one("UPDATE accounts SET id = id WHERE id = :id RETURNING id", {"id": account_id})
+    # Not the key: SQLite would look at every session of the account for one that refers to the old one.
+    await query.execute("UPDATE accounts SET token_version = token_version WHERE id = :id", {"id": account_id})
     row = await query.fetch_one(
         """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
                   last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))

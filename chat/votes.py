@@ -68,7 +68,7 @@ async def insert_vote(
 
     async def work(query: Query) -> Vote:
         locked = await query.fetch_one(
-            "UPDATE sessions SET id = id WHERE id = :id AND account_id = :account_id RETURNING voted_at",
+            "UPDATE sessions SET version = version WHERE id = :id AND account_id = :account_id RETURNING voted_at",
             {"id": session.id, "account_id": account_id},
         )
         turn = None if locked is None else await _select_battle(query, session.id, message_id)
