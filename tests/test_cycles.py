@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +14,6 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-import service
 from chat.events import TurnLog
 from chat.rooms import Follower, Room
 from chat.settings import read_settings
@@ -28,8 +29,11 @@ KINDS = (HeadProtocol, RequestResponseCycle, DirectProtocol, Room, Follower, Tur
 
 
 @asynccontextmanager
-async def _served(folder: Path) -> AsyncIterator[str]:
+async def _served(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """The service as it starts itself, in this process."""
+    for name in [name for name in os.environ if name.startswith("PARLEY_")]:
+        patch.delenv(name)  # the tests' own are no settings, and the module reads them when it is imported
+    service = importlib.import_module("service")
     environment = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "PARLEY_LOG_KEPT": "0.1"}
     settings = read_settings(environ=CLOSED | environment)
     port = int(Port())
@@ -45,8 +49,8 @@ async def _served(folder: Path) -> AsyncIterator[str]:
     await running
 
 
-async def test_requests_streams_and_sockets_leave_no_cycle(tmp_path: Path) -> None:
-    async with _served(tmp_path) as url:
+async def test_requests_streams_and_sockets_leave_no_cycle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _served(tmp_path, monkeypatch) as url:
         someone = await guest(url)
         session_id = (await new_session(url, someone.access))["id"]
         gc.collect()
