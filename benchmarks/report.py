@@ -16,6 +16,12 @@ FAN_OUT = [
     ("tokens_per_frame", "tokens/frame", 1),
 ]
 
+
+def on_both(*columns: tuple[str, str, int]) -> list[tuple[str, str, int]]:
+    """Columns of SQLite, and the same once more of PostgreSQL; see `on_both` in scenarios.py."""
+    return [*columns, *((f"{name}_pg", f"{heading}, PostgreSQL", decimals) for name, heading, decimals in columns)]
+
+
 # Per scenario: the key of a sample, its heading, decimals. The first column is the one drawn and sorted by.
 COLUMNS = {
     "S1": FAN_OUT,
@@ -42,14 +48,10 @@ COLUMNS = {
     "http": [
         ("health_per_cpu_second", "health/CPU-s", 0),
         ("health_per_second", "health/s", 0),
-        *(
-            (f"{name}_{store.lower()}", f"{heading} {store}", decimals)
-            for store in ("SQLite", "Postgres")
-            for name, heading, decimals in (
-                ("sessions", "sessions/s", 0),
-                ("turns", "turns/s", 0),
-                ("turn_ms", "CPU-ms/turn", 2),
-            )
+        *on_both(
+            ("sessions", "sessions/s", 0),
+            ("turns", "turns/s", 0),
+            ("turn_ms", "CPU-ms/turn", 2),
         ),
     ],
     "streams": [
@@ -60,19 +62,15 @@ COLUMNS = {
         ("seconds", "seconds", 1),
         ("per_cpu_second", "tokens/CPU-s", 0),
     ],
-    "waits": [
-        (f"{name}{store}", f"{heading}{', PostgreSQL' if store else ''}", decimals)
-        for store in ("", "_pg")
-        for name, heading, decimals in (
-            ("leaderboard", "leaderboard of 1M votes, ms", 0),
-            ("again", "kept", 2),
-            ("list", "list of 10,000 sessions", 1),
-            ("search", "search in them", 1),
-            ("history", "last 50 of 1,000 messages", 1),
-            ("messages", "all 1,000", 1),
-            ("start", "second start, s", 2),
-        )
-    ],
+    "waits": on_both(
+        ("leaderboard", "leaderboard of 1M votes, ms", 0),
+        ("again", "kept", 2),
+        ("list", "list of 10,000 sessions", 1),
+        ("search", "search in them", 1),
+        ("history", "last 50 of 1,000 messages", 1),
+        ("messages", "all 1,000", 1),
+        ("start", "second start, s", 2),
+    ),
 }
 LESS_IS_BETTER = {"idle", "memory", "waits"}
 

@@ -85,16 +85,17 @@ def with_target(kind: type[Target], use: Callable, **attributes: object) -> Any:
         redis.stop()
 
 
-def on_postgres(kind: type[Target], measure: Callable, suffix: str) -> Sample:
-    """The same once more on PostgreSQL, its numbers named so; nothing, said loudly, where there is none."""
+def on_both(kind: type[Target], measure: Callable) -> Sample:
+    """On SQLite, and with `_pg` behind the names once more on PostgreSQL; where there is none, that is said loudly."""
+    sample = with_target(kind, measure)
     try:
         postgres = Postgres()
     except Missing as missing:
         print(f"NOT ON POSTGRESQL: {missing}", file=sys.stderr)
-        return {}
+        return sample
     try:
-        sample = with_target(kind, measure, database_url=postgres.url)
-        return {f"{name}{suffix}": value for name, value in sample.items()}
+        again = with_target(kind, measure, database_url=postgres.url)
+        return sample | {f"{name}_pg": value for name, value in again.items()}
     finally:
         postgres.stop()
 
@@ -212,8 +213,7 @@ def http(kind: type[Target], seconds: float) -> Sample:
 
     sample = {f"health_{name}": value for name, value in with_target(kind, health).items()}
     if kind is Parley:
-        sample |= {f"{name}_sqlite": value for name, value in with_target(kind, writes).items()}
-        sample |= on_postgres(kind, writes, "_postgres")
+        sample |= on_both(kind, writes)
     return sample
 
 
@@ -261,7 +261,7 @@ def waits(kind: type[Target], seconds: float) -> Sample:
         sample["start"] = target.start_again()
         return sample
 
-    return with_target(kind, measure) | on_postgres(kind, measure, "_pg")
+    return on_both(kind, measure)
 
 
 SCENARIOS = {
