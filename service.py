@@ -214,15 +214,20 @@ class Gate:
             await send(message)
 
         sender = send_safely if http else send
-        app, problem = self.sockets if not http else self.app if plain else self.guarded, None
+        problem = None
         if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
             problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
         elif scope["path"] not in OPEN_TO_ALL:
             problem = self.refusal(headers.get("host", ""), origin)
+        app: ASGIApp
         if problem is not None:
             app = functools.partial(refuse, problem)
         elif large:  # Starlette would say it in words of its own
             app = self.told_to_pages(functools.partial(refuse, ChatError("too_large", "The body is too large.")))
+        elif not http:
+            app = self.sockets
+        else:
+            app = self.app if plain else self.guarded
         try:
             await app(scope, receive, sender)
         except asyncio.CancelledError:
