@@ -196,13 +196,13 @@ async def _said(
     # A timer for the stream, not one a wait: proxies close what is silent, and tokens may come by the thousand.
     pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
-        while frames := await follower.next_of_turn():
-            for frame in frames:
-                if direct is not None:
-                    await direct.room(chat.settings.send_timeout)
-                yield frame
-        if direct is not None:
-            await direct.room(chat.settings.send_timeout)  # the last words wait for their reader without a deadline
+        while True:
+            frames = await follower.next_of_turn()
+            if direct is not None:  # at the end, too: the last words would wait without a deadline
+                await direct.room(chat.settings.send_timeout)
+            if not frames:
+                break
+            yield b"".join(frames)
     except ChatError:
         return  # this worker ends: without its last event, the stream is resumed elsewhere
     except TimeoutError:
