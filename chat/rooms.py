@@ -38,7 +38,22 @@ class Direct(Protocol):
     def write(self, frames: bytes) -> None: ...
 
 
-class Follower:
+class Sleeper:
+    """One that waits for news. Not by an `asyncio.Event`: that is 0.8 KB for each of whom there is nothing to say."""
+
+    _asleep: asyncio.Future[None] | None = None
+
+    async def sleep(self) -> None:
+        """Wait until roused; whoever looks for news first and sleeps then misses none."""
+        self._asleep = asyncio.get_running_loop().create_future()
+        await self._asleep
+
+    def rouse(self) -> None:
+        if self._asleep is not None and not self._asleep.done():
+            self._asleep.set_result(None)
+
+
+class Follower(Sleeper):
     """One reader of a room: a cursor (`log`, `seq`) and the session events it has not taken yet."""
 
     def __init__(self, room: Room, dialect: Dialect, account_id: str = "") -> None:
@@ -56,20 +71,15 @@ class Follower:
         self.sign_of_life = b""  # what a reader of one turn is to be told next, whatever else there is
         self._busy = True  # its own coroutine is speaking: nobody else may
         self.notices: list[bytes] = []
-        self._waiting: asyncio.Future[None] | None = None  # its coroutine's, for news
 
     def wake(self) -> None:
         """There is something new. A reader in step that can be written to is, here; others are told."""
         direct = self.direct
         if direct is None or direct.blocked or self.of_turn or not self.idle:
-            self._rouse()
+            self.rouse()
             return
         for frames in self.take():
             direct.write(frames)
-
-    def _rouse(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
     def note(self, notice: bytes) -> None:
         """Have a session event said."""
@@ -79,12 +89,12 @@ class Follower:
     def nudge(self, said: bytes) -> None:
         """Have a reader of one turn say this between two events."""
         self.sign_of_life = said
-        self._rouse()
+        self.rouse()
 
     def hang_up(self) -> None:
         """Have its coroutine say what there is and then raise `draining`."""
         self.over = True
-        self._rouse()
+        self.rouse()
 
     @property
     def idle(self) -> bool:
@@ -123,8 +133,7 @@ class Follower:
     async def _news(self) -> None:
         if self.over:
             raise ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
-        self._waiting = asyncio.get_running_loop().create_future()
-        await self._waiting
+        await self.sleep()
 
     def take(self) -> list[bytes]:
         frames = [self.wrap(notice) for notice in self.notices]

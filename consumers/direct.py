@@ -16,6 +16,7 @@ from typing import Any
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from chat.events import Entry, TurnLog, encode, entry_json
+from chat.rooms import Sleeper
 
 EXTENSION = "parley.direct"
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
@@ -62,22 +63,19 @@ class Bounded(asyncio.Protocol):
                     raise
 
 
-class Inbox:
+class Inbox(Sleeper):
     """What waits for a consumer. In its place uvicorn has an `asyncio.Queue`: 2.6 KB for a socket that says nothing."""
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
-        self._waiting: asyncio.Future[None] | None = None
 
     def put_nowait(self, message: Any) -> None:
         self._messages.append(message)
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        self.rouse()
 
     async def get(self) -> Any:
         while not self._messages:
-            self._waiting = asyncio.get_running_loop().create_future()
-            await self._waiting
+            await self.sleep()
         return self._messages.pop(0)
 
     def empty(self) -> bool:
