@@ -204,6 +204,7 @@ class Process:
         self._paused = True
         self.send(signal.SIGSTOP)
         self._signal_family(signal.SIGSTOP)
+        self._wait_while(_runs, 5.0)  # it takes effect when each is next scheduled, not when it is sent
 
     def resume(self) -> None:
         self._signal_family(signal.SIGCONT)
@@ -218,7 +219,7 @@ class Process:
         self._remember()
         kill(self._family)
         self._popen.wait(STOP_TIMEOUT)
-        self._wait_for_family(STOP_TIMEOUT)
+        self._wait_while(alive, STOP_TIMEOUT)
         self._gone()
 
     def stop(self, number: int = signal.SIGTERM, within: float = STOP_TIMEOUT) -> None:
@@ -230,7 +231,7 @@ class Process:
                 self.resume()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._started().wait(within)
-                self._wait_for_family(1.0)
+                self._wait_while(alive, 1.0)
         self.kill()
 
     def wait(self, within: float) -> int:
@@ -265,15 +266,23 @@ class Process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def _wait_for_family(self, within: float) -> None:
+    def _wait_while(self, holds: Callable[[psutil.Process], bool], within: float) -> None:
+        """Wait until it holds for none of the family."""
         deadline = time.monotonic() + within
-        while any(alive(process) for process in self._family) and time.monotonic() < deadline:
+        while any(holds(process) for process in self._family) and time.monotonic() < deadline:
             time.sleep(POLL)
 
     def _gone(self) -> None:
         self._family.clear()
         _running.discard(self)
         _tell_reaper(f"-pid {self.pid}")
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return alive(process) and process.status() != psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 # The end of the run
