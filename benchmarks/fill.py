@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chat.database import Database, Query
+from chat.database import Database
+from chat.queries import Query
 from chat.turns import INSERT_MESSAGE, NAMES
 
 AT_ONCE = 20_000

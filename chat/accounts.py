@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from .database import Database, Query, Row, new_id
+from .database import Database, new_id
 from .errors import ChatError
 from .events import encode
+from .queries import Query, Row
 from .tokens import Tokens
 
 GUEST_LIFETIME = 30 * 86400 * 1000  # milliseconds

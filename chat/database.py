@@ -20,8 +20,7 @@ import re
 import secrets
 import sqlite3
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -30,14 +29,13 @@ import asyncpg
 import databases
 
 from .errors import ChatError, StartupError
+from .queries import Line, PostgresQuery, Query, Row, Values
 
 log = logging.getLogger("parley.database")
 logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines print every value, prompts included
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceback a second while the server is away
 
 T = TypeVar("T")
-Row = dict[str, Any]
-Values = dict[str, Any]
 UNREACHABLE = (
     OSError,
     sqlite3.Error,
@@ -48,9 +46,8 @@ UNREACHABLE = (
 )
 TAKEN = (asyncpg.IntegrityConstraintViolationError, sqlite3.IntegrityError)
 OUR_FAULT = (asyncpg.SyntaxOrAccessError, asyncpg.DataError, sqlite3.ProgrammingError)
-SQLITE_READERS = 2
+SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
 LINE = 20.0  # seconds a call waits behind others that are answered
-NAME = re.compile(r":([a-z_][a-z0-9_]*)")
 
 
 class StorageUnavailable(ChatError):
@@ -69,80 +66,6 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-class Query(ABC):
-    """Statements on one connection: what `Database` hands out and what a transaction works with."""
-
-    @abstractmethod
-    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]: ...
-
-    @abstractmethod
-    async def execute_many(self, sql: str, values: list[Values]) -> None: ...
-
-    async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
-        rows = await self.fetch_all(sql, values)
-        return rows[0] if rows else None
-
-    async def execute(self, sql: str, values: Values | None = None) -> None:
-        await self.fetch_all(sql, values)
-
-
-class PostgresQuery(Query):
-    """On a connection of the pool."""
-
-    def __init__(self, connection: Any) -> None:
-        self._raw = connection.raw_connection
-
-    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
-        statement, names = _numbered(sql)
-        return [dict(row) for row in await self._raw.fetch(statement, *[(values or {})[name] for name in names])]
-
-    async def execute_many(self, sql: str, values: list[Values]) -> None:
-        statement, names = _numbered(sql)
-        await self._raw.executemany(statement, [[each[name] for name in names] for each in values])
-
-
-class SQLiteQuery(Query):
-    """Inside the thread of a connection: nothing here ever waits."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._raw = connection
-
-    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
-        return [dict(row) for row in self._raw.execute(sql, values or {}).fetchall()]
-
-    async def execute_many(self, sql: str, values: list[Values]) -> None:
-        self._raw.executemany(sql, values)
-
-
-def _in_thread(connection: sqlite3.Connection, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
-    """Do all that `work` asks for in one visit to the connection's thread; `whole`: in a transaction.
-
-    A visit a statement costs more than the statement, and each hands the interpreter from thread to thread and back.
-    The write lock is taken first: read-then-write would fail beside another.
-    """
-    if whole:
-        connection.execute("BEGIN IMMEDIATE")
-    try:
-        answer = _driven(work(SQLiteQuery(connection)))
-        if whole:
-            connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # a full disk has ended it already
-            connection.execute("ROLLBACK")
-        raise
-    return answer
-
-
-def _driven(work: Awaitable[T]) -> T:
-    """The result of a coroutine that never waits."""
-    try:
-        next(work.__await__())
-    except StopIteration as done:
-        answer: T = done.value
-        return answer
-    raise RuntimeError("a transaction waited for something else than its statements")
-
-
 class Database:
     """Storage as the rest of the service sees it. All methods raise `StorageUnavailable` when it is away."""
 
@@ -155,10 +78,8 @@ class Database:
         self._answered_at = {True: 0.0, False: 0.0}  # monotonic, of reads and of writes
         self._exclusive = exclusive
         self._lock_file: int | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._readers: asyncio.Queue[Any] = asyncio.Queue()
-        self._writer_lock = asyncio.Lock()
-        self._writer: Any = None
+        self._running: set[asyncio.Future[Any]] = set()
+        self._lines: dict[bool, Line] = {}  # SQLite's connections: whether they read → those that do
         self._clock_offset = 0.0
         if self.postgres:
             options: dict[str, Any] = {
@@ -193,10 +114,10 @@ class Database:
         if self._exclusive:
             self._lock_file = _take_lock(path.with_name(path.name + ".lock"))
         await self._database.connect()
-        # A connection of `databases` belongs to the task that asks for it: each is made in a task of its own and kept.
-        self._writer = await asyncio.create_task(self._sqlite_connection())
-        for _ in range(SQLITE_READERS):
-            self._readers.put_nowait(await asyncio.create_task(self._sqlite_connection()))
+        for reading, (count, at_once) in SQLITE.items():
+            # A connection of `databases` belongs to the task that asks for it: each is made in one of its own and kept.
+            made = [await asyncio.create_task(self._sqlite_connection()) for _ in range(count)]
+            self._lines[reading] = Line(made, at_once)
 
     async def _sqlite_connection(self) -> Any:
         connection = self._database.connection()
@@ -208,14 +129,12 @@ class Database:
 
     async def disconnect(self) -> None:
         """Wait for running calls, then close. Never raises."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self.timeout)
+        if self._running:
+            await asyncio.wait(self._running, timeout=self.timeout)
         with contextlib.suppress(*UNREACHABLE, AssertionError):
-            if self._writer is not None:
-                await self._writer.__aexit__()
-            while not self._readers.empty():
-                await self._readers.get_nowait().__aexit__()
             async with asyncio.timeout(5):
+                for line in self._lines.values():
+                    await line.close()
                 await self._database.disconnect()
         if self._lock_file is not None:
             os.close(self._lock_file)
@@ -252,32 +171,22 @@ class Database:
         """
         return await self._shielded(work, whole=True, timeout=timeout)
 
-    async def _on_connection(self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool) -> T:
-        async with self._connection(reading) as connection:
-            if not self.postgres:
-                raw = connection.raw_connection
-                # aiosqlite's own way into its thread; its public calls go there for one statement each.
-                answer: T = await raw._execute(_in_thread, raw._conn, work, whole)
-                return answer
+    def _begin(self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool) -> asyncio.Future[T]:
+        """Have it done. Nobody's cancellation reaches it from here on."""
+        if self.postgres:
+            running: asyncio.Future[T] = asyncio.ensure_future(self._in_pool(work, whole))
+        else:
+            running = self._lines[reading].ask(work, whole)
+        self._running.add(running)
+        running.add_done_callback(self._finished)
+        return running
+
+    async def _in_pool(self, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
+        async with self._database.connection() as connection:
             if not whole:
                 return await work(PostgresQuery(connection))
             async with connection.transaction():
                 return await work(PostgresQuery(connection))
-
-    @contextlib.asynccontextmanager
-    async def _connection(self, reading: bool) -> AsyncIterator[Any]:
-        if self.postgres:
-            async with self._database.connection() as connection:
-                yield connection
-        elif reading:
-            connection = await self._readers.get()
-            try:
-                yield connection
-            finally:
-                self._readers.put_nowait(connection)
-        else:
-            async with self._writer_lock:
-                yield self._writer
 
     async def _shielded(
         self,
@@ -287,12 +196,9 @@ class Database:
         whole: bool = False,
         timeout: float | None = None,
     ) -> T:
-        """Await `work` in its own task. A caller that is cancelled or tired of waiting leaves; the work goes on."""
-        task = asyncio.ensure_future(self._on_connection(work, reading, whole))
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        """Have `work` done and wait. A caller that is cancelled or tired of waiting leaves; the work goes on."""
         try:
-            answer = await self._answer(task, reading, timeout or self.timeout)
+            answer = await self._answer(self._begin(work, reading, whole), reading, timeout or self.timeout)
         except UNREACHABLE as problem:
             if isinstance(problem, TAKEN):
                 raise ChatError("conflict", "This id is taken already.") from problem
@@ -308,26 +214,29 @@ class Database:
             self._away_since = 0.0
         return answer
 
-    async def _answer(self, task: asyncio.Task[T], reading: bool, timeout: float) -> T:
+    async def _answer(self, running: asyncio.Future[T], reading: bool, timeout: float) -> T:
         """Wait for a call, and leave it alone. Raises `TimeoutError` where storage is silent for so long.
 
         While it answers others of its kind, who stands in line is not told that it is away: a burst of turns would be
         refused for nothing.
         """
         began = time.monotonic()
-        while not (await asyncio.wait({task}, timeout=timeout))[0]:
+        while not (await asyncio.wait({running}, timeout=timeout))[0]:
             now = time.monotonic()
             if now - self._answered_at[reading] > 1.0 or now - began > LINE:
                 raise TimeoutError
             timeout = 1.0
-        answer = task.result()
+        try:
+            answer = running.result()
+        finally:
+            del running  # it has the error, which has this frame and all above it: a request would keep itself
         self._answered_at[reading] = time.monotonic()
         return answer
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # read it: a call nobody waits for any more would be reported as never retrieved
+    def _finished(self, running: asyncio.Future[Any]) -> None:
+        self._running.discard(running)
+        if not running.cancelled():
+            running.exception()  # read it: a call nobody waits for any more would be reported as never retrieved
 
     # -- schema
 
@@ -375,13 +284,6 @@ def schema_steps(schema: str) -> list[tuple[int, list[str]]]:
 
 def _bare(statement: str) -> str:
     return "\n".join(line for line in statement.splitlines() if not line.startswith("--")).strip()
-
-
-@functools.cache
-def _numbered(sql: str) -> tuple[str, list[str]]:
-    """`:name` → `$1`, as asyncpg wants it, and the names in order. Statement texts hold no other colon."""
-    names = list(dict.fromkeys(NAME.findall(sql)))
-    return NAME.sub(lambda match: f"${names.index(match[1]) + 1}", sql), names
 
 
 @functools.cache

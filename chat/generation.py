@@ -17,10 +17,11 @@ from typing import Any
 
 from . import accounts, sessions, turns
 from .accounts import Account
-from .database import Database, Row, StorageUnavailable
+from .database import Database, StorageUnavailable
 from .errors import ChatError
 from .limits import Limits as RateLimits
 from .providers import ChatMessage, Finish, Limits, ProviderError, Providers
+from .queries import Row
 from .relay import Relay
 from .sessions import Session
 from .settings import Settings

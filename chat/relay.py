@@ -17,8 +17,9 @@ from broadcaster import Broadcast
 
 from . import sessions, turns
 from .bus import Gather, RedisBus, RelayUnavailable
-from .database import Database, Row
+from .database import Database
 from .events import Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
+from .queries import Row
 from .rooms import Follower, Room
 from .sessions import Mask, Session
 from .settings import Settings

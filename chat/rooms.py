@@ -19,9 +19,10 @@ import msgspec
 
 from . import turns
 from .bus import GAP
-from .database import Row, StorageUnavailable
+from .database import StorageUnavailable
 from .errors import ChatError
 from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus
+from .queries import Row
 
 if TYPE_CHECKING:
     from .relay import Relay  # who opens a room is asked by it for what it missed

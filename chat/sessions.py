@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from .accounts import iso
-from .database import Database, Query, Row, new_id
+from .database import Database, new_id
 from .errors import not_found
 from .events import encode
+from .queries import Query, Row
 from .settings import Model
 
 MODES = ("direct", "compare", "random")

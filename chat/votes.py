@@ -16,9 +16,10 @@ from itertools import combinations
 from typing import Any
 
 from . import ratings
-from .database import Database, Query, Row, new_id
+from .database import Database, new_id
 from .errors import ChatError, not_found
 from .kept import Kept
+from .queries import Query, Row
 from .ratings import Rating
 from .sessions import Session
 from .settings import Model

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import sqlite3
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from chat.database import Database, Query, StorageUnavailable
+from chat.database import Database, StorageUnavailable
+from chat.errors import ChatError
+from chat.queries import Query
 
-SLOW = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 50000) SELECT COUNT(*) AS n FROM n"
+SLOW = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150000) SELECT COUNT(*) AS n FROM n"
 
 
 @pytest.fixture
@@ -92,3 +97,51 @@ async def test_a_caller_that_leaves_takes_nothing_along(database: Database) -> N
         await leaving
     await say(database, "too")
     assert await words(database) == ["said", "too"]
+
+
+async def test_calls_done_together_succeed_and_fail_by_themselves(database: Database) -> None:
+    """What gathers while a visit goes on is done in the next one, each call in a transaction of its own."""
+    await say(database, "5")
+    calls = [asyncio.create_task(say(database, f"{n % 8}")) for n in range(16)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(each) for each in outcomes] == [
+        ChatError if n > 7 or n == 5 else type(None) for n in range(16)
+    ], "a word is taken once"
+    assert await words(database) == [f"{n}" for n in range(8)]
+
+
+async def test_a_long_read_holds_up_few_others(database: Database) -> None:
+    async def reads(sql: str, name: str) -> None:
+        await database.fetch_all(sql)
+        done.append(name)
+
+    done: list[str] = []
+    await asyncio.gather(reads(SLOW, "long"), *(reads("SELECT 1 AS one", f"{n}") for n in range(20)))
+    assert done.index("long") >= 17
+
+
+async def test_a_failure_keeps_nothing_of_its_caller(database: Database) -> None:
+    """An error knows the frames it came through: were one of them to know the error, a request would keep itself."""
+
+    class Asked:
+        """Stands for all that a request has."""
+
+    async def ask() -> None:
+        asked = Asked()
+        kept.append(weakref.ref(asked))
+        await database.transaction(refuse)
+
+    async def refuse(query: Query) -> None:
+        raise LookupError("not so")
+
+    kept: list[weakref.ref[Asked]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with contextlib.suppress(LookupError):
+                await ask()
+        await words(database)
+        assert [each() for each in kept] == [None] * 3
+    finally:
+        gc.enable()

@@ -1,0 +1,173 @@
+"""Statements on one connection, named values in and dictionaries out, on PostgreSQL and on SQLite.
+
+A SQLite connection works in a thread of its own, and visiting it costs more than most statements do: a `Line` gathers
+what is asked for while a visit goes on and has it done in the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import sqlite3
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Values = dict[str, Any]
+NAME = re.compile(r":([a-z_][a-z0-9_]*)")
+
+
+class Query(ABC):
+    """Statements on one connection: what `Database` hands out and what a transaction works with."""
+
+    @abstractmethod
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]: ...
+
+    @abstractmethod
+    async def execute_many(self, sql: str, values: list[Values]) -> None: ...
+
+    async def fetch_one(self, sql: str, values: Values | None = None) -> Row | None:
+        rows = await self.fetch_all(sql, values)
+        return rows[0] if rows else None
+
+    async def execute(self, sql: str, values: Values | None = None) -> None:
+        await self.fetch_all(sql, values)
+
+
+class PostgresQuery(Query):
+    """On a connection of the pool."""
+
+    def __init__(self, connection: Any) -> None:
+        self._raw = connection.raw_connection
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        statement, names = _numbered(sql)
+        return [dict(row) for row in await self._raw.fetch(statement, *[(values or {})[name] for name in names])]
+
+    async def execute_many(self, sql: str, values: list[Values]) -> None:
+        statement, names = _numbered(sql)
+        await self._raw.executemany(statement, [[each[name] for name in names] for each in values])
+
+
+class SQLiteQuery(Query):
+    """Inside the thread of a connection: nothing here ever waits."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._raw = connection
+
+    async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]:
+        return [dict(row) for row in self._raw.execute(sql, values or {}).fetchall()]
+
+    async def execute_many(self, sql: str, values: list[Values]) -> None:
+        self._raw.executemany(sql, values)
+
+
+@functools.cache
+def _numbered(sql: str) -> tuple[str, list[str]]:
+    """`:name` → `$1`, as asyncpg wants it, and the names in order. Statement texts hold no other colon."""
+    names = list(dict.fromkeys(NAME.findall(sql)))
+    return NAME.sub(lambda match: f"${names.index(match[1]) + 1}", sql), names
+
+
+Work = Callable[[Query], Awaitable[Any]]
+Outcome = tuple[Any, BaseException | None]  # what came of a call: one or the other
+
+
+class Call:
+    """One piece of work for a connection; `whole`: in a transaction. `answer` has what came of it."""
+
+    def __init__(self, work: Work, whole: bool) -> None:
+        self.work = work
+        self.whole = whole
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def settle(self, outcome: Outcome) -> None:
+        answer, problem = outcome
+        if self.answer.done():
+            return
+        if problem is None:
+            self.answer.set_result(answer)
+        else:
+            self.answer.set_exception(problem)
+
+
+class Line:
+    """Connections of SQLite that do the same kind of work, and the calls that stand in line for them."""
+
+    def __init__(self, connections: list[Any], at_once: int) -> None:
+        """connections: open ones of `databases`, closed by `close`; at_once: the most calls of one visit."""
+        self._at_once = at_once
+        self._connections = connections
+        self._free = list(connections)
+        self._calls: deque[Call] = deque()
+        self._visits: set[asyncio.Task[None]] = set()
+
+    def ask(self, work: Callable[[Query], Awaitable[T]], whole: bool) -> asyncio.Future[T]:
+        """Have `work` done, in its turn, whether or not anyone still waits for the answer."""
+        call = Call(work, whole)
+        self._calls.append(call)
+        if self._free:
+            visit = asyncio.create_task(self._visit(self._free.pop()))
+            self._visits.add(visit)
+            visit.add_done_callback(self._visits.discard)
+        return call.answer
+
+    async def _visit(self, connection: Any) -> None:
+        """Do what there is, and what comes meanwhile. Never raises."""
+        raw = connection.raw_connection
+        while self._calls:
+            # a share of them: what takes long must not hold up all that another connection could do
+            share = max(1, min(self._at_once, len(self._calls) // len(self._connections)))
+            calls = [self._calls.popleft() for _ in range(share)]
+            try:
+                # aiosqlite's own way into its thread; its public calls go there for one statement each.
+                work = [(call.work, call.whole) for call in calls]
+                outcomes: list[Outcome] = await raw._execute(_in_thread, raw._conn, work)
+            except BaseException as problem:  # closed, or the worker ends: who waits must not wait for ever
+                outcomes = [(None, problem)] * len(calls)
+            while calls:  # emptied, not gone through: a failure knows the frames that have these lists
+                calls.pop(0).settle(outcomes.pop(0))
+        self._free.append(connection)
+
+    async def close(self) -> None:
+        for connection in self._connections:
+            await connection.__aexit__()
+
+
+def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for work, whole in calls:
+        try:
+            outcomes.append((_done(connection, work, whole), None))
+        except Exception as problem:  # any: it is that caller's, and the others have theirs to do
+            outcomes.append((None, problem))
+    return outcomes
+
+
+def _done(connection: sqlite3.Connection, work: Work, whole: bool) -> Any:
+    """What comes of a call. The write lock is taken first: read-then-write would fail beside another."""
+    if whole:
+        connection.execute("BEGIN IMMEDIATE")
+    try:
+        answer = _driven(work(SQLiteQuery(connection)))
+        if whole:
+            connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk has ended it already
+            connection.execute("ROLLBACK")
+        raise
+    return answer
+
+
+def _driven(work: Awaitable[T]) -> T:
+    """The result of a coroutine that never waits."""
+    try:
+        next(work.__await__())
+    except StopIteration as done:
+        answer: T = done.value
+        return answer
+    raise RuntimeError("a transaction waited for something else than its statements")
