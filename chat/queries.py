@@ -24,6 +24,8 @@ NAME = re.compile(r":([a-z_][a-z0-9_]*)")
 class Query(ABC):
     """Statements on one connection: what `Database` hands out and what a transaction works with."""
 
+    one_at_a_time = False  # whether no transaction that writes runs beside another: there is nothing to lock
+
     @abstractmethod
     async def fetch_all(self, sql: str, values: Values | None = None) -> list[Row]: ...
 
@@ -55,6 +57,8 @@ class PostgresQuery(Query):
 
 class SQLiteQuery(Query):
     """Inside the thread of a connection: nothing here ever waits."""
+
+    one_at_a_time = True
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._raw = connection

@@ -152,8 +152,8 @@ async def _lock(
 
     The first of so many positions allotted to the new messages.
     """
-    # Not the key: SQLite would look at every session of the account for one that refers to the old one.
-    await query.execute("UPDATE accounts SET token_version = token_version WHERE id = :id", {"id": account_id})
+    if not query.one_at_a_time:
+        await query.execute("SELECT id FROM accounts WHERE id = :id FOR NO KEY UPDATE", {"id": account_id})
     row = await query.fetch_one(
         """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
                   last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
