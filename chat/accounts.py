@@ -172,9 +172,15 @@ async def reserve(
         raise ChatError("budget_exhausted", message, retry_after=3600)
 
 
-async def settle(database: Database, name: str, tokens: int) -> None:
-    """Give back what was reserved today and not used (negative `tokens`), to `account:<id>` or the `service`."""
-    await database.execute(
-        "UPDATE budgets SET tokens = tokens + :tokens WHERE day = :day AND name = :name",
-        {"tokens": tokens, "day": _day(database.now()), "name": name},
-    )
+async def settle(database: Database, unused: dict[str, int]) -> None:
+    """Give back what was reserved today and not used: tokens, by `account:<id>` or `service`."""
+    day = _day(database.now())
+    # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
+    values = [{"name": name, "day": day, "tokens": unused[name]} for name in sorted(unused)]
+
+    async def work(query: Query) -> None:
+        await query.execute_many(
+            "UPDATE budgets SET tokens = tokens - :tokens WHERE day = :day AND name = :name", values
+        )
+
+    await database.transaction(work)

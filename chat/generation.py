@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ class Generation:
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         self._orphans: set[str] = set()  # turns that are being ended for somebody else
-        self._unused = 0  # tokens of ended turns that the service has not got back yet: all turns have that one row
+        self._unused: Counter[str] = Counter()  # tokens of ended turns that budgets have not got back yet
         relay.on_stop = self._stop_here
 
     # -- life
@@ -271,9 +272,8 @@ class Generation:
                     )
                     running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
-                unused = min(0, spent - reserved)
-                self._unused += unused
-                await accounts.settle(self.database, f"account:{turn.account_id}", unused)
+                for name in accounts.budgets_of(turn.account_id):
+                    self._unused[name] += max(0, reserved - spent)
         finally:
             self.running.pop(turn.id, None)
             running.writer.retire()
@@ -520,10 +520,11 @@ class Generation:
         await self._settle()
 
     async def _settle(self) -> None:
-        unused, self._unused = self._unused, 0
+        """Give back what turns that ended have not used: at once for all, each would write the service's one row."""
+        unused, self._unused = self._unused, Counter()
         if unused:
             try:
-                await accounts.settle(self.database, "service", unused)
+                await accounts.settle(self.database, unused)
             except StorageUnavailable:
                 self._unused += unused
                 raise
