@@ -273,7 +273,8 @@ class Room:
             elif follower.seq < shown:
                 if follower.seq != seq or follower.dialect is not dialect:
                     seq, dialect = follower.seq, follower.dialect
-                    said = b"".join(turn_log.frames(seq, dialect))  # type: ignore[union-attr]  # -1 < -1 is false
+                    # not kept for others: of hundreds of turns what is kept would push the rest out of the cache
+                    said = b"".join(dialect(turn_log, turn_log.after(seq)))  # type: ignore[union-attr, arg-type]
                 follower.seq = shown
                 direct.write(said)
                 if follower.of_turn and turn_log.ended:  # type: ignore[union-attr]
