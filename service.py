@@ -18,10 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -201,7 +202,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         http = scope["type"] == "http"
         begun = not http
-        headers = HTTPConnection(scope).headers
+        headers = Headers(scope=scope)
         origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
         # What only asks, and not from another page, has no body to bound and no page to be told about.
         plain = not http or (origin is None and not large and scope["method"] in ("GET", "HEAD"))

@@ -4,8 +4,8 @@
 own `:name` translation: its text path %-formats the statement, compiles it anew for every call and hands out records
 whose values depend on how they are read.
 
-Every public call runs in a task of its own behind a shield: a cancellation inside a transaction (a tab that closes)
-leaks the pool's connection for ever otherwise. It knows nothing of what is stored.
+No caller's cancellation reaches a call that has begun: inside a transaction (a tab that closes) it would leak the
+pool's connection for ever. It knows nothing of what is stored.
 """
 
 from __future__ import annotations

@@ -21,17 +21,23 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
     """Closes the connection when a head is not complete in time. Between two requests uvicorn's keep-alive counts."""
 
     _waiting: asyncio.TimerHandle | None = None
+    _begun = False  # a head has begun and is not complete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._waiting is None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._begun and self._waiting is None:  # most come in one piece: a timer each would be for nothing
             self._wait()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._begun = True
+
     def on_headers_complete(self) -> None:
+        self._begun = False
         self._done()
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # else it becomes a socket
