@@ -22,10 +22,9 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import asyncpg
 import databases
 
 from .errors import ChatError, StartupError
@@ -36,16 +35,6 @@ logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines prin
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceback a second while the server is away
 
 T = TypeVar("T")
-UNREACHABLE = (
-    OSError,
-    sqlite3.Error,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # what a connection cut inside executemany says: "cannot switch to state 15"
-    TimeoutError,
-)
-TAKEN = (asyncpg.IntegrityConstraintViolationError, sqlite3.IntegrityError)
-OUR_FAULT = (asyncpg.SyntaxOrAccessError, asyncpg.DataError, sqlite3.ProgrammingError)
 SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
 LINE = 20.0  # seconds a call waits behind others that are answered
 
@@ -55,6 +44,31 @@ class StorageUnavailable(ChatError):
 
     def __init__(self) -> None:
         super().__init__("storage_unavailable", "Storage is not reachable right now. Please try again.", retry_after=2)
+
+
+Kinds = tuple[type[Exception], ...]
+
+
+class Failures(NamedTuple):
+    """What a driver raises, by what it means."""
+
+    unreachable: Kinds
+    taken: Kinds  # … though it can be reached: an id
+    our_fault: Kinds
+
+    @classmethod
+    def of(cls, postgres: bool) -> Failures:
+        away = OSError, TimeoutError
+        if not postgres:
+            return cls((*away, sqlite3.Error), (sqlite3.IntegrityError,), (sqlite3.ProgrammingError,))
+        import asyncpg  # 3 MB that SQLite has no use for
+
+        return cls(
+            # the last is what a connection cut inside executemany says: "cannot switch to state 15"
+            (*away, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+            (asyncpg.IntegrityConstraintViolationError,),
+            (asyncpg.SyntaxOrAccessError, asyncpg.DataError),
+        )
 
 
 def new_id() -> str:
@@ -72,6 +86,7 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 5, timeout: float = 5.0, exclusive: bool = False) -> None:
         self.url = _checked_url(url)
         self.postgres = self.url.startswith("postgres")
+        self._failures = Failures.of(self.postgres)
         self.timeout = timeout
         self.failed_at = 0.0  # monotonic: when a call last found the database away
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
@@ -98,6 +113,7 @@ class Database:
 
     async def connect(self) -> None:
         """Open the connections. Raises `StartupError` with one line that carries no password."""
+        failures: Kinds = (*self._failures.unreachable, ValueError)
         try:
             async with asyncio.timeout(10):
                 if not self.postgres:
@@ -105,7 +121,7 @@ class Database:
                 else:
                     await self._database.connect()
                 await self.set_clock()
-        except (*UNREACHABLE, ValueError) as problem:
+        except failures as problem:
             raise StartupError(f"cannot open the database {self._place()}: {_reason(problem)}") from None
 
     async def _open_sqlite(self) -> None:
@@ -131,7 +147,7 @@ class Database:
         """Wait for running calls, then close. Never raises."""
         if self._running:
             await asyncio.wait(self._running, timeout=self.timeout)
-        with contextlib.suppress(*UNREACHABLE, AssertionError):
+        with contextlib.suppress(*self._failures.unreachable, AssertionError):
             async with asyncio.timeout(5):
                 for line in self._lines.values():
                     await line.close()
@@ -199,10 +215,10 @@ class Database:
         """Have `work` done and wait. A caller that is cancelled or tired of waiting leaves; the work goes on."""
         try:
             answer = await self._answer(self._begin(work, reading, whole), reading, timeout or self.timeout)
-        except UNREACHABLE as problem:
-            if isinstance(problem, TAKEN):
+        except self._failures.unreachable as problem:
+            if isinstance(problem, self._failures.taken):
                 raise ChatError("conflict", "This id is taken already.") from problem
-            if isinstance(problem, OUR_FAULT):
+            if isinstance(problem, self._failures.our_fault):
                 raise
             self.failed_at = time.monotonic()
             if not self._away_since:
