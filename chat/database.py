@@ -102,6 +102,7 @@ class Database:
                 "max_size": pool_size,
                 "command_timeout": 10,
                 "timeout": timeout,
+                "reset": _leave_as_is,
                 # what a worker that is frozen in the middle of a transaction may hold
                 "server_settings": {"idle_in_transaction_session_timeout": "10000", "application_name": "parley"},
             }
@@ -323,6 +324,13 @@ def _take_lock(path: Path) -> int:
             f"another process is serving {path.stem} already; more than one worker needs REDIS_URL"
         ) from None
     return descriptor
+
+
+async def _leave_as_is(connection: Any) -> None:
+    """A transaction leaves nothing behind in its connection, and we do nothing else there that would.
+
+    asyncpg sends `RESET ALL` and the like after every single use otherwise, and waits for the answer.
+    """
 
 
 SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
