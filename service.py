@@ -197,21 +197,21 @@ class Gate:
             expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
             max_age=600,
         )
-        self.guarded = self.told_to_pages(RequestBodyLimitMiddleware(app, settings.body_max))
+        self.bounded = RequestBodyLimitMiddleware(app, settings.body_max)
+        self.told = self.told_to_pages(self.bounded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         http = scope["type"] == "http"
         begun = not http
         headers = Headers(scope=scope)
         origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
-        # What only asks, and not from another page, has no body to bound and no page to be told about.
-        plain = not http or (origin is None and not large and scope["method"] in ("GET", "HEAD"))
+        own = SAFE if origin is not None else PLAIN  # of what no page asked for, CORS has nothing to say
 
         async def send_safely(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message["headers"], *(PLAIN if plain else SAFE)]
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         sender = send_safely if http else send
@@ -223,12 +223,15 @@ class Gate:
         app: ASGIApp
         if problem is not None:
             app = functools.partial(refuse, problem)
-        elif large:  # Starlette would say it in words of its own
-            app = self.told_to_pages(functools.partial(refuse, ChatError("too_large", "The body is too large.")))
         elif not http:
             app = self.sockets
+        elif large:  # Starlette would say it in words of its own
+            app = functools.partial(refuse, ChatError("too_large", "The body is too large."))
+            app = app if origin is None else self.told_to_pages(app)
+        elif origin is not None:
+            app = self.told
         else:
-            app = self.app if plain else self.guarded
+            app = self.app if scope["method"] in ("GET", "HEAD") else self.bounded  # else there is no body to bound
         try:
             await app(scope, receive, sender)
         except asyncio.CancelledError:
