@@ -36,7 +36,7 @@ logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceba
 
 T = TypeVar("T")
 SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
-LINE = 20.0  # seconds a call waits behind others that are answered
+IN_LINE = 20.0  # seconds a call waits behind others that are answered
 
 
 class StorageUnavailable(ChatError):
@@ -145,13 +145,13 @@ class Database:
         return connection
 
     async def disconnect(self) -> None:
-        """Wait for running calls, then close. Never raises."""
+        """Wait a while for running calls, then close. Never raises."""
         if self._running:
             await asyncio.wait(self._running, timeout=self.timeout)
         with contextlib.suppress(*self._failures.unreachable, AssertionError):
+            # All of them, and to the end: the thread of one that is left open keeps the process from ending.
+            await asyncio.gather(*(line.close() for line in self._lines.values()))
             async with asyncio.timeout(5):
-                for line in self._lines.values():
-                    await line.close()
                 await self._database.disconnect()
         if self._lock_file is not None:
             os.close(self._lock_file)
@@ -240,7 +240,7 @@ class Database:
         began = time.monotonic()
         while not (await asyncio.wait({running}, timeout=timeout))[0]:
             now = time.monotonic()
-            if now - self._answered_at[reading] > 1.0 or now - began > LINE:
+            if now - self._answered_at[reading] > 1.0 or now - began > IN_LINE:
                 raise TimeoutError
             timeout = 1.0
         try:
@@ -327,7 +327,7 @@ def _take_lock(path: Path) -> int:
 
 
 async def _leave_as_is(connection: Any) -> None:
-    """A transaction leaves nothing behind in its connection, and we do nothing else there that would.
+    """What we say on a connection leaves nothing behind in it, once its transaction is over.
 
     asyncpg sends `RESET ALL` and the like after every single use otherwise, and waits for the answer.
     """

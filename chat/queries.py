@@ -10,6 +10,7 @@ import asyncio
 import functools
 import re
 import sqlite3
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Values = dict[str, Any]
 NAME = re.compile(r":([a-z_][a-z0-9_]*)")
+SHORT = 0.05  # seconds after which no further call is begun in one visit
 
 
 class Query(ABC):
@@ -89,7 +91,7 @@ class Call:
         self.whole = whole
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    def settle(self, outcome: Outcome) -> None:
+    def tell(self, outcome: Outcome) -> None:
         answer, problem = outcome
         if self.answer.done():
             return
@@ -121,34 +123,39 @@ class Line:
         return call.answer
 
     async def _visit(self, connection: Any) -> None:
-        """Do what there is, and what comes meanwhile. Never raises."""
-        raw = connection.raw_connection
+        """Do what there is, and what comes meanwhile."""
         while self._calls:
             # a share of them: what takes long must not hold up all that another connection could do
             share = max(1, min(self._at_once, len(self._calls) // len(self._connections)))
             calls = [self._calls.popleft() for _ in range(share)]
+            work = [(call.work, call.whole) for call in calls]
             try:
                 # aiosqlite's own way into its thread; its public calls go there for one statement each.
-                work = [(call.work, call.whole) for call in calls]
+                raw = connection.raw_connection
                 outcomes: list[Outcome] = await raw._execute(_in_thread, raw._conn, work)
             except BaseException as problem:  # closed, or the worker ends: who waits must not wait for ever
                 outcomes = [(None, problem)] * len(calls)
-            while calls:  # emptied, not gone through: a failure knows the frames that have these lists
-                calls.pop(0).settle(outcomes.pop(0))
+            while outcomes:  # emptied, not gone through: a failure knows the frames that have these lists
+                calls.pop(0).tell(outcomes.pop(0))
+            self._calls.extendleft(reversed(calls))
         self._free.append(connection)
 
     async def close(self) -> None:
-        for connection in self._connections:
-            await connection.__aexit__()
+        """Close the connections when they have done what they are at."""
+        await asyncio.gather(*(each.__aexit__() for each in self._connections), return_exceptions=True)
 
 
 def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -> list[Outcome]:
+    """What came of the first of these calls, or of as many as are done in a short time: they are told then."""
     outcomes: list[Outcome] = []
+    until = time.monotonic() + SHORT
     for work, whole in calls:
         try:
             outcomes.append((_done(connection, work, whole), None))
         except Exception as problem:  # any: it is that caller's, and the others have theirs to do
             outcomes.append((None, problem))
+        if time.monotonic() > until:
+            break
     return outcomes
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import sqlite3
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -118,6 +119,34 @@ async def test_a_long_read_holds_up_few_others(database: Database) -> None:
     done: list[str] = []
     await asyncio.gather(reads(SLOW, "long"), *(reads("SELECT 1 AS one", f"{n}") for n in range(20)))
     assert done.index("long") >= 17
+
+
+async def test_who_is_done_is_told_before_the_rest(database: Database) -> None:
+    """One that takes long must not make others look as if nobody had answered them."""
+    told: list[float] = []
+    began = time.monotonic()
+
+    async def one(word: str) -> None:
+        await say(database, word, slowly=True)
+        told.append(time.monotonic() - began)
+
+    await asyncio.gather(*(one(f"{n:03}") for n in range(60)))
+    assert max(after - before for before, after in zip([0.0, *told], told, strict=False)) < told[-1] / 4
+
+
+async def test_the_threads_end_though_one_is_stuck(tmp_path: Path) -> None:
+    """What is left open keeps the process from ending for ever."""
+    before = set(threading.enumerate())
+    database = Database(f"sqlite:///{tmp_path / 'a.db'}", timeout=0.1)
+    await database.connect()
+    await database.execute("CREATE TABLE words (word TEXT PRIMARY KEY)")
+    with sqlite3.connect(tmp_path / "a.db", isolation_level=None, check_same_thread=False) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageUnavailable):
+            await say(database, "stuck")
+        asyncio.get_running_loop().call_later(5.5, other.execute, "ROLLBACK")
+        await database.disconnect()
+    assert set(threading.enumerate()) <= before
 
 
 async def test_a_failure_keeps_nothing_of_its_caller(database: Database) -> None:
