@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from .database import Database, new_id
+from .database import Database, StorageUnavailable, new_id
 from .errors import ChatError
 from .events import encode
 from .queries import Query, Row
@@ -172,15 +173,37 @@ async def reserve(
         raise ChatError("budget_exhausted", message, retry_after=3600)
 
 
-async def settle(database: Database, unused: dict[str, int]) -> None:
-    """Give back what was reserved today and not used: tokens, by `account:<id>` or `service`."""
-    day = _day(database.now())
-    # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
-    values = [{"name": name, "day": day, "tokens": unused[name]} for name in sorted(unused)]
+class Unused:
+    """What turns that ended have not used of what they had reserved, until it is given back: all of it at once."""
 
-    async def work(query: Query) -> None:
-        await query.execute_many(
-            "UPDATE budgets SET tokens = tokens - :tokens WHERE day = :day AND name = :name", values
-        )
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
 
-    await database.transaction(work)
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def add(self, account_id: str, reserved_at: int, tokens: int) -> None:
+        """reserved_at: the `now` of `reserve`, whose day this belongs to."""
+        if tokens > 0:
+            for name in budgets_of(account_id):
+                self._tokens[name, _day(reserved_at)] += tokens
+
+    async def give_back(self) -> None:
+        """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""
+        tokens, self._tokens = self._tokens, Counter()
+        # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
+        values = [{"name": name, "day": day, "tokens": tokens[name, day]} for name, day in sorted(tokens)]
+
+        async def work(query: Query) -> None:
+            await query.execute_many(
+                "UPDATE budgets SET tokens = tokens - :tokens WHERE day = :day AND name = :name", values
+            )
+
+        try:
+            if values:
+                await self._database.transaction(work)
+        except StorageUnavailable as problem:
+            if not isinstance(problem.__cause__, TimeoutError):
+                self._tokens += tokens
+            raise

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +90,7 @@ class Generation:
         self.lag = 0.0  # seconds the event loop was late the last time something was due
         self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
         self._orphans: set[str] = set()  # turns that are being ended for somebody else
-        self._unused: Counter[str] = Counter()  # tokens of ended turns that budgets have not got back yet
+        self._unused = accounts.Unused(database)
         relay.on_stop = self._stop_here
 
     # -- life
@@ -141,7 +140,7 @@ class Generation:
         if tasks:
             await asyncio.wait(tasks, timeout=self.settings.storage_timeout)
         with contextlib.suppress(StorageUnavailable):
-            await self._settle()
+            await self._unused.give_back()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,7 +182,9 @@ class Generation:
         turns.checked_content(ask.content, self.settings.prompt_max)
         max_tokens = max_tokens or self.settings.max_tokens
         terms = self._terms(max_tokens, ask.content, len(session.sides))
-        turn = await turns.insert_turn(self.database, session, account.id, ask, terms)
+        turn = await self._within_budget(
+            lambda: turns.insert_turn(self.database, session, account.id, ask, terms)
+        )
         if turn.fresh:
             await self._launch(turn, Limits(max_tokens, temperature), terms.tokens)
         return turn
@@ -192,9 +193,21 @@ class Generation:
         """Answer the session's last user message anew. Raises `ChatError`."""
         await self._admit(account.id)
         terms = self._terms(self.settings.max_tokens, "", len(session.sides))
-        turn = await turns.insert_regeneration(self.database, session, account.id, message_id, terms)
+        turn = await self._within_budget(
+            lambda: turns.insert_regeneration(self.database, session, account.id, message_id, terms)
+        )
         await self._launch(turn, Limits(self.settings.max_tokens), terms.tokens)
         return turn
+
+    async def _within_budget(self, insert: Callable[[], Awaitable[Turn]]) -> Turn:
+        """Insert a turn; where the budget does not allow it, once more with what others have not used of it."""
+        try:
+            return await insert()
+        except ChatError as problem:
+            if problem.code != "budget_exhausted" or not self._unused:
+                raise
+        await self._unused.give_back()
+        return await insert()
 
     async def _launch(self, turn: Turn, limits: Limits, reserved: int) -> None:
         """Hand a stored turn to a task of its own. The row exists: from here on it ends, whatever happens."""
@@ -272,8 +285,7 @@ class Generation:
                     )
                     running.writer.stored = True
                 spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
-                for name in accounts.budgets_of(turn.account_id):
-                    self._unused[name] += max(0, reserved - spent)
+                self._unused.add(turn.account_id, turn.replies[0]["created_at"], reserved - spent)
         finally:
             self.running.pop(turn.id, None)
             running.writer.retire()
@@ -517,17 +529,7 @@ class Generation:
             ]
         if values:
             await turns.checkpoint(self.database, values)
-        await self._settle()
-
-    async def _settle(self) -> None:
-        """Give back what turns that ended have not used: at once for all, each would write the service's one row."""
-        unused, self._unused = self._unused, Counter()
-        if unused:
-            try:
-                await accounts.settle(self.database, unused)
-            except StorageUnavailable:
-                self._unused += unused
-                raise
+        await self._unused.give_back()
 
     async def _sweep(self) -> None:
         """Take over turns whose worker died and end them with the longest text known."""

@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -208,6 +209,47 @@ async def test_the_daily_cap_is_exact(pair: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+async def test_what_a_turn_did_not_use_is_there_for_the_next(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The budget is for one turn's `max_tokens` and a little more; the next one asks before the rest was written down."""
+    environment = CLOSED | store("sqlite", request, tmp_path)
+    async with Service(
+        environment | {"PARLEY_DAILY_TOKENS_ACCOUNT": "2200", "PARLEY_CHECKPOINT_EVERY": "5"}
+    ) as service:
+        token = (await guest(service.url)).access
+        session = (await new_session(service.url, token))["id"]
+        answers = [await post_turn(service.url, token, session, f"/count {n}") for n in (2, 3, 4)]
+        assert [answer.status for answer in answers] == [200] * 3, [answer.error for answer in answers]
+        greedy = {"session_id": session, "content": "/count 5", "max_tokens": 8000}
+        answer = await post_turn(service.url, token, session, "", body=greedy)
+        assert (answer.status, answer.error["error"]) == (429, "budget_exhausted")
+
+
+async def test_what_was_not_used_comes_back_once(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Storage keeps the give-back waiting longer than anyone waits for it, and does it nevertheless."""
+    environment = CLOSED | store("sqlite", request, tmp_path)
+    async with Service(
+        environment | {"PARLEY_CHECKPOINT_EVERY": "1", "PARLEY_STORAGE_TIMEOUT": "0.5"}
+    ) as service:
+        someone = await guest(service.url)
+        session = (await new_session(service.url, someone.access))["id"]
+        answer = await post_turn(service.url, someone.access, session, "/count 30")
+        said = len(answer.sides()["a"]) // 4
+
+        def spent() -> int:
+            row = other.execute("SELECT tokens FROM budgets WHERE name = ?", (f"account:{someone.id}",)).fetchone()
+            return int(row[0])
+
+        database = urlsplit(environment["DATABASE_URL"]).path[1:]
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert spent() > said, "it is given back already"
+            await asyncio.sleep(4)
+            other.execute("ROLLBACK")
+            # what is written down now stands in line behind all that waited
+            await new_session(service.url, someone.access)
+            assert spent() == said
+
+
 async def test_turns_at_once_are_counted_exactly(pair: dict[str, str]) -> None:
     """Fifty sessions of one account asked at once, three may run: three do."""
     async with Service(pair | {"PARLEY_TURNS_PER_ACCOUNT": "3"}, workers=2) as service:
