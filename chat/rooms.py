@@ -266,15 +266,17 @@ class Room:
         turn_log = self.logs[-1] if self.logs else None
         shown = turn_log.shown if turn_log is not None else -1
         seq, dialect, said = shown, None, b""
+        pieces: dict[tuple[int, Dialect], bytes] = {}  # not kept: of hundreds of turns it would fill the cache
         for follower in self.followers:
             direct = follower.direct
             if direct is None or direct.blocked or follower.log is not turn_log or not follower.idle:
                 follower.wake()
             elif follower.seq < shown:
                 if follower.seq != seq or follower.dialect is not dialect:
-                    seq, dialect = follower.seq, follower.dialect
-                    # not kept for others: of hundreds of turns what is kept would push the rest out of the cache
-                    said = b"".join(dialect(turn_log, turn_log.after(seq)))  # type: ignore[union-attr, arg-type]
+                    seq, dialect = key = follower.seq, follower.dialect
+                    if key not in pieces:  # -1 < -1 is false: there is a log
+                        pieces[key] = b"".join(dialect(turn_log, turn_log.after(seq)))  # type: ignore[union-attr, arg-type]
+                    said = pieces[key]
                 follower.seq = shown
                 direct.write(said)
                 if follower.of_turn and turn_log.ended:  # type: ignore[union-attr]
