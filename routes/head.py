@@ -29,7 +29,11 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._begun and self._waiting is None:  # most come in one piece: a timer each would be for nothing
+        if self._waiting is not None or self.parser is None:
+            return
+        # Most heads come in one piece: a timer each would be for nothing. An empty line ends uvicorn's keep-alive.
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._begun or not (answering or self.timeout_keep_alive_task):
             self._wait()
 
     def on_message_begin(self) -> None:
