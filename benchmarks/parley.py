@@ -33,9 +33,9 @@ def writing(tokens: int, rate: float, pad: int = 0) -> str:
     """THE ONE PLACE that knows how the demo model is asked for tokens: `/count <tokens> <per second>`.
 
     It answers `⟨0:<µs of CLOCK_MONOTONIC>⟩ ⟨1:…⟩ …`, one delta a token, at that pace from the turn's start, each
-    followed by `pad` more characters.
+    followed by `pad` more bytes: characters of two.
     """
-    return f"/count {tokens} {rate:g} {pad}" if pad else f"/count {tokens} {rate:g}"
+    return f"/count {tokens} {rate:g} {pad // 2}" if pad else f"/count {tokens} {rate:g}"
 
 
 def http_load(job: dict) -> dict:
