@@ -201,8 +201,16 @@ class Gate:
         self.told = self.told_to_pages(self.bounded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        http = scope["type"] == "http"
-        begun = not http
+        problem = self.refusal(scope)
+        if scope["type"] == "http":
+            await self._answer(problem, scope, receive, send)
+        elif problem is not None:
+            await refuse(problem, scope, receive, send)
+        else:
+            await self.sockets(scope, receive, send)
+
+    async def _answer(self, problem: ChatError | None, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
         headers = Headers(scope=scope)
         origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
         own = SAFE if origin is not None else PLAIN  # of what no page asked for, CORS has nothing to say
@@ -214,17 +222,9 @@ class Gate:
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
-        sender = send_safely if http else send
-        problem = None
-        if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
-            problem = ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
-        elif scope["path"] not in OPEN_TO_ALL:
-            problem = self.refusal(headers.get("host", ""), origin)
         app: ASGIApp
         if problem is not None:
             app = functools.partial(refuse, problem)
-        elif not http:
-            app = self.sockets
         elif large:  # Starlette would say it in words of its own
             app = functools.partial(refuse, ChatError("too_large", "The body is too large."))
             app = app if origin is None else self.told_to_pages(app)
@@ -233,14 +233,21 @@ class Gate:
         else:
             app = self.app if scope["method"] in ("GET", "HEAD") else self.bounded  # else there is no body to bound
         try:
-            await app(scope, receive, sender)
+            await app(scope, receive, send_safely)
         except asyncio.CancelledError:
             # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
             if not begun:
-                await refuse(ChatError("draining", "The service is restarting.", retry_after=2), scope, receive, sender)
+                problem = ChatError("draining", "The service is restarting.", retry_after=2)
+                await refuse(problem, scope, receive, send_safely)
 
-    def refusal(self, host: str, origin: str | None) -> ChatError | None:
-        allowed = self.settings.allowed_hosts
+    def refusal(self, scope: Scope) -> ChatError | None:
+        """Why this is not answered, if it is not."""
+        if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
+            return ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
+        if scope["path"] in OPEN_TO_ALL:
+            return None
+        headers, allowed = Headers(scope=scope), self.settings.allowed_hosts
+        host, origin = headers.get("host", ""), headers.get("origin")
         if "*" not in allowed and not _host_allowed(host, allowed):
             return ChatError("bad_request", "This host name is not served here. Set ALLOWED_HOSTS to allow it.")
         if origin is not None and not self._origin_allowed(origin, host):
