@@ -208,7 +208,6 @@ async def test_the_daily_cap_is_exact(pair: dict[str, str]) -> None:
         assert len((await read_rows(pair["DATABASE_URL"])).turns) == 20
 
 
-@pytest.mark.slow
 async def test_what_a_turn_did_not_use_is_there_for_the_next(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The budget is for one turn's `max_tokens` and a little more; the next one asks before the rest was written down."""
     environment = CLOSED | store("sqlite", request, tmp_path)
@@ -224,6 +223,7 @@ async def test_what_a_turn_did_not_use_is_there_for_the_next(request: pytest.Fix
         assert (answer.status, answer.error["error"]) == (429, "budget_exhausted")
 
 
+@pytest.mark.slow
 async def test_what_was_not_used_comes_back_once(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Storage keeps the give-back waiting longer than anyone waits for it, and does it nevertheless."""
     environment = CLOSED | store("sqlite", request, tmp_path)
@@ -250,6 +250,7 @@ async def test_what_was_not_used_comes_back_once(request: pytest.FixtureRequest,
             assert spent() == said
 
 
+@pytest.mark.slow
 async def test_turns_at_once_are_counted_exactly(pair: dict[str, str]) -> None:
     """Fifty sessions of one account asked at once, three may run: three do."""
     async with Service(pair | {"PARLEY_TURNS_PER_ACCOUNT": "3"}, workers=2) as service:

@@ -96,7 +96,7 @@ NOTHING = Mutation("nothing", "no change", (), tuple(sorted({test for each in MU
 
 
 def run(mutation: Mutation, keep: bool) -> list[str]:
-    """The scenarios that failed. Raises `ValueError` where the tree has not got what is to be changed."""
+    """The scenarios that failed. Raises `ValueError` where there is nothing to change, or none of them can begin."""
     with tempfile.TemporaryDirectory(prefix="parley-mutation-") as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
