@@ -38,7 +38,7 @@ COLUMNS = {
         ("mib_per_1000_idle", "MiB/1,000 idle", 1),
         ("mib_per_blocked", "MiB/blocked reader", 2),
         ("alone_p99_ms", "p99 of a reader alone, ms", 1),
-        ("beside_p99_ms", "beside 200 blocked, ms", 1),
+        ("beside_p99_ms", "beside blocked ones, ms", 1),
         ("base_mib", "base MiB", 1),
     ],
     "growth": [

@@ -46,6 +46,7 @@ def phase(target: Target, load: Load, sessions: int, rate: float, seconds: float
         "tokens": heard["tokens"],
         "per_cpu_second": heard["tokens"] / max(spent, 0.01),
         "per_second": heard["tokens"] / max(heard["seconds"], seconds * 0.9),
+        "lost": heard["lost"],
         "lost_percent": 100 * (1 - heard["tokens"] / offered),
         "tokens_per_frame": heard["tokens"] / max(heard["frames"], 1),
         "repeated": heard["repeated"],
@@ -69,8 +70,8 @@ def fan_out(target: Target, sessions: int, sockets: int, rate: float, seconds: f
 
 
 def whole(sample: Sample) -> bool:
-    """Every socket got every token once and in order."""
-    return not (sample["lost_percent"] or sample["repeated"] or sample["misordered"])
+    """Every socket got every token once and in order: of a phase, or of what the load client reports."""
+    return not (sample["lost"] or sample["repeated"] or sample["misordered"])
 
 
 def with_target(kind: type[Target], use: Callable, **attributes: object) -> Any:
@@ -194,20 +195,15 @@ def growth(kind: type[Target], seconds: float) -> Sample:
             tokens, spent = -load.wait(count, EDGE)["tokens"], -target.cpu()
             tokens, spent = tokens + load.wait(count, seconds)["tokens"], spent + target.cpu()
             heard = load.wait(count, EDGE + DRAIN)
-            if heard["lost"] or heard["repeated"] or heard["misordered"]:
+            if not whole(heard):
                 print(f"  {target.label}: not whole: {heard}", file=sys.stderr)
             return tokens / max(spent, 0.01)
         finally:
             load.close()
 
-    sample = {}
-    for sockets in 10, 50, 500, 5000:
-        measure = partial(in_the_middle, 1, sockets, 18_000 / sockets)
-        sample[f"{sockets}_sockets"] = with_target(kind, measure)
-    for sessions in 1, 10, 100, 1000:
-        measure = partial(in_the_middle, sessions, 3, 6_000 / sessions)
-        sample[f"{sessions}_sessions"] = with_target(kind, measure)
-    return sample
+    shapes = {f"{sockets}_sockets": (1, sockets, 18_000 / sockets) for sockets in (10, 50, 500, 5000)}
+    shapes |= {f"{sessions}_sessions": (sessions, 3, 6_000 / sessions) for sessions in (1, 10, 100, 1000)}
+    return {name: with_target(kind, partial(in_the_middle, *shape)) for name, shape in shapes.items()}
 
 
 def http(kind: type[Target], seconds: float) -> Sample:
