@@ -186,8 +186,9 @@ class Unused:
     def add(self, account_id: str, reserved_at: int, tokens: int) -> None:
         """reserved_at: the `now` of `reserve`, whose day this belongs to."""
         if tokens > 0:
+            day = _day(reserved_at)
             for name in budgets_of(account_id):
-                self._tokens[name, _day(reserved_at)] += tokens
+                self._tokens[name, day] += tokens
 
     async def give_back(self) -> None:
         """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""

@@ -19,17 +19,17 @@ VERSION = "1.0.0"
 async def health(request: Request) -> Response:
     """The exact body existing monitors compare; details and addresses never appear here."""
     checks = await inputs.state(request).checks.get()
-    return _health(tuple(checks.items()))
+    return _health(**checks)
 
 
-@functools.cache
-def _health(checks: tuple[tuple[str, str], ...]) -> Response:
-    failed = "failed" in dict(checks).values()
+@functools.cache  # there are eight
+def _health(**checks: str) -> Response:
+    failed = "failed" in checks.values()
     body = {
         "status": "unhealthy" if failed else "healthy",
         "container_type": "asgi",
         "async_enabled": True,
-        "checks": dict(checks),
+        "checks": checks,
         "version": VERSION,
     }
     return inputs.answer(body, 503 if failed else 200, {"Cache-Control": "no-store"})
