@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chat.database import Database
-from chat.queries import Query
-from chat.turns import INSERT_MESSAGE, NAMES
+from chat.store.database import Database
+from chat.store.queries import Query
+from chat.store.turns import INSERT_MESSAGE, NAMES
 
 AT_ONCE = 20_000
 SESSION = """INSERT INTO sessions (id, account_id, mode, title, model_a, is_public, is_open, is_pinned, metadata,

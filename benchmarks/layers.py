@@ -19,12 +19,12 @@ from scenarios import join, phase, with_target
 SHAPES = {"S1": (1, 500, 50), "S2": (200, 3, 30), "S3": (1, 500, 1000)}  # sessions, sockets in each, tokens/s in each
 LAYERS = {
     "chat/providers/": "demo model",
-    "chat/generation.py": "generation",
-    "chat/writer.py": "writer: number, gather, wait for Redis",
-    "chat/events.py": "turn log, JSON",
-    "chat/rooms.py": "room: who is in step",
-    "chat/relay.py": "room: who is in step",
-    "chat/bus.py": "bus: pack, write, read, parse",
+    "chat/live/generation.py": "generation",
+    "chat/live/writer.py": "writer: number, gather, wait for Redis",
+    "chat/live/events.py": "turn log, JSON",
+    "chat/live/rooms.py": "room: who is in step",
+    "chat/live/relay.py": "room: who is in step",
+    "chat/live/bus.py": "bus: pack, write, read, parse",
     "consumers/direct.py": "frame, send(2) to sockets",
     "routes/head.py": "frame, send(2) to sockets",
     "consumers/": "socket's own coroutines",

@@ -60,7 +60,7 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from chat.ratings import MEAN, OUTCOMES, POINTS, Row, Z, bradley_terry, elo
+from chat.arena.ratings import MEAN, OUTCOMES, POINTS, Row, Z, bradley_terry, elo
 
 T = TypeVar("T")
 Vote = tuple[str, str, str]

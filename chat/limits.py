@@ -13,8 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from .bus import RedisBus, RelayUnavailable
 from .errors import ChatError
+from .live.bus import RedisBus, RelayUnavailable
 
 ANSWER = 0.5  # seconds to wait for Redis before counting alone
 ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count

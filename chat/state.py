@@ -12,19 +12,19 @@ from typing import Any
 
 from broadcaster import Broadcast
 
-from .bus import RedisBus, RelayUnavailable
-from .database import Database
+from .cached import Cached
 from .errors import ChatError
-from .generation import Generation
-from .kept import Kept
 from .limits import Limits
+from .live.bus import RedisBus, RelayUnavailable
+from .live.generation import Generation
+from .live.relay import Relay
 from .metrics import Metrics
 from .providers import Providers
-from .relay import Relay
-from .sessions import Mask
 from .settings import HERE, Settings
+from .store.database import Database
+from .store.sessions import Mask
+from .store.votes import Leaderboard
 from .tokens import Tokens
-from .votes import Leaderboard
 
 CHECK_TIMEOUT = 2.0  # seconds
 CHECKED_FOR = 0.25  # seconds: anyone may ask for health, as often as they like, and each check goes to the database
@@ -44,7 +44,7 @@ class State:
     providers: Providers
     leaderboard: Leaderboard
     metrics: Metrics
-    checks: Kept[dict[str, str]]  # what health says of the database, Redis and the relay
+    checks: Cached[dict[str, str]]  # what health says of the database, Redis and the relay
     dice: random.Random  # draws the pairs of blind battles
     bus: RedisBus | None
     worker: str
@@ -98,7 +98,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         providers=providers,
         leaderboard=leaderboard,
         metrics=metrics,
-        checks=Kept(CHECKED_FOR, lambda: _checks(database, relay, bus)),
+        checks=Cached(CHECKED_FOR, lambda: _checks(database, relay, bus)),
         dice=dice,
         bus=bus,
         worker=worker,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from chat import accounts, sessions
-from chat.accounts import Account
 from chat.errors import ChatError
 from chat.limits import caller, is_loopback
-from chat.sessions import Session
 from chat.state import State
+from chat.store import accounts, sessions
+from chat.store.accounts import Account
+from chat.store.sessions import Session
 
 from . import frames
 

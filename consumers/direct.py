@@ -15,8 +15,8 @@ from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from chat.events import Entry, TurnLog, encode, entry_json
-from chat.rooms import Sleeper
+from chat.live.events import Entry, TurnLog, encode, entry_json
+from chat.live.rooms import Sleeper
 
 EXTENSION = "parley.direct"
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges

@@ -12,14 +12,14 @@ import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from chat import sessions
-from chat.accounts import Account
-from chat.database import new_id
 from chat.errors import ChatError
-from chat.events import error_event, parse_cursor, session_event, socket_json
-from chat.rooms import Follower
+from chat.live.events import error_event, parse_cursor, session_event, socket_json
+from chat.live.rooms import Follower
 from chat.state import State
-from chat.turns import Ask
+from chat.store import sessions
+from chat.store.accounts import Account
+from chat.store.database import new_id
+from chat.store.turns import Ask
 
 from . import admission, frames
 from .admission import Admitted, Closed

@@ -9,9 +9,9 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat import accounts
-from chat.accounts import Account, account_json
 from chat.state import State
+from chat.store import accounts
+from chat.store.accounts import Account, account_json
 from chat.tokens import LIFETIMES
 
 from . import inputs

@@ -11,14 +11,14 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from chat import sessions, votes
-from chat.accounts import Account, iso
-from chat.database import new_id
 from chat.errors import ChatError, invalid, not_found
-from chat.sessions import model_card
 from chat.settings import Model
 from chat.state import State
-from chat.votes import Standing
+from chat.store import sessions, votes
+from chat.store.accounts import Account, iso
+from chat.store.database import new_id
+from chat.store.sessions import model_card
+from chat.store.votes import Standing
 
 from . import inputs
 from .sessions import Id, tell_update

@@ -9,11 +9,11 @@ import msgspec
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from chat import accounts
-from chat.accounts import Account
 from chat.errors import ChatError, invalid
 from chat.limits import caller, is_loopback
 from chat.state import State
+from chat.store import accounts
+from chat.store.accounts import Account
 
 T = TypeVar("T")
 ID = r"^[A-Za-z0-9_-]{1,64}\Z"  # `$` would let a line end through, into headers and event streams

@@ -11,16 +11,16 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from chat import accounts, sessions, turns
-from chat.accounts import Account
-from chat.database import Database, new_id
 from chat.errors import ChatError, invalid
-from chat.events import parse_cursor
 from chat.formats import ArenaLines, BareText, EventStream, Format, JsonLines
-from chat.rooms import Follower
-from chat.sessions import Session
+from chat.live.events import parse_cursor
+from chat.live.rooms import Follower
 from chat.state import State
-from chat.turns import Ask, Turn
+from chat.store import accounts, sessions, turns
+from chat.store.accounts import Account
+from chat.store.database import Database, new_id
+from chat.store.sessions import Session
+from chat.store.turns import Ask, Turn
 from consumers.direct import EXTENSION
 
 from . import inputs

@@ -11,13 +11,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat import sessions, turns, votes
-from chat.accounts import Account
-from chat.database import new_id
 from chat.errors import ChatError, invalid
-from chat.events import session_event
-from chat.sessions import Session
+from chat.live.events import session_event
 from chat.state import State
+from chat.store import sessions, turns, votes
+from chat.store.accounts import Account
+from chat.store.database import new_id
+from chat.store.sessions import Session
 
 from . import inputs
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from broadcaster import Broadcast
 
-from chat.bus import BURST, GAP, Gather, RedisBus, RelayUnavailable
 from chat.errors import StartupError
+from chat.live.bus import BURST, GAP, Gather, RedisBus, RelayUnavailable
 from tests.harness.servers import Redis, make_certificate
 
 

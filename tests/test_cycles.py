@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from chat.events import TurnLog
-from chat.rooms import Follower, Room
+from chat.live.events import TurnLog
+from chat.live.rooms import Follower, Room
+from chat.live.writer import Writer
 from chat.settings import read_settings
-from chat.writer import Writer
 from consumers.direct import DirectProtocol
 from routes.head import HeadProtocol
 from tests.conftest import CLOSED

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from chat.database import Database, StorageUnavailable
 from chat.errors import ChatError
-from chat.queries import Query
+from chat.store.database import Database, StorageUnavailable
+from chat.store.queries import Query
 
 SLOW = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 150000) SELECT COUNT(*) AS n FROM n"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from chat.database import Database
+from chat.arena.ratings import Rating
 from chat.errors import ChatError
-from chat.ratings import Rating
 from chat.settings import HERE, Model
-from chat.votes import Leaderboard, Standing, draw, names_itself, pick
+from chat.store.database import Database
+from chat.store.votes import Leaderboard, Standing, draw, names_itself, pick
 
 MODELS = ["ant", "bee", "cat", "dog"]
 DRAWS = 6000

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat.ratings import OUTCOMES, POINTS, Rating, Row, bradley_terry, elo
+from chat.arena.ratings import OUTCOMES, POINTS, Rating, Row, bradley_terry, elo
 
 Z = NormalDist().inv_cdf(0.975)
 WINNERS = list(OUTCOMES)

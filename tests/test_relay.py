@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from chat import sessions, turns
-from chat.bus import GAP
-from chat.events import Said, socket_json
-from chat.relay import Relay
-from chat.rooms import Room
+from chat.live.bus import GAP
+from chat.live.events import Said, socket_json
+from chat.live.relay import Relay
+from chat.live.rooms import Room
 from chat.settings import read_settings
 from chat.state import State, open_state
-from chat.turns import Ask, Terms
+from chat.store import sessions, turns
+from chat.store.turns import Ask, Terms
 from tests.conftest import CLOSED
 from tests.harness.api import Guest, guest, new_session, post_turn, stop
 from tests.harness.servers import Postgres, Redis

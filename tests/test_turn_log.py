@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.events import Entry, TurnLog, completed, created
+from chat.live.events import Entry, TurnLog, completed, created
 
 SIDES = ("a", "b")
 USER = {"id": "user", "role": "user", "participant": None, "content": "hi", "status": "success", "failure_reason": None}

@@ -7,7 +7,7 @@ among all followers in step.
 from __future__ import annotations
 
 from ..errors import REPLY_SENTENCES
-from ..events import Entry, TurnLog, entry_json
+from ..live.events import Entry, TurnLog, entry_json
 
 
 class Format:

@@ -39,7 +39,7 @@ MUTATIONS = (
     Mutation(
         "repair",
         "a gap is not repaired",
-        (("chat/rooms.py", "        self._again = True\n        if self._early", "        return\n        if self._early"),),
+        (("chat/live/rooms.py", "        self._again = True\n        if self._early", "        return\n        if self._early"),),
         (
             f"{RELAY}::test_redis_is_killed_and_comes_back",
             f"{RELAY}::test_redis_drops_its_listeners_five_times",
@@ -50,8 +50,8 @@ MUTATIONS = (
         "owned",
         "an owner's statements match whoever owns the turn",
         (
-            ("chat/turns.py", " AND t.owner = :owner AND t.status = 'running')", ")"),
-            ("chat/turns.py", "WHERE id = :id AND owner = :owner AND status = 'running' RETURNING", "WHERE id = :id RETURNING"),
+            ("chat/store/turns.py", " AND t.owner = :owner AND t.status = 'running')", ")"),
+            ("chat/store/turns.py", "WHERE id = :id AND owner = :owner AND status = 'running' RETURNING", "WHERE id = :id RETURNING"),
         ),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_while_its_answer_ends"),
     ),
@@ -59,8 +59,8 @@ MUTATIONS = (
         "fence",
         "an owner that was frozen does not ask whether it still is one",
         (
-            ("chat/generation.py", "        writer.sure = lambda: self._awake() and not running.fenced\n", ""),
-            ("chat/generation.py", "        writer.fence = lambda: self._still_ours(running)\n", ""),
+            ("chat/live/generation.py", "        writer.sure = lambda: self._awake() and not running.fenced\n", ""),
+            ("chat/live/generation.py", "        writer.fence = lambda: self._still_ours(running)\n", ""),
         ),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
     ),
@@ -68,8 +68,8 @@ MUTATIONS = (
         "numbers",
         "an event that is known is taken again",
         (
-            ("chat/events.py", "            if entry.seq <= self.last or self.closed:\n", "            if self.closed:\n"),
-            ("chat/events.py", " or (entry.from_seq <= self.last and entry.kind == \"chunk\"):", ":"),
+            ("chat/live/events.py", "            if entry.seq <= self.last or self.closed:\n", "            if self.closed:\n"),
+            ("chat/live/events.py", " or (entry.from_seq <= self.last and entry.kind == \"chunk\"):", ":"),
         ),
         ("tests/test_turn_log.py", f"{WORKERS}::test_snapshots_while_redis_is_away_bring_nothing_twice"),
     ),
@@ -78,7 +78,7 @@ MUTATIONS = (
         "a caller that leaves takes its storage call along",
         (
             (
-                "chat/database.py",
+                "chat/store/database.py",
                 "not (await asyncio.wait({running}, timeout=timeout))[0]:",
                 "await asyncio.wait_for(running, timeout) is running:",
             ),

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class Cached(Generic[T]):
     """Who finds it older than `seconds` finds it out again; who asks meanwhile waits for that one answer."""
 
     def __init__(self, seconds: float, find_out: Callable[[], Awaitable[T]]) -> None:

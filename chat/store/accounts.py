@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
+from ..errors import ChatError
+from ..live.events import encode
+from ..tokens import Tokens
 from .database import Database, StorageUnavailable, new_id
-from .errors import ChatError
-from .events import encode
 from .queries import Query, Row
-from .tokens import Tokens
 
 GUEST_LIFETIME = 30 * 86400 * 1000  # milliseconds
 

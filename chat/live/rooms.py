@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from . import turns
+from ..errors import ChatError
+from ..store import turns
+from ..store.database import StorageUnavailable
+from ..store.queries import Row
 from .bus import GAP
-from .database import StorageUnavailable
-from .errors import ChatError
 from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus
-from .queries import Row
 
 if TYPE_CHECKING:
     from .relay import Relay  # who opens a room is asked by it for what it missed

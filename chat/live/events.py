@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from .errors import RETRYABLE, ChatError
+from ..errors import RETRYABLE, ChatError
 
 encode = msgspec.json.encode
 

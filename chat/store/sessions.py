@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
+from ..errors import not_found
+from ..live.events import encode
+from ..settings import Model
 from .accounts import iso
 from .database import Database, new_id
-from .errors import not_found
-from .events import encode
 from .queries import Query, Row
-from .settings import Model
 
 MODES = ("direct", "compare", "random")
 SIDES = ("a", "b")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import ChatError, invalid, not_found
+from ..live.events import encode
 from .accounts import reserve
 from .database import Database, new_id
-from .errors import ChatError, invalid, not_found
-from .events import encode
 from .queries import Query, Row, Values
 from .sessions import Session
 

@@ -15,14 +15,14 @@ from weakref import WeakValueDictionary
 
 from broadcaster import Broadcast
 
-from . import sessions, turns
+from ..settings import Settings
+from ..store import sessions, turns
+from ..store.database import Database
+from ..store.queries import Row
+from ..store.sessions import Mask, Session
 from .bus import Gather, RedisBus, RelayUnavailable
-from .database import Database
 from .events import Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
-from .queries import Row
 from .rooms import Follower, Room
-from .sessions import Mask, Session
-from .settings import Settings
 from .writer import Pace, Patience, Writer, log_key
 
 SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message

@@ -15,17 +15,17 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import accounts, sessions, turns
-from .accounts import Account
-from .database import Database, StorageUnavailable
-from .errors import ChatError
-from .limits import Limits as RateLimits
-from .providers import ChatMessage, Finish, Limits, ProviderError, Providers
-from .queries import Row
+from ..errors import ChatError
+from ..limits import Limits as RateLimits
+from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
+from ..settings import Settings
+from ..store import accounts, sessions, turns
+from ..store.accounts import Account
+from ..store.database import Database, StorageUnavailable
+from ..store.queries import Row
+from ..store.sessions import Session
+from ..store.turns import Ask, Terms, Turn
 from .relay import Relay
-from .sessions import Session
-from .settings import Settings
-from .turns import Ask, Terms, Turn
 from .writer import Ends, Writer
 
 log = logging.getLogger("parley.generation")

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import hiredis
 from broadcaster import BroadcastBackend, Event
 
-from .errors import StartupError
+from ..errors import StartupError
 
 log = logging.getLogger("parley.bus")
 

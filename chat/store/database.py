@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import databases
 
-from .errors import ChatError, StartupError
+from ..errors import ChatError, StartupError
 from .queries import Line, PostgresQuery, Query, Row, Values
 
 log = logging.getLogger("parley.database")

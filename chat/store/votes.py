@@ -15,14 +15,14 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from . import ratings
+from ..arena import ratings
+from ..arena.ratings import Rating
+from ..cached import Cached
+from ..errors import ChatError, not_found
+from ..settings import Model
 from .database import Database, new_id
-from .errors import ChatError, not_found
-from .kept import Kept
 from .queries import Query, Row
-from .ratings import Rating
 from .sessions import Session
-from .settings import Model
 
 PREFERENCES = ("model_a", "model_b", "tie", "both_bad")
 PERIODS = {"all_time": None, "monthly": 30, "weekly": 7, "daily": 1}  # days
@@ -199,12 +199,12 @@ class Leaderboard:
     def __init__(self, database: Database, kept: float) -> None:
         self._database = database
         self._kept = kept
-        self._standings: dict[tuple[str, tuple[str, ...]], Kept[list[Standing]]] = {}
+        self._standings: dict[tuple[str, tuple[str, ...]], Cached[list[Standing]]] = {}
 
     async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         """Best first; models without a rating last."""
         computed = partial(self._computed, period, modes)
-        return await self._standings.setdefault((period, modes), Kept(self._kept, computed)).get()
+        return await self._standings.setdefault((period, modes), Cached(self._kept, computed)).get()
 
     async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         now, days = self._database.now(), PERIODS[period]
