@@ -72,6 +72,14 @@ class StartupError(Exception):
     """The service cannot start; the message is the one line the operator reads. Never carries a secret."""
 
 
+class RelayUnavailable(Exception):
+    """Redis is away or did not answer in time. What was sent may have arrived all the same."""
+
+
+class RelayRefused(RelayUnavailable):
+    """Redis answered with an error (`OOM`, `MISCONF`, `READONLY`, …): it is there, and this command had no effect."""
+
+
 def not_found(what: str) -> ChatError:
     """What is not there and what is not yours read the same, so that ids cannot be probed."""
     return ChatError("not_found", f"There is no such {what}.")

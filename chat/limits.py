@@ -12,19 +12,30 @@ import ipaddress
 import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any, Protocol
 
-from .errors import ChatError
-from .live.bus import RedisBus, RelayUnavailable
+from .errors import ChatError, RelayUnavailable
 
 ANSWER = 0.5  # seconds to wait for Redis before counting alone
 ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count
-WORKERS = "parley:workers"
+
+
+class Shared(Protocol):
+    """What all workers count in: Redis, by its bus."""
+
+    def name(self, *parts: str) -> str:
+        """The key of these parts, this deployment's own."""
+        ...
+
+    def command(self, *command: Any) -> asyncio.Future[Any]:
+        """Send a command; the future has its answer. Raises `RelayUnavailable`."""
+        ...
 
 
 class Limits:
     """Counters of this worker, shared over `bus` where there is one."""
 
-    def __init__(self, worker: str, bus: RedisBus | None = None) -> None:
+    def __init__(self, worker: str, bus: Shared | None = None) -> None:
         self._worker = worker
         self._bus = bus
         self._windows: dict[str, tuple[float, int]] = {}  # name → (end of its window, count)
@@ -34,7 +45,7 @@ class Limits:
         """Count one more of `name` in this window of so many seconds. Raises `rate_limited` beyond the limit."""
         number = int(time.time() // window)
         end = (number + 1) * window
-        count = await self._shared_hit(f"parley:rate:{name}:{number}", window)
+        count = await self._shared_hit(name, number, window)
         if count is None:
             count = self._local_hit(name, end)
         if count > limit:
@@ -46,9 +57,10 @@ class Limits:
         self._windows[name] = (end, count)
         return count
 
-    async def _shared_hit(self, key: str, window: float) -> int | None:
+    async def _shared_hit(self, name: str, number: int, window: float) -> int | None:
         if self._bus is None:
             return None
+        key = self._bus.name("rate", name, str(number))
         counted = self._bus.command("INCR", key)
         self._bus.command("EXPIRE", key, int(window) + 1)
         try:
@@ -78,7 +90,7 @@ class Limits:
         """Say how many are in here. The number itself, not a step: a step that is lost or said twice stays wrong."""
         if self._bus is None:
             return
-        key = f"parley:open:{name}"
+        key = self._bus.name("open", name)
         if name in self.open:
             self._bus.command("HSET", key, self._worker, self.open[name])
             self._bus.command("EXPIRE", key, 86400)
@@ -90,12 +102,12 @@ class Limits:
         if self._bus is None:
             return [self.open[name] for name in names]
         now = time.time()
-        self._bus.command("ZADD", WORKERS, int(now), self._worker)
+        self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
         for name in names:
             self._tell(name)
         # Who lives is asked each time: a worker that started a moment ago must count for the others at once.
-        asked = [self._bus.command("ZRANGEBYSCORE", WORKERS, int(now - ALIVE), "+inf")]
-        asked += [self._bus.command("HGETALL", f"parley:open:{name}") for name in names]
+        asked = [self._bus.command("ZRANGEBYSCORE", self._bus.name("workers"), int(now - ALIVE), "+inf")]
+        asked += [self._bus.command("HGETALL", self._bus.name("open", name)) for name in names]
         try:
             async with asyncio.timeout(ANSWER):
                 living, *answers = await asyncio.gather(*asked)
@@ -111,8 +123,8 @@ class Limits:
         now = time.time()
         self._windows = {name: kept for name, kept in self._windows.items() if kept[0] > now}
         if self._bus is not None:
-            self._bus.command("ZADD", WORKERS, int(now), self._worker)
-            self._bus.command("ZREMRANGEBYSCORE", WORKERS, "-inf", int(now - ALIVE))
+            self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
+            self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
 
 
 def caller(peer: str, forwarded: list[str], trusted: int) -> str:

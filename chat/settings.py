@@ -7,6 +7,7 @@ environment alone. Everything wrong is one `StartupError` line that names the se
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Mapping
@@ -71,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     checkpoint_every: float = 0.5
     checkpoint_with_redis: float = 3.0
     # [relay]
+    relay_prefix: str = "parley"
     relay_ack: float = 0.25
     publish_every: float = 0.001
     log_kept: float = 300.0
@@ -263,6 +265,8 @@ def _checked(settings: Settings) -> Settings:
             f"{settings.workers} workers need REDIS_URL: without Redis a reader on one worker would miss what another "
             "says. Set REDIS_URL, or WEB_CONCURRENCY=1."
         )
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", settings.relay_prefix):
+        raise StartupError("settings: relay_prefix must be letters, digits, `_`, `.` or `-`")
     if not settings.models:
         raise StartupError("settings: there is no [[models]] entry; the demo models need no key")
     ids = [model.id for model in settings.models]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from broadcaster import Broadcast
 
-from chat.errors import StartupError
-from chat.live.bus import BURST, GAP, Gather, RedisBus, RelayUnavailable
+from chat.errors import RelayRefused, RelayUnavailable, StartupError
+from chat.live.bus import BURST, GAP, Gather, RedisBus
 from tests.harness.servers import Redis, make_certificate
 
 
@@ -82,6 +82,11 @@ async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
         assert 0 < await bus.command("TTL", "parley:turn:echo") <= 60
 
 
+@pytest.mark.parametrize("address, name", [("/0", "parley:0:session:x"), ("/3", "parley:3:session:x")])
+def test_names_carry_the_database_number(address: str, name: str) -> None:
+    assert RedisBus(f"redis://localhost{address}").name("session", "x") == name
+
+
 async def test_a_payload_that_is_no_text_is_dropped_and_counted(redis_server: Redis) -> None:
     async with opened(redis_server.url) as (bus, broadcast), broadcast.subscribe("poison") as subscriber:
         await bus.command("PUBLISH", "poison", b"\xff\xfe\x00")
@@ -95,7 +100,7 @@ async def test_a_refused_command_is_an_error_of_its_own(redis_server: Redis) -> 
     """The answers behind it still reach those who asked."""
     async with opened(redis_server.url) as (bus, _):
         bad, good = bus.command("INCRBY", "parley:x", "no-number"), bus.command("PING")
-        with pytest.raises(RelayUnavailable):
+        with pytest.raises(RelayRefused):
             await bad
         assert await good == b"PONG"
 

@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import hiredis
 from broadcaster import BroadcastBackend, Event
 
-from ..errors import StartupError
+from ..errors import RelayRefused, RelayUnavailable, StartupError
 
 log = logging.getLogger("parley.bus")
 
@@ -37,10 +37,6 @@ IDLE_PING = 5.0  # seconds of silence on the listening connection before it is a
 
 
 Answered = Callable[[Any], None] | None  # is given Redis' answer, or the exception that stands for it, if it cares
-
-
-class RelayUnavailable(Exception):
-    """Redis is away or did not answer in time. What was sent may have arrived all the same."""
 
 
 class Address:
@@ -141,7 +137,7 @@ class Wire(asyncio.Protocol):
     """One connection. Answers are called back in order; what pub/sub pushes goes to `pushed`, a batch at a time."""
 
     def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
-        self._reader = hiredis.Reader()
+        self._reader = hiredis.Reader(replyError=RelayRefused)
         self._waiting: deque[Answered] = deque()
         self._pushed = pushed
         self._transport: asyncio.Transport | None = None
@@ -161,7 +157,7 @@ class Wire(asyncio.Protocol):
                 await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
             try:
                 await asyncio.gather(*[wire.send(*command) for command in address.greeting()])
-            except hiredis.HiredisError as refusal:
+            except RelayUnavailable as refusal:
                 wire.close()
                 raise OSError(str(refusal)) from None
             except asyncio.CancelledError:
@@ -232,7 +228,7 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
     if future.done():
         return
     if isinstance(answer, Exception):
-        future.set_exception(answer if isinstance(answer, RelayUnavailable) else RelayUnavailable(str(answer)))
+        future.set_exception(answer)
         future.exception()  # a caller that stopped waiting would otherwise be reported as never having looked
     else:
         future.set_result(answer)
@@ -241,9 +237,12 @@ def _settle(future: asyncio.Future[Any], answer: Any) -> None:
 class RedisBus(BroadcastBackend):
     """Broadcaster's backend over Redis, and the commands the relay and the limits need."""
 
-    def __init__(self, url: str, *, verify: bool = True, origin: str = "", every: float = 0.0) -> None:
+    def __init__(
+        self, url: str, *, verify: bool = True, origin: str = "", every: float = 0.0, prefix: str = "parley"
+    ) -> None:
         """every: seconds between two writes of gathered commands while busy; origin: this worker's name."""
         self.address = Address(url, verify)
+        self._name = f"{prefix}:{self.address.db}:"
         self.gather = Gather(every, self._flush)
         self.origin = origin  # messages that start with it are our own echo
         self._origin = origin.encode()
@@ -299,6 +298,13 @@ class RedisBus(BroadcastBackend):
         return await self._published.get()
 
     # -- what the relay and the limits call
+
+    def name(self, *parts: str) -> str:
+        """Return the channel or key of these parts, this deployment's own.
+
+        The database number is in it because pub/sub ignores SELECT, the prefix because two deployments may share both.
+        """
+        return self._name + ":".join(parts)
 
     def command(self, *command: Any) -> asyncio.Future[Any]:
         """Send one command with whatever else gathers. The future raises `RelayUnavailable`."""
