@@ -82,6 +82,56 @@ async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
         assert 0 < await bus.command("TTL", "parley:turn:echo") <= 60
 
 
+async def grown(bus: RedisBus, texts: list[tuple[str, bytes]], channel: str, payload: bytes) -> list[int] | Exception:
+    done: asyncio.Future[list[int] | Exception] = asyncio.get_running_loop().create_future()
+    bus.grow(texts, channel, payload, done.set_result)  # a second call would raise, and be logged
+    async with asyncio.timeout(5):
+        return await done
+
+
+async def test_texts_grow_and_others_are_told(redis_server: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """Two texts and a message in one round trip: the lengths come back in order, in bytes, and the echo is not heard."""
+    async with (
+        opened(redis_server.url, origin="aaaaaaaa") as (bus, ours),
+        opened(redis_server.url, origin="bbbbbbbb") as (_, theirs),
+        ours.subscribe("grow") as here,
+        theirs.subscribe("grow") as there,
+    ):
+        a, b = bus.name("text", "grow", "a"), bus.name("text", "grow", "b")
+        assert await grown(bus, [(a, "é".encode()), (b, b"xyz")], "grow", b"1") == [2, 3]
+        assert await grown(bus, [(b, b"!")], "grow", b"2") == [4]
+        assert await grown(bus, [], "grow", b"3") == []
+        bus.tell("grow", b"4")
+        await ours.publish("grow", "for all")
+        async with asyncio.timeout(2):
+            told = [(await there.get()).message for _ in range(5)]
+            assert told == [*(f"aaaaaaaa{n}" for n in (1, 2, 3, 4)), "for all"]
+            assert (await here.get()).message == "for all"
+        assert await bus.command("MGET", a, b) == ["é".encode(), b"xyz!"]
+    assert not caplog.records or "call back" not in caplog.text
+
+
+async def test_a_redis_that_is_full_refuses_and_still_tells() -> None:
+    """Out of memory, Redis appends nothing: the owner is told so, the readers on other workers get the words."""
+    with Redis() as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("full") as there:
+            await bus.command("CONFIG", "SET", "maxmemory", "1")
+            answer = await grown(bus, [(bus.name("text"), b"words")], "full", b"words")
+            assert isinstance(answer, RelayRefused)
+            assert "OOM" in str(answer)
+            async with asyncio.timeout(2):
+                assert (await there.get()).message == "words"
+            with pytest.raises(RelayRefused):
+                await bus.command("SET", "x", "y")
+            server.kill()
+            async with asyncio.timeout(5):
+                while bus.connected:
+                    await asyncio.sleep(0.01)
+            answer = await grown(bus, [(bus.name("text"), b"words")] * 2, "full", b"words")
+            assert isinstance(answer, RelayUnavailable)
+            assert not isinstance(answer, RelayRefused)
+
+
 @pytest.mark.parametrize("address, name", [("/0", "parley:0:session:x"), ("/3", "parley:3:session:x")])
 def test_names_carry_the_database_number(address: str, name: str) -> None:
     assert RedisBus(f"redis://localhost{address}").name("session", "x") == name

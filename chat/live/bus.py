@@ -312,6 +312,34 @@ class RedisBus(BroadcastBackend):
         self._ask(partial(_settle, future), command)
         return future
 
+    def grow(
+        self,
+        texts: list[tuple[str, bytes]],
+        channel: str,
+        payload: bytes,
+        answered: Callable[[list[int] | Exception], None],
+    ) -> None:
+        """Append to each of `texts` (key, bytes), then tell `channel` on other workers, in one round trip.
+
+        `answered` is called once, perhaps before this returns: with the length in bytes that each text has now, or with
+        `RelayUnavailable`, or with `RelayRefused` when Redis appended nothing to one of them; the message left anyway.
+        """
+        answers: list[Any] = []
+
+        def collect(answer: Any) -> None:
+            answers.append(answer)
+            if len(answers) > len(texts):  # the last answer is the message's
+                problem = next((each for each in reversed(answers) if isinstance(each, Exception)), None)
+                answered(answers[:-1] if problem is None else problem)
+
+        for key, text in texts:
+            self._ask(collect, ("APPEND", key, text))
+        self.tell(channel, payload, collect)
+
+    def tell(self, channel: str, payload: bytes, answered: Answered = None) -> None:
+        """Publish to other workers: this one does not hear it. `answered` may be called before this returns."""
+        self._ask(answered, ("PUBLISH", channel, self._origin + payload))
+
     def append(self, key: str, channel: str, payload: bytes, lifetime: int, answered: Answered) -> None:
         """Add `payload` to the list `key` and tell `channel`, in one round trip; called back when the list has it.
 
@@ -320,7 +348,7 @@ class RedisBus(BroadcastBackend):
         self._ask(answered, ("RPUSH", key, payload))
         if lifetime:
             self._ask(None, ("EXPIRE", key, lifetime))
-        self._ask(None, ("PUBLISH", channel, self._origin + payload))
+        self.tell(channel, payload)
 
     def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
         if self._wire is None or not self._wire.writable:
