@@ -123,3 +123,11 @@ CREATE TABLE budgets (
 
 -- Leaderboards count who met whom and how it ended, over all votes: read from this alone.
 CREATE INDEX votes_by_pair ON votes (counted, mode, model_a, model_b, preference, created_at);
+
+-- step 3
+
+-- A turn has no numbered log any more, so neither a turn nor a checkpoint has a last event.
+ALTER TABLE turns DROP COLUMN seq;
+ALTER TABLE messages DROP COLUMN seq;
+-- resumable: 0 for turns of earlier releases, whose readers hold cursors of another kind and are given a snapshot.
+ALTER TABLE turns ADD COLUMN resumable INTEGER NOT NULL DEFAULT 0;

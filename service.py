@@ -29,10 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import consumers
 import routes
+from chat.direct import EXTENSION
 from chat.errors import ChatError, StartupError
 from chat.settings import HERE, Settings, read_settings
 from chat.state import State, open_database, open_state
-from consumers.direct import EXTENSION
 from routes.inputs import error_answer
 
 log = logging.getLogger("parley")

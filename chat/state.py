@@ -13,9 +13,9 @@ from typing import Any
 from broadcaster import Broadcast
 
 from .cached import Cached
-from .errors import ChatError
+from .errors import ChatError, RelayUnavailable
 from .limits import Limits
-from .live.bus import RedisBus, RelayUnavailable
+from .live.bus import RedisBus
 from .live.generation import Generation
 from .live.relay import Relay
 from .metrics import Metrics
@@ -114,10 +114,10 @@ def _metrics(relay: Relay, generation: Generation) -> Metrics:
         {
             "chat_followers": ("Sockets and streams that follow a session here", followers),
             "chat_rooms": ("Sessions somebody follows or writes here", lambda: len(relay.rooms)),
-            "chat_turns_running": ("Turns this worker answers", lambda: len(generation.running)),
+            "chat_turns_running": ("Turns this worker answers", lambda: len(generation.turns)),
             "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
             "asyncio_tasks": ("Tasks of the event loop", lambda: len(asyncio.all_tasks())),
-            "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.lag),
+            "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),
         },
     )
     generation.observe = lambda model, result, seconds: metrics.reply(

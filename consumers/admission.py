@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from chat.errors import ChatError
+from chat.errors import ChatError, not_found
 from chat.limits import caller, is_loopback
 from chat.state import State
 from chat.store import accounts, sessions
@@ -30,12 +31,22 @@ class Closed(Exception):
         self.reason = reason
 
 
+Select = Callable[[], Awaitable[Session]]
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A socket that may read; with an account it may write as well."""
+    """A socket that may read; with an account it may write as well.
+
+    select: the admission's own statement, run again for every snapshot and write. Raises `not_found` when the right has
+    ended. recheck: the same with the account's tokens. expires_at: of the token, Unix seconds, 0 for never.
+    """
 
     account: Account | None
     session: Session
+    select: Select
+    recheck: Callable[[], Awaitable[None]]
+    expires_at: float = 0.0
 
 
 def subprotocol(socket: WebSocket) -> str | None:
@@ -65,34 +76,57 @@ async def admit(socket: WebSocket, chat: State) -> Admitted:
 
 
 async def _admit(socket: WebSocket, chat: State, session_id: str) -> Admitted:
-    account = await _account(socket, chat)
+    account, expires_at = await _account(socket, chat)
     share_token = socket.query_params.get("share_token")
     if share_token:
-        return await _admit_by_share(chat, session_id, share_token, account)
+        return await _admit_by_share(chat, session_id, share_token, account, expires_at)
     guest = account is None and chat.settings.open_sessions
     if account is None:
-        account = await _guest(socket, chat) if guest else await _first_frame(socket, chat)
-    return Admitted(account, await _session(chat, session_id, account, guest))
+        account, expires_at = (await _guest(socket, chat), 0.0) if guest else await _first_frame(socket, chat)
+    return _admitted(chat, account, await _session(chat, session_id, account, guest), expires_at)
 
 
-async def _admit_by_share(chat: State, session_id: str, share_token: str, account: Account | None) -> Admitted:
+def _admitted(chat: State, account: Account, session: Session, expires_at: float) -> Admitted:
+    async def select() -> Session:
+        return await sessions.select_session(chat.database, session.id, account.id)
+
+    async def recheck() -> None:
+        await accounts.select_account(chat.database, account.id, account.token_version)
+        if (await select()).key != session.key:
+            raise not_found("session")
+
+    return Admitted(account, session, select, recheck, expires_at)
+
+
+async def _admit_by_share(
+    chat: State, session_id: str, share_token: str, account: Account | None, expires_at: float
+) -> Admitted:
     """Whoever has the link may read, also somebody with an account; its owner goes on as its owner."""
     if account is not None:
         try:
-            return Admitted(account, await sessions.select_session(chat.database, session_id, account.id))
+            own = await sessions.select_session(chat.database, session_id, account.id)
+            return _admitted(chat, account, own, expires_at)
         except ChatError as problem:
             if problem.code != "not_found":
                 raise
-    session = await sessions.select_shared(chat.database, share_token)
+
+    async def select() -> Session:
+        return await sessions.select_shared(chat.database, share_token)
+
+    async def recheck() -> None:
+        if (await select()).key != session.key:
+            raise not_found("shared session")
+
+    session = await select()
     if session.id != session_id:
         raise Closed(4404, "no such session")
-    return Admitted(None, session)
+    return Admitted(None, session, select, recheck)
 
 
-async def _account(socket: WebSocket, chat: State) -> Account | None:
-    """The account behind the first credential present, None without any."""
+async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:
+    """Return the account behind the first credential present and when that expires; None without any."""
     found = credential(socket, chat.settings.token_in_query)
-    return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
+    return (None, 0.0) if found is None else await accounts.verified_until(chat.database, chat.tokens, *found)
 
 
 def credential(connection: HTTPConnection, in_query: bool) -> tuple[str, str] | None:
@@ -123,8 +157,8 @@ def _address(socket: WebSocket, chat: State) -> str:
     return caller(peer, socket.headers.getlist("x-forwarded-for"), chat.settings.trusted_proxies)
 
 
-async def _first_frame(socket: WebSocket, chat: State) -> Account:
-    """Wait for `{type: "auth", token}`."""
+async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:
+    """Wait for `{type: "auth", token}`; return the account and when the token expires."""
     try:
         async with asyncio.timeout(chat.settings.auth_timeout):
             message = await socket.receive()
@@ -138,7 +172,7 @@ async def _first_frame(socket: WebSocket, chat: State) -> Account:
         raise Closed(4401, "authentication required") from None
     if not isinstance(frame, frames.Auth):
         raise Closed(4401, "authentication required")
-    return await accounts.verified(chat.database, chat.tokens, "access", frame.token)
+    return await accounts.verified_until(chat.database, chat.tokens, "access", frame.token)
 
 
 async def _session(chat: State, id: str, account: Account, guest: bool) -> Session:

@@ -15,10 +15,10 @@ from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from chat.live.events import Entry, TurnLog, encode, entry_json
-from chat.live.rooms import Sleeper
+from chat.direct import EXTENSION, Sleeper
+from chat.formats.events import encode, event_json
+from chat.formats.tellings import Telling
 
-EXTENSION = "parley.direct"
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
 UNSENT = 8_192  # bytes the kernel takes beyond what is on its way; else it takes megabytes, and pings wait behind them
 
@@ -135,7 +135,7 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
         if not (self.close_sent or transport.is_closing()):
             transport.write(frames)
 
-    def abort(self, code: int, reason: str) -> None:
+    def abort(self, code: int = 1006, reason: str = "") -> None:
         """Close a socket that takes nothing: say why behind what is stuck, and let the kernel's patience decide."""
         if not (self.close_sent or self.disconnected):
             self.conn.send_close(code, reason)
@@ -160,6 +160,6 @@ def framed(payload: bytes) -> bytes:
     return b"\x81\x7f" + struct.pack("!Q", size) + payload
 
 
-def socket_frames(log: TurnLog, entries: list[Entry]) -> list[bytes]:
-    """The dialect of direct sockets: every event of the span as finished frames, in one piece."""
-    return [b"".join([framed(entry_json(log.id, entry)) for entry in entries])]
+def socket_frames(turn_id: str, tellings: list[Telling]) -> list[bytes]:
+    """Speak to direct sockets: all events as finished frames, in one piece."""
+    return [b"".join([framed(event_json(turn_id, telling)) for telling in tellings])]

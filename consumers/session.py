@@ -12,25 +12,24 @@ import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from chat.errors import ChatError
-from chat.live.events import error_event, parse_cursor, session_event, socket_json
+from chat.errors import ChatError, not_found
+from chat.formats.events import resumed_json, socket_dialect
+from chat.live.answers import Cursor, parse_cursor, start_of
+from chat.live.events import SessionNotice, error_event, session_event
 from chat.live.rooms import Follower
 from chat.state import State
-from chat.store import sessions
 from chat.store.accounts import Account
-from chat.store.database import new_id
+from chat.store.database import StorageUnavailable, new_id
+from chat.store.sessions import Session
 from chat.store.turns import Ask
 
 from . import admission, frames
 from .admission import Admitted, Closed
-from .direct import direct_of, framed, socket_frames
+from .direct import DirectProtocol, direct_of, framed, socket_frames
 
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
-LAG_MAX = 64  # events an arena's reader is told one by one: its sides alternate and do not merge
 HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
-
-Cursor = tuple[str, int]
 
 
 async def session(socket: WebSocket) -> None:
@@ -60,17 +59,25 @@ async def _converse(socket: WebSocket, chat: State, admitted: Admitted) -> None:
     """Speak until either side ends it. Raises `Closed` or `WebSocketDisconnect`."""
     try:
         account_id = admitted.account.id if admitted.account is not None else ""
-        dialect = socket_json if direct_of(socket.scope) is None else socket_frames
-        follower = await chat.relay.join(admitted.session.id, dialect, account_id)
+        dialect = socket_dialect if direct_of(socket.scope) is None else socket_frames
+        follower = await chat.relay.join(
+            admitted.session,
+            dialect,
+            account_id,
+            member=admitted.account is not None,
+            recheck=admitted.recheck,
+            expires_at=admitted.expires_at,
+        )
         conversation = Conversation(chat, socket, admitted, follower)
         try:
             await conversation.run()
         finally:
             conversation.end()
-            chat.generation.spawn(chat.relay.leave(follower))
+            chat.relay.spawn(chat.relay.part(follower))
     except ChatError as problem:
-        # Storage is away while joining, or the room lost its place: let the client come back for a snapshot.
-        await _close(socket, chat, Closed(1012, "try again"), error_event(problem))
+        # The right to read has ended, this worker ends, or the database is away: the code says whether to come back.
+        code, reason = admission.REFUSALS.get(problem.code, (1012, "try again"))
+        await _close(socket, chat, Closed(code, reason), error_event(problem))
 
 
 async def _close(socket: WebSocket, chat: State, closed: Closed, *last_words: bytes) -> None:
@@ -90,10 +97,11 @@ class Conversation:
     def __init__(self, chat: State, socket: WebSocket, admitted: Admitted, follower: Follower) -> None:
         self.chat = chat
         self.socket = socket
+        self.admitted = admitted
         self.account = admitted.account
         self.session = admitted.session
         self.follower = follower
-        self.direct = direct_of(socket.scope)
+        self.direct: DirectProtocol | None = direct_of(socket.scope)
         if self.direct is not None:
             follower.direct, follower.wrap = self.direct, framed
         self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
@@ -164,38 +172,34 @@ class Conversation:
             "connection_established", user=user, session_id=self.session.id, version=self.session.version
         )
         await self.send(hello)
-        await self._start_over(parse_cursor(self.socket.query_params.get("cursor", "")))
+        await self._start_over(parse_cursor(self.socket.query_params.get("cursor")))
 
     async def _start_over(self, cursor: Cursor | None = None) -> None:
-        """Go on behind the cursor if it can be served exactly, else behind a snapshot."""
-        self.follower.lost = False
+        """Go on behind the cursor if it can be served, else behind a snapshot. Raises `ChatError`."""
+        self.follower.interrupted = self.follower.lost = False
         if cursor is not None and await self.chat.relay.resume(self.follower, cursor):
-            await self.send(session_event("resumed", turn_id=cursor[0], from_seq=cursor[1] + 1))
+            await self.send(resumed_json(cursor.turn_id, str(cursor)))
             return
-        session = await sessions.select_unchecked(self.chat.database, self.session.id)
+        session = await self.admitted.select()
         state = await self.chat.relay.snapshot(self.follower, session)
         await self.send(session_event("session_state", **state))
 
     async def _follow(self) -> None:
-        """The one that says numbered events and where they start: an event that overtook another would be a gap."""
+        """Write what the follower is owed. Only this coroutine moves its cursor while it is busy."""
         while True:
             for said in await self.follower.next():
                 await self._write(said)
             if self._asked:
                 await self._answer(self._asked.pop())
-            elif self.follower.lost or self._far_behind:
+            elif self.follower.lost:
                 await self._start_over()
 
     async def _answer(self, cursor: Cursor | None) -> None:
         self._asked.clear()
         try:
             await self._start_over(cursor)
-        except ChatError as problem:  # it can do without: it goes on where it was
+        except StorageUnavailable as problem:  # the reader can do without: it goes on where it was
             await self.send(error_event(problem))
-
-    @property
-    def _far_behind(self) -> bool:
-        return len(self.session.sides) > 1 and self.follower.lag > LAG_MAX
 
     # -- in
 
@@ -247,15 +251,15 @@ class Conversation:
             case frames.Message(content, id):
                 await self._message(content, id)
             case frames.Stop():
-                await self.chat.generation.stop(self.session, self._writer().id)
+                account = self._writer()
+                await self.chat.generation.stop(await self._session(), account.id)
             case frames.Typing(is_typing):
                 self._hear_typing(is_typing)
 
     def _ask(self, cursor: Cursor | None) -> None:
         """Have the follower start over, after what it is saying just now."""
         self._asked.append(cursor)
-        self.follower.lost = True
-        self.follower.wake()
+        self.follower.interrupt()
 
     def _writer(self) -> Account:
         if self.account is None:
@@ -264,8 +268,17 @@ class Conversation:
 
     async def _message(self, content: str, id: str | None) -> None:
         account = self._writer()
-        current = await sessions.select_session(self.chat.database, self.session.id, account.id)
-        await self.chat.generation.begin(current, account, Ask(id or new_id(), content, {}))
+        current = await self._session()
+        turn = await self.chat.generation.begin(current, account, Ask(id or new_id(), content, {}))
+        if not turn.fresh:  # a message that was sent again gets the turn it began, as over HTTP
+            self._ask(start_of(turn.id))
+
+    async def _session(self) -> Session:
+        """Return the session as it is now. Raises `not_found` when it is gone, its id perhaps used again."""
+        session = await self.admitted.select()
+        if session.key != self.session.key:
+            raise not_found("session")
+        return session
 
     def _hear_typing(self, is_typing: bool) -> None:
         self._writer()
@@ -279,10 +292,10 @@ class Conversation:
         if self._types is None:
             return
         account = self._writer()
-        event = session_event("typing_indicator", user_id=account.id, is_typing=self._types)
+        event = session_event("typing_indicator", user_id=account.id, is_typing=self._types).decode()
         self._types = None
         self._typing = asyncio.get_running_loop().call_later(TYPING_EVERY, self._tell_typing)
-        self.chat.generation.spawn(self.chat.relay.tell(self.session.id, event, but=account.id))
+        self.chat.relay.tell(self.session, SessionNotice(event, but=account.id))
 
 
 def _times(when: list[float], seconds: float) -> int:

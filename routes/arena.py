@@ -21,7 +21,7 @@ from chat.store.sessions import model_card
 from chat.store.votes import Standing
 
 from . import inputs
-from .sessions import Id, tell_update
+from .sessions import Id
 
 PAGE = 1000  # votes read at once for the export
 WINNERS = {"model_a": "model_a", "model_b": "model_b", "tie": "tie", "both_bad": "tie (bothbad)"}  # FastChat's words
@@ -57,7 +57,7 @@ async def _vote(chat: State, account: Account, said: Feedback) -> dict[str, Any]
     was_blind = session.blind
     session = await sessions.select_session(chat.database, session.id, account.id)
     chat.relay.count("votes")
-    await tell_update(chat, session, "revealed" if was_blind else "voted")
+    chat.relay.tell_update(session, "revealed" if was_blind else "voted")
     return {
         "id": vote.id,
         "feedback_type": "preference",

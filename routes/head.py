@@ -12,7 +12,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from consumers.direct import EXTENSION, Bounded
+from chat.direct import EXTENSION
+from consumers.direct import Bounded
 
 PATIENCE = 10.0  # seconds, as long as a socket has to say who it is
 
@@ -93,6 +94,6 @@ class Answer:
         if part and not transport.is_closing():  # an empty chunk would be the end
             transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
-    def abort(self) -> None:
+    def abort(self, code: int = 1006, reason: str = "") -> None:
         """Give up a reader that takes nothing. There is no saying why: what is stuck is before it."""
         self._cycle.transport.abort()

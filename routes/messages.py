@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from chat.errors import ChatError, invalid
-from chat.formats import ArenaLines, BareText, EventStream, Format, JsonLines
-from chat.live.events import parse_cursor
+from chat.direct import Direct, direct_of
+from chat.errors import ChatError, invalid, not_found
+from chat.formats import Format
+from chat.formats.arena_lines import ArenaLines
+from chat.formats.bare_text import BareText
+from chat.formats.event_stream import EventStream
+from chat.formats.json_lines import JsonLines
+from chat.live.answers import ENDED, TOLD, Cursor, parse_cursor, start_of
 from chat.live.rooms import Follower
 from chat.state import State
 from chat.store import accounts, sessions, turns
 from chat.store.accounts import Account
-from chat.store.database import Database, new_id
+from chat.store.database import new_id
 from chat.store.sessions import Session
-from chat.store.turns import Ask, Turn
-from consumers.direct import EXTENSION
+from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
 from .sessions import Id, Title, Wish, make
 
-if TYPE_CHECKING:
-    from .head import Answer
+EARLIEST = "earliest"  # X-Cursor of a stream that tells a turn from its start
 
 
 class Line(msgspec.Struct):
@@ -72,7 +75,7 @@ async def stream(request: Request) -> Response:
     headers = {"X-Session-Id": session.id}
     if guest:
         headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
-    return await follow(request, session.id, turn.id, headers=headers)
+    return await follow(request, session, start_of(turn.id), account=account, headers=headers)
 
 
 async def _speaker(request: Request) -> Account | None:
@@ -136,31 +139,48 @@ def chosen_format(request: Request) -> type[Format]:
 
 async def follow(
     request: Request,
-    session_id: str,
-    turn_id: str,
-    seq: int = -1,
+    session: Session,
+    cursor: Cursor,
     *,
+    account: Account | None = None,
     spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
+    recheck: Callable[[], Awaitable[None]] | None = None,
 ) -> Response:
-    """A response that says a turn from after `seq` to its end. Leaving it changes nothing."""
+    """A response that tells the cursor's turn from there to its end. Leaving it changes nothing.
+
+    recheck: runs the admission again, for a reader that is not the account's session's own.
+    """
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
-    follower = await chat.relay.join(session_id, spoken.dialect)
+    recheck = recheck or (None if account is None else _still_admitted(chat, session, account))
+    follower = await chat.relay.join(
+        session, spoken.dialect, account.id if account is not None else "", recheck=recheck
+    )
+    follower.one_turn = True
     try:
-        if not await chat.relay.follow_turn(follower, turn_id, seq):
+        if not await chat.relay.resume(follower, cursor):
             raise ChatError("not_found", "There is no such turn.")
     except BaseException:
-        await chat.relay.leave(follower)
+        await chat.relay.part(follower)
         raise
-    kept = {
+    fixed = {
         "Cache-Control": "no-store, no-transform",
         "X-Accel-Buffering": "no",
-        "X-Turn-Id": turn_id,
+        "X-Turn-Id": cursor.turn_id,
+        "X-Cursor": str(cursor) if cursor.begun else EARLIEST,
         "Content-Type": spoken.content_type,
     }
-    direct = request.scope.get("extensions", {}).get(EXTENSION)
-    return FollowResponse(chat, follower, spoken, direct, kept | (headers or {}))
+    return FollowResponse(chat, follower, spoken, direct_of(request.scope), fixed | (headers or {}))
+
+
+def _still_admitted(chat: State, session: Session, account: Account) -> Callable[[], Awaitable[None]]:
+    async def recheck() -> None:
+        await accounts.select_account(chat.database, account.id, account.token_version)
+        if (await sessions.select_readable(chat.database, session.id, account.id)).key != session.key:
+            raise not_found("session")
+
+    return recheck
 
 
 class FollowResponse(StreamingResponse):
@@ -171,10 +191,10 @@ class FollowResponse(StreamingResponse):
         chat: State,
         follower: Follower,
         spoken: type[Format],
-        direct: Answer | None,
+        direct: Direct | None,
         headers: dict[str, str],
     ) -> None:
-        super().__init__(_said(chat, follower, spoken, direct), headers=headers)
+        super().__init__(_told(chat, follower, spoken, direct), headers=headers)
         self._chat = chat
         self._follower = follower
 
@@ -183,28 +203,27 @@ class FollowResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
-            self._chat.generation.spawn(self._chat.relay.leave(self._follower))
+            self._chat.relay.spawn(self._chat.relay.part(self._follower))
 
 
-async def _said(
-    chat: State, follower: Follower, spoken: type[Format], direct: Answer | None
-) -> AsyncIterator[bytes]:
-    """What is left for the stream's own task: while its reader keeps up, the room writes to it directly."""
-    yield spoken.opening
+async def _told(chat: State, follower: Follower, spoken: type[Format], direct: Any) -> AsyncIterator[bytes]:
+    """The part of a stream that its own task writes: while the reader keeps up, the room writes to it directly."""
+    cursor = follower.cursor
+    yield spoken.opening + (spoken.resumed(cursor.turn_id, str(cursor)) if cursor.begun else b"")
     if direct is not None and direct.streams:
         follower.direct = direct
     # A timer for the stream, not one a wait: proxies close what is silent, and tokens may come by the thousand.
     pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
         while True:
-            frames = await follower.next_of_turn()
+            frames = await follower.next()
             if direct is not None:  # at the end, too: the last words would wait without a deadline
                 await direct.room(chat.settings.send_timeout)
             if not frames:
                 break
             yield b"".join(frames)
     except ChatError:
-        return  # this worker ends: without its last event, the stream is resumed elsewhere
+        return  # without its last event the stream is resumed elsewhere, or refused there
     except TimeoutError:
         chat.relay.count("readers_cut")
         if direct is not None:
@@ -214,14 +233,15 @@ async def _said(
         follower.direct = None
         if pings is not None:
             pings.cancel()
-    yield spoken.closing
+    if not follower.lost:  # else its turn is gone: a reader that comes back is given the latest
+        yield spoken.closing
 
 
 async def _pings(follower: Follower, ping: bytes, every: float) -> None:
-    """Say a sign of life now and again, until cancelled."""
+    """Send a sign of life now and again, until cancelled."""
     while True:
         await asyncio.sleep(every)
-        follower.nudge(ping)
+        follower.send_ping(ping)
 
 
 async def session_stream(request: Request) -> Response:
@@ -230,23 +250,30 @@ async def session_stream(request: Request) -> Response:
     account = await _reader(request)
     account_id = account.id if account else None
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
-    cursor = parse_cursor(request.headers.get("last-event-id") or request.query_params.get("after", ""))
-    turn, seq = await _turn_to_read(chat.database, session.id, cursor)
-    if turn is None:
+    given = request.headers.get("last-event-id") or request.query_params.get("after")
+    cursor = await _where_to_read(chat, session, parse_cursor(given))
+    if cursor is None:
         return Response(status_code=204)
-    return await follow(request, session.id, turn, seq, spoken=EventStream)
+
+    async def recheck() -> None:
+        if account is not None:
+            await accounts.select_account(chat.database, account.id, account.token_version)
+        if (await sessions.select_readable(chat.database, session.id, account_id)).key != session.key:
+            raise not_found("session")
+
+    return await follow(request, session, cursor, account=account, spoken=EventStream, recheck=recheck)
 
 
-async def _turn_to_read(database: Database, session_id: str, cursor: tuple[str, int] | None) -> tuple[str | None, int]:
-    """The cursor's turn while there is more of it, else the one after it; without a cursor the latest."""
+async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
+    """Return the client's cursor while there is more of its turn, else the turn after it; without one the latest."""
     if cursor is not None:
-        found = await turns.select_turns_since(database, session_id, cursor[0])
-        if found and (found[0]["status"] == "running" or cursor[1] < found[0]["seq"]):
-            return cursor
-        if found:
-            return (found[1]["id"], -1) if len(found) > 1 else (None, -1)
-    latest = await turns.select_latest_turn(database, session_id)
-    return (latest["id"], -1) if latest is not None else (None, -1)
+        past = await chat.relay.past(session, cursor.turn_id)
+        if past.answer is not None and past.resumable and past.answer.fits(cursor):
+            if not cursor.over:
+                return cursor
+            return start_of(past.next_id) if past.next_id else None
+    latest = await turns.select_latest_turn(chat.database, session.id)
+    return None if latest is None else start_of(latest["id"])
 
 
 async def _reader(request: Request) -> Account | None:
@@ -267,13 +294,20 @@ async def stop(request: Request) -> Response:
 
 
 async def regenerate(request: Request) -> Response:
+    """Make one reply again, under its own id, or all of them; the stream has the lines of those alone."""
     chat = inputs.state(request)
     account = await inputs.account(request)
     message_id = request.path_params["message_id"]
     session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
     session = await sessions.select_session(chat.database, session_id, account.id)
-    turn: Turn = await chat.generation.again(session, account, message_id)
-    return await follow(request, session.id, turn.id)
+    turn = await chat.generation.again(session, account, message_id)
+    return await follow(request, session, _again(turn), account=account)
+
+
+def _again(turn: StoredTurn) -> Cursor:
+    """Return the start of a turn for a reader that has the replies that were not asked for again."""
+    replies = sorted(turn.rows[1:], key=lambda row: str(row["participant"]))
+    return Cursor(turn.id, tuple(TOLD if row["status"] in ENDED else 0 for row in replies), begun=False)
 
 
 async def listing(request: Request) -> Response:

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chat.errors import ChatError, invalid
-from chat.live.events import session_event
 from chat.state import State
 from chat.store import sessions, turns, votes
 from chat.store.accounts import Account
@@ -173,16 +172,10 @@ async def change(request: Request) -> Response:
         is_pinned=wish.is_pinned,
         is_public=wish.is_public,
     )
-    await tell_update(chat, session, "updated")
+    chat.relay.tell_update(session, "updated")
+    if wish.is_public is False:
+        chat.relay.check_rights(session)
     return inputs.answer(chat.mask.session(session))
-
-
-async def tell_update(chat: State, session: Session, action: str) -> None:
-    """Let every reader of the session know how it stands now."""
-    event = session_event(
-        "session_update", session=chat.mask.session(session), action=action, version=session.version
-    )
-    await chat.relay.tell(session.id, event)
 
 
 async def delete(request: Request) -> Response:
@@ -192,10 +185,7 @@ async def delete(request: Request) -> Response:
     if await chat.generation.stop(session, account.id):
         await _wait_for_end(chat, session.id)
     await sessions.delete_session(chat.database, session.id, account.id)
-    event = session_event(
-        "session_update", session={"id": session.id}, action="deleted", version=session.version + 1
-    )
-    await chat.relay.tell(session.id, event)
+    chat.relay.tell_deleted(session)
     return Response(status_code=204)
 
 
@@ -220,7 +210,10 @@ async def unshare(request: Request) -> Response:
 async def _shared(request: Request, share: bool) -> Session:
     chat = inputs.state(request)
     account = await inputs.account(request)
-    return await sessions.update_share(chat.database, request.path_params["session_id"], account.id, share)
+    session = await sessions.update_share(chat.database, request.path_params["session_id"], account.id, share)
+    if not share:
+        chat.relay.check_rights(session)
+    return session
 
 
 async def generate_title(request: Request) -> Response:
@@ -231,7 +224,7 @@ async def generate_title(request: Request) -> Response:
     title = turns.first_words(first or "") or "New chat"
     if session.account_id == account.id and title != session.title:
         session = await sessions.update_session(chat.database, session.id, account.id, title=title)
-        await tell_update(chat, session, "updated")
+        chat.relay.tell_update(session, "updated")
     return inputs.answer({"title": title})
 
 

@@ -1,8 +1,12 @@
 """Generation: one task per turn, owned by this worker and by no connection.
 
-It runs one provider stream per reply, says what they produce through the turn's writer, writes checkpoints, and turns
-every ending into a stored status and a `message_complete`. It never raises: its tasks stand beside everyone else's.
-A lease makes the ownership; whoever finds it run out takes the turn and ends it `interrupted`.
+A turn is one object in one dictionary, entered before its row is written, with one state:
+
+    starting → answering → ending → over, or `lost` when another worker took the turn
+
+Its task runs one provider stream per reply, gives the text to the turn's voice, writes checkpoints, and turns every
+ending into a stored status and a `message_complete`. It never raises: its tasks stand beside everyone else's. A lease
+in the database makes the ownership; a worker that finds a lease run out takes the turn and ends it `interrupted`.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from ..errors import ChatError
 from ..limits import Limits as RateLimits
@@ -21,34 +25,25 @@ from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
 from ..settings import Settings
 from ..store import accounts, sessions, turns
 from ..store.accounts import Account
-from ..store.database import Database, StorageUnavailable
+from ..store.database import Database, StorageUnavailable, new_id
 from ..store.queries import Row
 from ..store.sessions import Session
-from ..store.turns import Ask, Terms, Turn
+from ..store.turns import Ask, StoredTurn, Terms
+from ..tasks import Tasks
+from .answers import ENDED, Answer
+from .pace import Rhythm, pieces
 from .relay import Relay
-from .writer import Ends, Writer
+from .rooms import Room
+from .voice import Voice
 
 log = logging.getLogger("parley.generation")
 
 CHARS_PER_TOKEN = 4  # a rough count for budgets and history, where the provider tells none
 HISTORY_MESSAGES = 60
 OUTAGE = 60.0  # seconds a model that keeps failing is not drawn for a battle
+LOOK_FOR_STOPS = 0.5  # seconds between two looks for stops that Redis did not carry
 
-
-@dataclass
-class Running:
-    """A turn this worker is answering. `stop`: why it should end before its models do."""
-
-    turn: Turn
-    writer: Writer
-    task: asyncio.Task[None] | None = None
-    stop: str | None = None
-    fenced: bool = False
-    ending: bool = False  # storage may have the end already: that it is not ours there any more is no wonder
-    streams: list[asyncio.Task[None]] = field(default_factory=list)
-    checkpointed: int = -1  # the last event storage has been told of
-    checkpointed_at: float = 0.0  # monotonic, when it was
-    unsaved: list[Row] = field(default_factory=list)  # ended replies that storage does not have so
+State = Literal["starting", "answering", "ending", "over", "lost"]
 
 
 @dataclass
@@ -59,6 +54,56 @@ class Result:
     reason: str | None = None
     finish: Finish | None = None
     first_token: float | None = None  # seconds after the start
+
+
+@dataclass(eq=False)
+class Turn:
+    """A turn of this worker. `early`: why it is to end before its models do, `stopped` or `interrupted`."""
+
+    id: str
+    session: Session
+    account_id: str
+    state: State = "starting"
+    early: str | None = None
+    stored: StoredTurn | None = None
+    voice: Voice | None = None
+    task: asyncio.Task[None] | None = None
+    streams: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by side
+    results: dict[str, Result] = field(default_factory=dict)
+    open: set[str] = field(default_factory=set)  # the sides whose ending is not stored and told
+    held: dict[str, str] = field(default_factory=dict)  # of a blind battle: text that has come and is not shown yet
+    finished: set[str] = field(default_factory=set)  # … the sides whose model has stopped
+    moved: asyncio.Event = field(default_factory=asyncio.Event)  # … something changed for the pace
+    waiters: dict[str, asyncio.Future[None]] = field(default_factory=dict)  # … for a side's last piece to leave
+    rhythm: Rhythm | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one ending at a time: the last one ends the turn as well
+    unsaved: list[Row] = field(default_factory=list)  # endings that were told and that the database did not take
+    checkpointed: dict[str, int] = field(default_factory=dict)  # characters the database has, by side
+    checkpointed_at: float = 0.0  # monotonic
+
+    @property
+    def runs(self) -> bool:
+        return self.state in ("starting", "answering")
+
+    @property
+    def replies(self) -> dict[str, Row]:
+        assert self.stored is not None
+        return {row["participant"]: row for row in self.stored.rows[1:]}
+
+    @property
+    def out(self) -> Voice:
+        assert self.voice is not None
+        return self.voice
+
+    def text(self, side: str) -> str:
+        return self.out.answer.replies[side].text
+
+    def end_early(self, why: str) -> None:
+        """Cancel the streams that run; a stream that has not begun never will."""
+        if self.early is None and self.runs:
+            self.early = why
+        for stream in self.streams.values():
+            stream.cancel()
 
 
 class Generation:
@@ -72,6 +117,7 @@ class Generation:
         providers: Providers,
         limits: RateLimits,
         worker: str,
+        tasks: Tasks | None = None,
     ) -> None:
         self.settings = settings
         self.database = database
@@ -79,81 +125,52 @@ class Generation:
         self.providers = providers
         self.limits = limits
         self.worker = worker
-        self.running: dict[str, Running] = {}
-        self._launching: set[str] = set()  # turns of ours that are stored and wait for their room
+        self.tasks = tasks or Tasks()
+        self.turns: dict[str, Turn] = {}
         self.draining = False
         self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._awake_at = self._renewed_at = time.monotonic()
-        self._slept = False  # this process was frozen until after its lease: its turns may be someone else's
-        self.lag = 0.0  # seconds the event loop was late the last time something was due
-        self._strangers: set[str] = set()  # turns of ours in storage that nobody here knew at the last renewal
-        self._orphans: set[str] = set()  # turns that are being ended for somebody else
+        self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
+        self._strangers: set[str] = set()  # turns of ours in the database that were not in `turns` at the last renewal
         self._unused = accounts.Unused(database)
         relay.on_stop = self._stop_here
 
     # -- life
 
     def start(self) -> None:
-        self.spawn(self._forever(self._checkpoint, self.settings.checkpoint_every))
-        self.spawn(self._forever(self._renew, self.settings.lease_renew))
-        self.spawn(self._forever(self._sweep, self.settings.sweep_every))
-        self.spawn(self._forever(self.relay.beat, 1.0))
-        self.spawn(self._forever(self._watch, self.settings.lease_renew / 2))
-        self.spawn(self._forever(self.limits.beat, 5.0))
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something beside everything else, until it ends or the worker does."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() and not isinstance(task.exception(), StorageUnavailable):
-            log.error("a background task died", exc_info=task.exception())
-
-    async def _forever(self, work: Callable[[], Awaitable[None]], every: float) -> None:
-        """Do something again and again; an error now is no reason not to try later."""
-        while True:
-            try:
-                await work()
-            except StorageUnavailable:
-                pass  # said once where it was found
-            except (ChatError, TimeoutError) as problem:
-                log.warning("%s: %s", getattr(work, "__name__", work), problem)
-            due = time.monotonic() + every
-            await asyncio.sleep(every)
-            self.lag = time.monotonic() - due
+        beat = self.tasks.beat
+        beat(self._checkpoint, self.settings.checkpoint_every)
+        beat(self._renew, self.settings.lease_renew)
+        beat(self._sweep, self.settings.sweep_every)
+        beat(self.relay.beat, 1.0)
+        beat(self._watch, self.settings.lease_renew / 2)
+        beat(self.limits.beat, 5.0)
+        if self.relay.bus is not None:
+            beat(self._look_for_stops, LOOK_FOR_STOPS)
 
     async def drain(self) -> None:
         """Let running answers finish for a while, then end the rest `interrupted`. Ends in bounded time."""
         self.draining = True
-        tasks = [running.task for running in self.running.values() if running.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self.settings.drain)
-        for running in list(self.running.values()):
-            self._end_early(running, "interrupted")
-        tasks = [running.task for running in self.running.values() if running.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self.settings.storage_timeout)
+        await self._wait_for_turns(self.settings.drain)
+        for turn in list(self.turns.values()):
+            turn.end_early("interrupted")
+        await self._wait_for_turns(self.settings.storage_timeout)
         with contextlib.suppress(StorageUnavailable):
             await self._unused.give_back()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tasks.cancel()
+
+    async def _wait_for_turns(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(turn.task is None or not turn.task.done() for turn in self.turns.values()):
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.01)
 
     def outages(self) -> set[str]:
-        """Models whose last few replies here all failed a moment ago."""
+        """Return the models whose last few replies here all failed a moment ago."""
         then = time.monotonic() - OUTAGE
         return {model for model, (failures, at) in self._failures.items() if failures >= 3 and at > then}
-
-    def _note(self, model: str, result: Result) -> None:
-        failures, _ = self._failures.get(model, (0, 0.0))
-        failed = result.status == "failed" and result.reason != "provider_refused"
-        self._failures[model] = (failures + 1 if failed else 0, time.monotonic())
 
     # -- starting
 
@@ -176,193 +193,248 @@ class Generation:
 
     async def begin(
         self, session: Session, account: Account, ask: Ask, *, max_tokens: int = 0, temperature: float | None = None
-    ) -> Turn:
+    ) -> StoredTurn:
         """Start the turn a message asks for, or find the one it started before. Raises `ChatError`."""
         await self._admit(account.id)
         turns.checked_content(ask.content, self.settings.prompt_max)
         max_tokens = max_tokens or self.settings.max_tokens
         terms = self._terms(max_tokens, ask.content, len(session.sides))
-        turn = await self._within_budget(
-            lambda: turns.insert_turn(self.database, session, account.id, ask, terms)
-        )
-        if turn.fresh:
-            await self._launch(turn, Limits(max_tokens, temperature), terms.tokens)
-        return turn
+        limits = Limits(max_tokens, temperature)
 
-    async def again(self, session: Session, account: Account, message_id: str) -> Turn:
-        """Answer the session's last user message anew. Raises `ChatError`."""
+        def insert(turn_id: str) -> Awaitable[StoredTurn]:
+            return turns.insert_turn(self.database, session, account.id, ask, terms, turn_id)
+
+        return await self._start(session, account.id, insert, limits, terms.tokens)
+
+    async def again(self, session: Session, account: Account, message_id: str) -> StoredTurn:
+        """Answer the session's last user message, or one reply to it, anew. Raises `ChatError`."""
         await self._admit(account.id)
         terms = self._terms(self.settings.max_tokens, "", len(session.sides))
-        turn = await self._within_budget(
-            lambda: turns.insert_regeneration(self.database, session, account.id, message_id, terms)
-        )
-        await self._launch(turn, Limits(self.settings.max_tokens), terms.tokens)
-        return turn
 
-    async def _within_budget(self, insert: Callable[[], Awaitable[Turn]]) -> Turn:
+        def insert(turn_id: str) -> Awaitable[StoredTurn]:
+            return turns.insert_regeneration(self.database, session, account.id, message_id, terms, turn_id)
+
+        return await self._start(session, account.id, insert, Limits(self.settings.max_tokens), terms.tokens)
+
+    async def _start(
+        self,
+        session: Session,
+        account_id: str,
+        insert: Callable[[str], Awaitable[StoredTurn]],
+        limits: Limits,
+        reserved: int,
+    ) -> StoredTurn:
+        """Write a turn and launch it. A caller that leaves, or has no more patience, changes nothing of either."""
+        turn = Turn(new_id(), session, account_id)
+        self.turns[turn.id] = turn
+        starting = self.tasks.spawn(self._insert(turn, insert, limits, reserved))
+        done, _ = await asyncio.wait({starting}, timeout=self.settings.storage_timeout)
+        if not done:
+            raise StorageUnavailable
+        return starting.result()
+
+    async def _insert(
+        self, turn: Turn, insert: Callable[[str], Awaitable[StoredTurn]], limits: Limits, reserved: int
+    ) -> StoredTurn:
+        try:
+            stored = await self._within_budget(turn.id, insert)
+        except BaseException:
+            del self.turns[turn.id]
+            raise
+        if not stored.fresh:
+            del self.turns[turn.id]
+            await self._adopt_found(stored)
+            return stored
+        self._launch(turn, stored, limits, reserved)
+        return stored
+
+    async def _within_budget(self, turn_id: str, insert: Callable[[str], Awaitable[StoredTurn]]) -> StoredTurn:
         """Insert a turn; where the budget does not allow it, once more with what others have not used of it."""
         try:
-            return await insert()
+            return await insert(turn_id)
         except ChatError as problem:
             if problem.code != "budget_exhausted" or not self._unused:
                 raise
         await self._unused.give_back()
-        return await insert()
+        return await insert(turn_id)
 
-    async def _launch(self, turn: Turn, limits: Limits, reserved: int) -> None:
-        """Hand a stored turn to a task of its own. The row exists: from here on it ends, whatever happens."""
-        launched = asyncio.ensure_future(self._launched(turn, limits, reserved))
-        self._tasks.add(launched)
-        launched.add_done_callback(self._ended)
-        await asyncio.shield(launched)
-
-    async def _launched(self, turn: Turn, limits: Limits, reserved: int) -> None:
-        self._launching.add(turn.id)  # a room waits for Redis; nobody here may think meanwhile that it was forgotten
-        try:
-            writer = await self.relay.write(turn.session, turn.id)
-            running = self.running[turn.id] = Running(turn, writer)
-        finally:
-            self._launching.discard(turn.id)
-        writer.sure = lambda: self._awake() and not running.fenced
-        writer.fence = lambda: self._still_ours(running)
-        writer.ending = lambda ends, seq: self._store_end(running, ends, seq)
-        for message in self.relay.mask.messages(turn.session, list(turn.rows)):
-            writer.create(message)
-        running.task = self.spawn(self._run(running, limits, reserved))
+    def _launch(self, turn: Turn, stored: StoredTurn, limits: Limits, reserved: int) -> None:
+        """Hand a stored turn to a task of its own. The row exists: from here on the turn ends, whatever happens."""
+        turn.stored = stored
+        turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
+        turn.task = self.tasks.spawn(self._run(turn, limits, reserved))
 
     # -- one turn
 
-    async def _run(self, running: Running, limits: Limits, reserved: int) -> None:
-        """Answer one turn to its end. Never raises: nobody awaits it."""
-        turn = running.turn
-        saying = self.spawn(running.writer.run())
+    async def _run(self, turn: Turn, limits: Limits, reserved: int) -> None:
+        """Answer one turn to its end. Never raises, since nobody awaits it; afterwards every reply has an ending."""
+        room = await self.relay.enter(turn.session)
         try:
-            history = await self._history(turn)
-            running.streams = [
-                asyncio.create_task(self._reply(running, reply, history, limits)) for reply in turn.replies
-            ]
-            if running.stop is not None:
-                self._end_early(running, running.stop)
-            await asyncio.gather(*running.streams)
-        except Exception:  # the outermost frame of a task: what is forgotten here hangs every reader
+            await self._answer(turn, room, limits)
+        except Exception:  # the outermost frame of a task: readers would wait for ever for an ending
             log.exception("turn %s failed", turn.id)
-            for reply in turn.replies:
-                await self._finish(running, reply, Result("failed", "internal"), 0.0)
-        running.writer.end()
-        if running.fenced:
-            saying.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await saying
-        await self._end(running, reserved)
-
-    async def _store_end(self, running: Running, ends: Ends, seq: int) -> bool:
-        """End the turn in storage before readers hear of it: they may begin the next one that moment, anywhere.
-
-        False when the turn is somebody else's. A storage that is away keeps nobody waiting; `_end` tries again.
-        """
-        if running.unsaved:
-            return True
-        running.ending = True
-        try:
-            ours = await turns.end_turn(self.database, self.worker, running.turn.id, seq, ends, [])
-        except StorageUnavailable:
-            return True
-        running.writer.stored = ours
-        if not ours:
-            self._fence(running)
-        return ours
-
-    async def _end(self, running: Running, reserved: int) -> None:
-        turn = running.turn
-        try:
-            if running.fenced:
-                return
-            with contextlib.suppress(StorageUnavailable):  # the next renewal or sweep finds the row and ends it as said
-                if not running.writer.stored:
-                    last, ends = running.writer.log.last, running.writer.ends()
-                    await self._keep_trying(
-                        lambda: turns.end_turn(self.database, self.worker, turn.id, last, ends, running.unsaved)
-                    )
-                    running.writer.stored = True
-                spent = sum(len(running.writer.log.text(reply["id"])) for reply in turn.replies) // CHARS_PER_TOKEN
-                self._unused.add(turn.account_id, turn.replies[0]["created_at"], reserved - spent)
         finally:
-            self.running.pop(turn.id, None)
-            running.writer.retire()
-            await self.relay.finish(turn.session.id)
+            await self._conclude(turn, room, reserved)
 
-    async def _history(self, turn: Turn) -> list[Row]:
-        """The conversation up to and with the turn's user message, newest first, cut to the token budget."""
-        rows: list[Row] = []
-        if turn.user["position"]:
-            with contextlib.suppress(StorageUnavailable):
-                rows = await turns.select_messages(
-                    self.database, turn.session.id, limit=HISTORY_MESSAGES, before=turn.user["position"]
-                )
+    async def _answer(self, turn: Turn, room: Room, limits: Limits) -> None:
+        stored = turn.stored
+        assert stored is not None
+        self._speak(turn, room, stored)
+        try:
+            history = [] if turn.early else await self._history(stored)
+        except StorageUnavailable:  # a model that is not shown the conversation would answer something else
+            turn.state = "ending"
+            for side in sorted(turn.open):
+                await self._finish(turn, side, Result("failed", "storage_unavailable"), 0.0)
+            return
+        started = time.monotonic()
+        if turn.early is None:
+            turn.state = "answering"
+            turn.results = {side: Result() for side in turn.open}
+            turn.streams = {
+                side: asyncio.create_task(self._stream(turn, side, self._prompt(turn, side, history), limits, started))
+                for side in sorted(turn.open)
+            }
+        pacing = self.tasks.spawn(self._keep_pace(turn)) if turn.rhythm is not None else None
+        try:
+            await asyncio.gather(*(self._side(turn, side, started) for side in sorted(turn.open)))
+        finally:
+            if pacing is not None:
+                pacing.cancel()
+
+    def _speak(self, turn: Turn, room: Room, stored: StoredTurn) -> None:
+        """Tell all readers that the turn has begun."""
+        messages = self.relay.mask.messages(turn.session, list(stored.rows))
+        answer = Answer(turn.id, stored.position, stored.previous, messages)
+        turn.voice = self.relay.voice(room, room.begin(answer))
+        turn.voice.owned = lambda: self._surely_owned(turn)
+        turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
+        if turn.session.blind and self.settings.pace and len(turn.open) > 1:
+            turn.rhythm = Rhythm(self.settings.pace)
+            turn.held = dict.fromkeys(turn.open, "")
+        turn.voice.begin()
+
+    async def _side(self, turn: Turn, side: str, started: float) -> None:
+        """Wait for one reply's stream and end the reply. Only the stream is ever cancelled, never this."""
+        stream = turn.streams.get(side)
+        if stream is not None:
+            await asyncio.wait({stream})
+        result = self._outcome(turn, side, stream)
+        if turn.state != "lost":
+            await self._finish(turn, side, result, time.monotonic() - started)
+
+    def _outcome(self, turn: Turn, side: str, stream: asyncio.Task[None] | None) -> Result:
+        """Return how a reply ended, from the way its stream did."""
+        result = turn.results.get(side, Result())
+        if stream is None or stream.cancelled():
+            result.status = turn.early or "interrupted"
+            result.reason = "interrupted" if result.status == "interrupted" else None
+            return result
+        match stream.exception():
+            case None:
+                return result
+            case ProviderError() as problem:
+                result.status, result.reason = "failed", problem.code
+            case TimeoutError():
+                result.status, result.reason = "failed", "provider_timeout"
+            case problem:  # a provider's mistake must not take the other side of the battle along
+                log.error("reply %s failed", turn.replies[side]["id"], exc_info=problem)
+                result.status, result.reason = "failed", "internal"
+        return result
+
+    async def _conclude(self, turn: Turn, room: Room, reserved: int) -> None:
+        """The post-condition of a turn: every reply has an ending, in the database and for every reader."""
+        try:
+            turn.rhythm = None  # nothing is paced any more: what was held back leaves with the ending
+            if turn.state != "lost":
+                turn.state = "ending"
+            while turn.open and turn.state == "ending" and turn.voice is not None:
+                status = turn.early or "failed"
+                reason = {"failed": "internal", "interrupted": "interrupted"}.get(status)
+                await self._finish(turn, min(turn.open), Result(status, reason), 0.0)
+            self._settle(turn, reserved)
+        except Exception:
+            log.exception("turn %s could not be concluded", turn.id)
+        finally:
+            if turn.voice is not None:
+                self.relay.silence(turn.voice)
+            if not turn.unsaved:
+                self._forget(turn)
+            await self.relay.leave(room)
+
+    def _forget(self, turn: Turn) -> None:
+        if turn.state == "ending":
+            turn.state = "over"
+        self.turns.pop(turn.id, None)
+
+    def _settle(self, turn: Turn, reserved: int) -> None:
+        """Give back the part of the budget that the turn has not used."""
+        if turn.voice is not None and turn.state != "lost":
+            spent = sum(len(turn.text(side)) for side in turn.replies) // CHARS_PER_TOKEN
+            created_at = next(iter(turn.replies.values()))["created_at"]
+            self._unused.add(turn.account_id, created_at, reserved - spent)
+
+    # -- what a model is shown
+
+    async def _history(self, stored: StoredTurn) -> list[Row]:
+        """Return the conversation up to and with the user's message, newest first, cut to the token budget."""
+        user, rows = stored.rows[0], []
+        if user["position"]:
+            rows = await turns.select_messages(
+                self.database, stored.session.id, limit=HISTORY_MESSAGES, before=user["position"]
+            )
         budget = self.settings.history_tokens * CHARS_PER_TOKEN
-        kept: list[Row] = []
-        for row in [turn.user, *rows[::-1]]:
+        history: list[Row] = []
+        for row in [user, *rows[::-1]]:
             budget -= len(row["content"])
-            if kept and budget < 0:
+            if history and budget < 0:
                 break
             if row["content"] and row["status"] in ("success", "stopped", "interrupted"):
-                kept.append(row)
-        return kept
+                history.append(row)
+        return history
 
-    def _prompt(self, reply: Row, history: list[Row]) -> list[ChatMessage]:
-        """What one model is shown: its own side of the conversation, oldest first."""
-        model = self.providers.models.get(reply["model"])
+    def _prompt(self, turn: Turn, side: str, history: list[Row]) -> list[ChatMessage]:
+        """Return what one model is shown: its own side of the conversation, oldest first."""
+        model = self.providers.models.get(turn.replies[side]["model"])
         system = [ChatMessage("system", model.system)] if model is not None and model.system else []
-        seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == reply["participant"]]
+        seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == side]
         return system + [ChatMessage(row["role"], row["content"]) for row in seen]
 
-    async def _reply(self, running: Running, reply: Row, history: list[Row], limits: Limits) -> None:
-        """Stream one reply and write down how it ended."""
-        started = time.monotonic()
-        result = Result()
-        try:
-            async with asyncio.timeout(self.settings.reply_timeout):
-                await self._stream(running, reply, self._prompt(reply, history), limits, result, started)
-            running.writer.over(reply["id"], result.status)
-            await running.writer.spoken(reply["id"])  # a blind battle says it slower than it came, and may be stopped
-        except ProviderError as problem:
-            result.status, result.reason = "failed", problem.code
-        except TimeoutError:
-            result.status, result.reason = "failed", "provider_timeout"
-        except asyncio.CancelledError:
-            # Only `_end_early` cancels a stream; the ending still has to be written.
-            result.status = running.stop or "interrupted"
-            result.reason = "interrupted" if result.status == "interrupted" else None
-        except Exception:  # a provider's bug must not take the other side of the battle along
-            log.exception("reply %s failed", reply["id"])
-            result.status, result.reason = "failed", "internal"
-        if running.fenced:
-            return
-        # It has ended: who ends the turn early from here on must not cancel the writing down.
-        running.streams = [each for each in running.streams if each is not asyncio.current_task()]
-        await self._finish(running, reply, result, time.monotonic() - started)
+    # -- one stream
 
     async def _stream(
-        self, running: Running, reply: Row, prompt: list[ChatMessage], limits: Limits, result: Result, started: float
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
+    ) -> None:
+        """Stream one reply until all of its text is shown. Raises `ProviderError`, `TimeoutError`."""
+        try:
+            async with asyncio.timeout(self.settings.reply_timeout):
+                await self._stream_with_retry(turn, side, prompt, limits, started)
+        finally:
+            turn.finished.add(side)
+            turn.moved.set()
+        await self._shown(turn, side)
+
+    async def _stream_with_retry(
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
     ) -> None:
         try:
-            await self._stream_once(running, reply, prompt, limits, result, started)
+            await self._stream_once(turn, side, prompt, limits, started)
         except ProviderError as problem:
             wait = problem.retry_after or 0.5
-            if result.first_token is not None or not problem.retryable or wait > self.settings.retry_after_max:
+            began = turn.results[side].first_token is not None
+            if began or not problem.retryable or wait > self.settings.retry_after_max:
                 raise
-            log.info("model %s: one retry after %s", reply["model"], problem.code)
+            log.info("model %s: one retry after %s", turn.replies[side]["model"], problem.code)
             await asyncio.sleep(wait)
-            await self._stream_once(running, reply, prompt, limits, result, started)
+            await self._stream_once(turn, side, prompt, limits, started)
 
     async def _stream_once(
-        self, running: Running, reply: Row, prompt: list[ChatMessage], limits: Limits, result: Result, started: float
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
     ) -> None:
-        settings = self.settings
-        said = 0
+        settings, result, said = self.settings, turn.results[side], 0
         limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
-        stream = self.providers.stream(reply["model"], prompt, limits)
-        say, side, id = running.writer.say, reply["participant"], reply["id"]
+        stream = self.providers.stream(turn.replies[side]["model"], prompt, limits)
+        say = self._hold if turn.rhythm is not None else self._say
         async with contextlib.aclosing(stream):
             async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
                 if isinstance(piece, Finish):
@@ -374,46 +446,108 @@ class Generation:
                 if said > settings.reply_max:
                     result.status, result.reason = "failed", "too_long"
                     return
-                say(side, id, piece.text)
+                say(turn, side, piece.text)
         raise ProviderError("provider_truncated")
 
-    async def _finish(self, running: Running, reply: Row, result: Result, seconds: float) -> None:
-        """Store how a reply ended, then say so; say `storage_unavailable` when it cannot be stored."""
-        writer = running.writer
-        writer.over(reply["id"], result.status)
-        await writer.spoken(reply["id"])
-        row = None if running.fenced else await self._store(running, reply, result, seconds)
-        if row is None:
-            return
-        self._note(reply["model"], result)
-        self.observe(reply["model"], result, seconds)
-        writer.complete(self.relay.mask.message(running.turn.session, row))
+    def _say(self, turn: Turn, side: str, text: str) -> None:
+        turn.out.say(side, text)
 
-    async def _store(self, running: Running, reply: Row, result: Result, seconds: float) -> Row | None:
-        """The reply as it is to be told; None when the turn is no longer ours to tell of."""
-        log = running.writer.log
-        row = reply | {
-            "content": log.text(reply["id"]),
-            "seq": log.shown,
+    def _hold(self, turn: Turn, side: str, text: str) -> None:
+        turn.held[side] += text
+        turn.moved.set()
+
+    async def _shown(self, turn: Turn, side: str) -> None:
+        """Wait until all text of a reply is shown; in a blind battle its pace decides when."""
+        while turn.rhythm is not None and side in turn.held:
+            waiter = turn.waiters.setdefault(side, asyncio.get_running_loop().create_future())
+            await asyncio.shield(waiter)
+        await turn.out.settled(side)
+
+    async def _keep_pace(self, turn: Turn) -> None:
+        """Show a blind battle's text in equal pieces, both sides in step, until both sides are out."""
+        rhythm, chars = turn.rhythm, self.settings.pace_chars
+        assert rhythm is not None
+        while turn.held:
+            moves = pieces({side: len(text) for side, text in turn.held.items()}, turn.finished, chars)
+            if not moves:
+                turn.moved.clear()
+                await turn.moved.wait()
+                continue
+            if (wait := rhythm.due() - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+                continue
+            if not any(turn.results[side].status == "failed" for side in turn.results):
+                rhythm.moved(time.monotonic())
+            self._move(turn, moves)
+
+    def _move(self, turn: Turn, moves: dict[str, int]) -> None:
+        for side, count in sorted(moves.items()):
+            text = turn.held[side]
+            if count:
+                turn.out.say(side, text[:count])
+            turn.held[side] = text[count:]
+        for side in sorted(moves):
+            if not turn.held[side] and side in turn.finished:
+                self._release(turn, side)
+
+    def _release(self, turn: Turn, side: str) -> None:
+        """The side's last piece has left: its end may be told."""
+        if turn.held.pop(side, None) is not None and turn.rhythm is not None:
+            turn.rhythm.side_ended()
+            waiter = turn.waiters.pop(side, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+            turn.moved.set()
+
+    # -- one ending
+
+    async def _finish(self, turn: Turn, side: str, result: Result, seconds: float) -> None:
+        """Store how a reply ended, then tell it; tell `storage_unavailable` when it cannot be stored."""
+        if result.status in ("stopped", "interrupted"):
+            turn.held.pop(side, None)
+            turn.moved.set()
+            turn.out.cut(side)
+        else:
+            await self._shown(turn, side)  # a side of a blind battle fails at its pace as well
+        await turn.out.settled(side)
+        async with turn.lock:
+            if side not in turn.open or turn.state == "lost":
+                return
+            row = await self._store(turn, side, result, seconds)
+            if row is None:
+                return
+            turn.open.discard(side)
+            if not turn.open:
+                turn.state = "ending"
+            self._note(row["model"], result)
+            self.observe(row["model"], result, seconds)
+            turn.out.end(side, self.relay.mask.message(turn.session, row))
+
+    async def _store(self, turn: Turn, side: str, result: Result, seconds: float) -> Row | None:
+        """Write a reply's ending, and with the last one the turn's. None when another worker owns the turn now."""
+        row = turn.replies[side] | {
+            "content": turn.text(side),
             "status": result.status,
             "failure_reason": result.reason,
             "latency_ms": int(seconds * 1000),
             "first_token_ms": None if result.first_token is None else int(result.first_token * 1000),
         }
+        rows, last = [*turn.unsaved, row], turn.open == {side}
         try:
             ours = await self._keep_trying(
-                lambda: turns.update_reply(self.database, self.worker, row, self.database.now())
+                lambda: turns.update_endings(self.database, self.worker, rows, last=last)
             )
         except StorageUnavailable:
             row |= {"status": "failed", "failure_reason": "storage_unavailable"}
-            running.unsaved.append(row)
+            turn.unsaved.append(row)
             return row
+        turn.unsaved = []
         if not ours:
-            self._fence(running)
+            self._lose(turn)
         return row if ours else None
 
     async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
-        """Offer an ending to storage until it takes it. Raises `StorageUnavailable` after `store_for` seconds."""
+        """Offer an ending to the database until it takes it. Raises `StorageUnavailable` after `store_for` seconds."""
         deadline = time.monotonic() + (3.0 if self.draining else self.settings.store_for)
         while True:
             try:
@@ -423,81 +557,147 @@ class Generation:
                     raise
             await asyncio.sleep(0.5)
 
+    def _note(self, model: str, result: Result) -> None:
+        failures, _ = self._failures.get(model, (0, 0.0))
+        failed = result.status == "failed" and result.reason != "provider_refused"
+        self._failures[model] = (failures + 1 if failed else 0, time.monotonic())
+
     # -- ending early
 
     async def stop(self, session: Session, account_id: str) -> bool:
         """End the session's running turn, whichever worker has it. False when none runs."""
-        row = await turns.request_stop(self.database, session.id, account_id)
-        if row is None:
-            return False
-        self._stop_here(row["id"])
-        if row["id"] not in self.running:
-            await self.relay.send_stop(session.id, row["id"])
-        return True
+        own = [turn for turn in self.turns.values() if turn.session.key == session.key and turn.runs]
+        if session.is_open or session.account_id == account_id:
+            for turn in own:
+                turn.end_early("stopped")
+        try:
+            row = await turns.request_stop(self.database, session.id, account_id)
+        except StorageUnavailable:
+            if not own:
+                raise
+            return True
+        if row is not None and row["id"] not in self.turns:
+            self.relay.send_stop(session, row["id"])
+        return row is not None or bool(own)
 
     def _stop_here(self, turn_id: str) -> None:
-        running = self.running.get(turn_id)
-        if running is not None:
-            self._end_early(running, "stopped")
+        turn = self.turns.get(turn_id)
+        if turn is not None:
+            turn.end_early("stopped")
 
-    def _end_early(self, running: Running, why: str) -> None:
-        running.stop = running.stop or why
-        for stream in running.streams:
-            stream.cancel()
-        running.streams = []
+    async def _look_for_stops(self) -> None:
+        """Find the stops that other workers asked for while Redis did not carry them."""
+        if any(turn.runs for turn in self.turns.values()):
+            for turn_id in await turns.select_stops(self.database, self.worker):
+                self._stop_here(turn_id)
 
-    def _fence(self, running: Running) -> None:
-        """Somebody else owns the turn now: say and write nothing more of it, and hear what the new owner says."""
-        if running.fenced:
+    # -- whose turn it is
+
+    def _lose(self, turn: Turn) -> None:
+        """Another worker owns the turn now: this one tells and writes nothing more of it, and learns like any other."""
+        if turn.state in ("lost", "over"):
             return
-        log.warning("turn %s was taken over from this worker", running.turn.id)
-        running.fenced = True
+        log.warning("turn %s was taken over from this worker", turn.id)
         self.relay.count("fenced")
-        self._end_early(running, "interrupted")
-        self.relay.give_up(running.turn.session.id, running.writer)
+        turn.end_early("interrupted")
+        turn.state = "lost"
+        turn.unsaved = []
+        for side in list(turn.held):
+            self._release(turn, side)
+        if turn.voice is not None:
+            turn.voice.fall_silent()
+        room = self.relay.rooms.get(turn.session.key)
+        if room is not None:
+            room.learn_again()
 
-    async def _still_ours(self, running: Running) -> bool:
-        """Cheap while this process was awake; after a freeze that outlasted the lease it asks the database."""
-        await self._watch()
-        if self._slept and not running.fenced:
-            with contextlib.suppress(StorageUnavailable):  # nobody else can have taken it then
+    def _surely_owned(self, turn: Turn) -> bool:
+        """Whether the turn is ours without asking. After a freeze longer than the lease the database is asked."""
+        if turn.state == "lost":
+            return False
+        if not self._awake():
+            self.tasks.spawn(self._make_sure(turn))
+            return False
+        return True
+
+    async def _make_sure(self, turn: Turn) -> None:
+        while self._slept and turn.state != "lost":
+            try:
                 await self._renew()
-        return not running.fenced
+            except StorageUnavailable:  # then nobody else can have taken it either
+                self._slept = False
+        if turn.state != "lost" and turn.voice is not None:
+            turn.voice.go_on()
 
     async def _watch(self) -> None:
         self._awake()
 
     def _awake(self) -> bool:
-        """Notice a freeze in which the lease ran out: it does from the last renewal, not from when we fell asleep.
-
-        A clock of its own: that storage answers late is no sign of having slept.
-        """
+        """Notice a freeze in which the lease ran out: it does from the last renewal, not from when we fell asleep."""
         now = time.monotonic()
         frozen = now - self._awake_at > self.settings.lease_renew
         self._slept = self._slept or (frozen and now - self._renewed_at > self.settings.lease)
         self._awake_at = now
         return not self._slept
 
-    # -- what beats
-
     async def _renew(self) -> None:
-        known = set(self.running)
+        """Renew the leases of this worker's turns, and learn which of them it lost."""
+        before = set(self.turns)
         await self.database.set_clock()
         asked = time.monotonic()
         owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
         self._renewed_at = asked
         self._slept = time.monotonic() - asked > self.settings.lease  # frozen before we read this, say
-        for turn_id in known & self.running.keys():
-            running = self.running[turn_id]
-            if turn_id not in owned and not running.ending and not running.writer.log.ended:
-                self._fence(running)
-            elif turn_id in owned and owned[turn_id]["stop_requested"]:
-                self._end_early(running, "stopped")
-        # A turn whose insertion outlasted its caller's patience is ours, and nobody answers it.
-        strangers = owned.keys() - known - self.running.keys() - self._launching
+        for turn_id in before & self.turns.keys():
+            turn = self.turns[turn_id]
+            if turn_id in owned and owned[turn_id]["stop_requested"]:
+                turn.end_early("stopped")
+            elif turn_id not in owned and turn.state == "answering" and not turn.lock.locked():
+                self._lose(turn)
+        for turn in list(self.turns.values()):
+            if turn.unsaved and turn.task is not None and turn.task.done():
+                await self._save(turn)
+        # A turn whose insertion was given up and arrived all the same is ours, and nobody answers it yet.
+        strangers = owned.keys() - before - self.turns.keys()
         for turn_id in strangers & self._strangers:
-            self.spawn(self._end_orphan(owned[turn_id]))
+            self.tasks.spawn(self._adopt(owned[turn_id]))
         self._strangers = strangers
+
+    async def _save(self, turn: Turn) -> None:
+        """Write endings that were told while the database was away."""
+        await turns.update_endings(self.database, self.worker, turn.unsaved, last=True)
+        turn.unsaved = []
+        self._forget(turn)
+
+    async def _adopt_found(self, stored: StoredTurn) -> None:
+        """A retry has found its turn: where the turn is ours and nobody answers it, launch it now."""
+        if stored.id in self.turns or all(row["status"] in ENDED for row in stored.rows[1:]):
+            return
+        row = await turns.select_latest_turn(self.database, stored.session.id)
+        if row is not None and (row["id"], row["owner"], row["status"]) == (stored.id, self.worker, "running"):
+            await self._adopt(row)
+
+    async def _adopt(self, row: Row) -> None:
+        """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
+        turn = await self._from_row(row)
+        if turn is None or turn.stored is None:
+            return
+        if row["stop_requested"] or any(each["content"] for each in turn.replies.values()):
+            turn.early = "stopped" if row["stop_requested"] else "interrupted"
+        self._launch(turn, turn.stored, Limits(self.settings.max_tokens), 0)
+
+    async def _from_row(self, row: Row) -> Turn | None:
+        """Return the turn of a row that is ours and that nobody here knows, entered into `turns`."""
+        if row["id"] in self.turns:
+            return None
+        session = await sessions.select_unchecked(self.database, row["session_id"])
+        rows = tuple(await turns.select_turn_messages(self.database, row["id"]))
+        if row["id"] in self.turns or not rows:
+            return None
+        turn = self.turns[row["id"]] = Turn(row["id"], session, row["account_id"])
+        turn.stored = StoredTurn(turn.id, session, turn.account_id, row["position"], "", rows, True)
+        return turn
+
+    # -- what beats
 
     async def _checkpoint(self) -> None:
         """Write the text so far of every reply that said something since the last time, in one transaction.
@@ -506,27 +706,25 @@ class Generation:
         """
         now = time.monotonic()
         values: list[Row] = []
-        for running in self.running.values():
-            turn_log = running.writer.log
-            rests = now - running.checkpointed_at < self.settings.checkpoint_with_redis and running.writer.safe
-            if turn_log.shown <= running.checkpointed or running.fenced or rests:
+        for turn in self.turns.values():
+            if turn.state != "answering" or turn.voice is None:
                 continue
-            running.checkpointed, running.checkpointed_at = turn_log.shown, now
-            if not any(turn_log.text(reply["id"]) for reply in running.turn.replies):
+            if turn.voice.safe and now - turn.checkpointed_at < self.settings.checkpoint_with_redis:
                 continue
-            # All replies or none: only where each says what it is at one event, storage knows all that was said by it.
-            values += [
-                {
-                    "session_id": running.turn.session.id,
-                    "id": reply["id"],
-                    "turn_id": running.turn.id,
-                    "owner": self.worker,
-                    "content": turn_log.text(reply["id"]),
-                    "seq": turn_log.shown,
-                    "now": self.database.now(),
-                }
-                for reply in running.turn.replies
-            ]
+            turn.checkpointed_at = now
+            for side in turn.open:
+                if (length := len(turn.text(side))) > turn.checkpointed[side]:
+                    turn.checkpointed[side] = length
+                    values.append(
+                        {
+                            "session_id": turn.session.id,
+                            "id": turn.replies[side]["id"],
+                            "turn_id": turn.id,
+                            "owner": self.worker,
+                            "content": turn.text(side),
+                            "now": self.database.now(),
+                        }
+                    )
         if values:
             await turns.checkpoint(self.database, values)
         await self._unused.give_back()
@@ -537,55 +735,40 @@ class Generation:
         if self.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
-            if row["id"] in self.running or row["id"] in self._launching:
-                continue  # our own, not renewed in time: now it is
-            self.relay.count("taken_over")
-            log.warning("turn %s: its worker is gone, ending it", row["id"])
-            self.spawn(self._end_orphan(row))
+            if row["id"] not in self.turns:  # else it is our own and was not renewed in time: now it is
+                self.relay.count("taken_over")
+                log.warning("turn %s: its worker is gone, ending it", row["id"])
+                self.tasks.spawn(self._take_over(row))
         await accounts.delete_expired(self.database)
 
-    async def _end_orphan(self, row: Row) -> None:
-        """End a turn nobody answers. Where storage goes away meanwhile, the next renewal finds it still ours."""
-        if row["id"] in self._orphans or row["id"] in self.running:
+    async def _take_over(self, row: Row) -> None:
+        """End a turn whose worker died. Where the database goes away meanwhile, the next renewal finds it ours."""
+        turn = await self._from_row(row)
+        if turn is None:
             return
-        self._orphans.add(row["id"])
+        turn.early = "stopped" if row["stop_requested"] else "interrupted"
+        room = await self.relay.enter(turn.session)
         try:
-            with contextlib.suppress(StorageUnavailable):
-                await self._bury(row)
+            await self._inherit(turn, room)
+        except Exception:
+            log.exception("turn %s could not be taken over", turn.id)
         finally:
-            self._orphans.discard(row["id"])
+            await self._conclude(turn, room, 0)
 
-    async def _bury(self, row: Row) -> None:
-        """End a turn taken from a dead worker: what was said of it is kept, the rest is `interrupted`."""
-        session = await sessions.select_unchecked(self.database, row["session_id"])
-        rows = tuple(await turns.select_turn_messages(self.database, row["id"]))
-        turn = Turn(row["id"], session, row["account_id"], rows, True)
-        known = max(each["seq"] for each in rows)
-        writer = await self.relay.write(session, turn.id, row | {"status": "running", "seq": known})
-        running = self.running[turn.id] = Running(turn, writer)
-        writer.ending = lambda ends, seq: self._store_end(running, ends, seq)
-        writer.skip_ahead()
-        status, reason = ("stopped", None) if row["stop_requested"] else ("interrupted", "interrupted")
-        # All is stored before any of it is told: should we die, too, the next one tells it with the same numbers.
-        endings: list[Row] = []
-        for reply in turn.replies:
-            said, known = writer.log.ending(reply["id"]), self.relay.mask.message(session, reply)
-            if said is not None:
-                # What readers were told stays true, also where storage took something else or nothing in time.
-                if any(said[name] != known[name] for name in ("content", "status", "failure_reason")):
-                    ending = {name: said[name] for name in turns.ENDING if name in said}
-                    running.unsaved.append(reply | ending | {"seq": writer.log.shown})
-            elif reply["status"] in ("pending", "streaming"):
-                stored = await self._store(running, reply, Result(status, reason), 0.0)
-                endings += [stored] if stored is not None else []
-            else:
-                endings.append(reply)
-        saying = self.spawn(writer.run())
-        for message in self.relay.mask.messages(session, list(rows)):
-            if message["id"] not in writer.log.bodies:  # its worker died before it said a word
-                writer.create(message)
-        for ending in endings:
-            writer.complete(self.relay.mask.message(session, ending))
-        writer.end()
-        await saying
-        await self._end(running, 0)
+    async def _inherit(self, turn: Turn, room: Room) -> None:
+        """Learn the longest text known of a turn: from the checkpoint, Redis, and the room here."""
+        stored = turn.stored
+        assert stored is not None
+        turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
+        messages = self.relay.mask.messages(turn.session, list(stored.rows))
+        answer = Answer(turn.id, stored.position, stored.previous, messages)
+        await self.relay.live_texts(answer)
+        answer = room.begin(answer)
+        turn.voice = self.relay.voice(room, answer)
+        turn.voice.begin()
+        if not turn.open:  # only the turn itself was left to end
+            await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
+        for side in sorted(turn.open):
+            ending = answer.replies[side].ending
+            if ending is not None:  # readers were told so, and that stays true
+                await self._finish(turn, side, Result(ending["status"], ending["failure_reason"]), 0.0)

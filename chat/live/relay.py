@@ -1,7 +1,7 @@
-"""All rooms of a worker and the turns it writes: entering and leaving, cursors, logs read again, signs of life.
+"""All rooms of a worker: entering and leaving them, what they learn from, and what is told to the rooms elsewhere.
 
-A room is opened by its first follower or owned turn and closed by its last; it has one broadcaster subscription. Join
-is: subscribe, then read, then drop what is known already.
+A room is opened by its first follower or owned turn and closed by its last; it has one broadcaster subscription.
+Joining is: subscribe, then read, then merge what is learned twice.
 """
 
 from __future__ import annotations
@@ -9,30 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from itertools import takewhile
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 from broadcaster import Broadcast
 
+from ..errors import ChatError, RelayUnavailable, not_found
+from ..formats.tellings import Dialect
 from ..settings import Settings
 from ..store import sessions, turns
 from ..store.database import Database
-from ..store.queries import Row
 from ..store.sessions import Mask, Session
-from .bus import Gather, RedisBus, RelayUnavailable
-from .events import Dialect, Notice, Said, Stop, TurnLog, decode_bus, encode
-from .rooms import Follower, Room
-from .writer import Pace, Patience, Writer, log_key
+from ..tasks import Tasks
+from .answers import Answer, Cursor
+from .bus import GAP, Gather, RedisBus
+from .events import LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
+from .rooms import Follower, Past, Room, placed
+from .voice import Patience, Voice, text_key
 
-SAID = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what a log says of a message
-SNAPSHOT_TRIES = 3  # storage and a room that still tell different stories are told as they are
-ONE_MOMENT = 4.0  # seconds to wait for a checkpoint after a side's end; longer than between two with Redis
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
+SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
+UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
 
 
 class Relay:
-    """All rooms of this worker and the turns it writes."""
+    """All rooms of this worker."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Relay:
         broadcast: Broadcast,
         bus: RedisBus | None,
         worker: str,
+        tasks: Tasks | None = None,
     ) -> None:
         self.settings = settings
         self.database = database
@@ -49,325 +52,339 @@ class Relay:
         self.broadcast = broadcast
         self.bus = bus
         self.origin = worker
-        self.rooms: dict[str, Room] = {}
-        self.writers: dict[str, Writer] = {}  # running ones, and ended ones while their log is kept
+        self.tasks = tasks or Tasks()
+        self.rooms: dict[str, Room] = {}  # by the session's key
+        self.voices: set[Voice] = set()
         self.counts: dict[str, int] = {}
-        self.lag = 0.0  # seconds that message took
+        self.lag = 0.0  # seconds our own sign of life took through the bus
+        self.heard_at = 0.0  # monotonic: when it last came back
+        self.on_stop: Callable[[str], None] = lambda turn_id: None
         self._sent_at = 0.0
-        self.heard_at = 0.0  # monotonic: when our own sign of life last came back through the bus
-        self.on_stop: Any = lambda turn_id: None
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._channel = f"parley:worker:{worker}"
+        self._beat_channel = self._channel("worker", worker)
+        self._everyone = self._channel("workers")
         self._gather = Gather(settings.publish_every) if bus is None else bus.gather
         self._patience = Patience(settings.relay_ack)
-        self._echo: asyncio.Task[None] | None = None
+        self._untold: dict[str, None] = {}  # channels on which something could not be published
         if bus is not None:
-            bus.on_return = self._resend
+            bus.on_return = self._redis_is_back
+
+    def _channel(self, *parts: str) -> str:
+        return self.bus.name(*parts) if self.bus is not None else ":".join(parts)
 
     def count(self, name: str) -> None:
         self.counts[name] = self.counts.get(name, 0) + 1
+
+    def stop_here(self, turn_id: str) -> None:
+        self.on_stop(turn_id)
+
+    def spawn(self, work: Any) -> Any:
+        return self.tasks.spawn(work)
 
     # -- life
 
     async def start(self) -> None:
         await self.broadcast.connect()
-        started = asyncio.Event()
-        self._echo = asyncio.create_task(self._hear_own(started))
-        await started.wait()
+        for channel, hear in ((self._beat_channel, self._hear_own), (self._everyone, self._hear_everyone)):
+            started = asyncio.Event()
+            self.spawn(self._listen(channel, hear, started))
+            await started.wait()
         await self.beat()
 
     async def stop(self) -> None:
         await self._hang_up()
-        if self._echo is not None:
-            self._echo.cancel()
         for room in list(self.rooms.values()):
             await room.close()
+        await self.tasks.cancel()
         await self.broadcast.disconnect()
 
     async def _hang_up(self) -> None:
         """Send every reader away, to come back to another worker: not every server does that when it ends."""
+        restarting = ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
         for room in self.rooms.values():
-            for follower in room.followers:
-                follower.hang_up()
+            room.send_away(restarting)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL):
                 while any(room.followers for room in self.rooms.values()):
                     await asyncio.sleep(0.01)
 
-    async def _hear_own(self, started: asyncio.Event) -> None:
-        async with self.broadcast.subscribe(self._channel) as subscriber:
+    async def _listen(self, channel: str, hear: Callable[[str], None], started: asyncio.Event) -> None:
+        async with self.broadcast.subscribe(channel) as subscriber:
             started.set()
-            while await subscriber.get():
-                self.heard_at = time.monotonic()
-                self.lag = self.heard_at - self._sent_at
+            while True:
+                hear((await subscriber.get()).message)
+
+    def _hear_own(self, payload: str) -> None:
+        if payload != GAP:
+            self.heard_at = time.monotonic()
+            self.lag = self.heard_at - self._sent_at
+
+    def _hear_everyone(self, payload: str) -> None:
+        if payload == GAP:
+            return  # each room's own channel has the same gap
+        with contextlib.suppress(ValueError):
+            message = decode_bus(payload[payload.find("[") :])
+            if isinstance(message, RightsChanged):
+                self._check_account(message.account_id)
 
     async def beat(self) -> None:
-        """Send a sign of life through the bus, look after silent turns, forget old logs. Called every second or so."""
+        """Send a sign of life through the bus; look after silent turns and expired credentials. Called every second."""
         self._sent_at = time.monotonic()
-        await self._publish(self._channel, "alive")
-        now = time.monotonic()
-        for turn_id, writer in list(self.writers.items()):
-            if writer.stored and writer.log.ended_at and now - writer.log.ended_at > self.settings.log_kept:
-                del self.writers[turn_id]
-        for room in self.rooms.values():
-            if room.unrepaired:
-                room.repair()
-            for turn_log in room.logs:
-                silent = not turn_log.ended and turn_log.id not in self.writers
-                if silent and now - turn_log.heard_at > self.settings.relay_silence:
-                    turn_log.heard_at = now
-                    room.repair()
-
-    async def _publish(self, channel: str, payload: str) -> bool:
-        try:
+        with contextlib.suppress(RelayUnavailable, TimeoutError):
             async with asyncio.timeout(self.settings.relay_ack):
-                await self.broadcast.publish(channel, payload)
-        except (RelayUnavailable, TimeoutError):
-            return False
-        return True
-
-    def _resend(self) -> None:
-        for writer in self.writers.values():
-            writer.resend()
-
-    # -- entering and leaving
-
-    def _lock(self, session_id: str) -> asyncio.Lock:
-        lock = self._locks.get(session_id)
-        if lock is None:
-            lock = self._locks[session_id] = asyncio.Lock()
-        return lock
-
-    async def _enter(self, session_id: str, own: str = "") -> Room:
-        """The session's room, open. Call under its lock."""
-        room = self.rooms.get(session_id)
-        if room is None:
-            room = Room(self, session_id)
-            await room.open(own)
-            self.rooms[session_id] = room
-        return room
-
-    async def _leave(self, room: Room) -> None:
-        async with self._lock(room.session_id):
-            await self._close_empty(room)
-
-    async def _close_empty(self, room: Room) -> None:
-        """Close the room if nobody is in it. Call under its session's lock."""
-        if not room.followers and not room.writing and self.rooms.get(room.session_id) is room:
-            del self.rooms[room.session_id]
-            await room.close()
-
-    async def join(self, session_id: str, dialect: Dialect, account_id: str = "") -> Follower:
-        """Follow a session from its running turn's start, or from what comes next. Leave with `leave`."""
-        async with self._lock(session_id):
-            room = await self._enter(session_id)
-            follower = Follower(room, dialect, account_id)
-            room.followers.add(follower)
-        follower.log = room.logs[-1] if room.logs else None
-        follower.seq = follower.log.shown if follower.log else -1
-        return follower
-
-    async def leave(self, follower: Follower) -> None:
-        follower.room.followers.discard(follower)
-        await self._leave(follower.room)
-
-    # -- cursors
-
-    async def resume(self, follower: Follower, cursor: tuple[str, int]) -> bool:
-        """Put the follower at its cursor. False: the cursor cannot be served exactly; it needs a snapshot."""
-        turn_id, seq = cursor
-        turn_log = follower.room.find(turn_id)
-        writer = self.writers.get(turn_id)
-        if writer is not None and writer.fence is not None and seq > writer.log.last:
-            await writer.fence()  # a reader knows more of our turn than we do: somebody else has gone on with it
-        if turn_log is None:
-            turn_log = await self._fetch(follower.room, turn_id)
-        elif seq > turn_log.last and turn_id not in self.writers:
-            await follower.room.read_again()
-        if turn_log is None or not turn_log.serves(seq):
-            return False
-        follower.log, follower.seq = turn_log, seq
-        return True
-
-    async def _fetch(self, room: Room, turn_id: str) -> TurnLog | None:
-        """Bring the logs from this turn on into the room; None when one of them is not kept any more."""
-        rows = await turns.select_turns_since(self.database, room.session_id, turn_id)
-        if rows and room.find(rows[-1]["id"]) is None and rows[-1]["id"] != room.before:
-            await room.read_again()  # what is missing at the end; then only the beginning is
-        found: dict[str, TurnLog] = {}
-        for row in takewhile(lambda row: room.find(row["id"]) is None, rows):
-            kept = await self._kept(row["id"])
-            if kept is None or not kept.ended:
-                return None
-            found[row["id"]] = kept
-        if room.find(turn_id) is None:  # else another reader has brought it meanwhile, and all after it
-            known = room.logs[0].id if room.logs else room.before
-            ids = [row["id"] for row in rows]
-            end = ids.index(known) + (not room.logs) if known in ids else 0
-            older = [found.get(each) for each in ids[:end]]
-            if not older or None in older:
-                return None  # too many, or logs have been forgotten meanwhile
-            room.put_before([each for each in older if each is not None])
-        return room.find(turn_id)
-
-    async def follow_turn(self, follower: Follower, turn_id: str, seq: int) -> bool:
-        """Put the follower in one turn, whether its log is kept or only its rows are left. False: nothing to read."""
-        turn_log = follower.room.find(turn_id)
-        if turn_log is None:
-            rows = await turns.select_turns_since(self.database, follower.room.session_id, turn_id)
-            if not rows:
-                return False
-            if rows[0]["status"] == "running":  # it began elsewhere and this room has not heard of it
-                await follower.room.read_again()
-            turn_log = follower.room.find(turn_id)
-            if turn_log is None:
-                turn_log = TurnLog(turn_id)  # of this reader alone: for the room's others it is long over
-                await self.refresh(follower.room.session_id, turn_log, rows[0])
-        follower.log, follower.seq, follower.of_turn, follower.notices = turn_log, seq, True, []
-        follower.inexact = not turn_log.serves(seq)
-        return True
-
-    async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
-        """The fields of `session_state`, and the follower moved to just behind it."""
-        rows = await turns.select_messages(self.database, session.id)
-        for _ in range(SNAPSHOT_TRIES):
-            if follower.room.agrees(rows):
-                break
-            # Said while the bus was away it must not come after this again; ended meanwhile its end would not come.
-            await follower.room.read_again()
-            rows = await turns.select_messages(self.database, session.id)
-        logs = follower.room.logs
-        messages = self.mask.messages(session, rows)
-        if logs:
-            messages = _as_of(logs[-1], messages, [row["turn_id"] for row in rows])
-        follower.log = logs[-1] if logs else None
-        follower.seq = follower.log.shown if follower.log else -1
-        running = follower.room.running
-        turn = {"id": running.id, "seq": running.shown} if running is not None else None
-        return {"session": self.mask.state(session), "messages": messages[-50:], "turn": turn}
-
-    # -- reading logs
-
-    async def _kept(self, turn_id: str) -> TurnLog | None:
-        """The turn's log as it was said: from our own memory or from Redis."""
-        writer = self.writers.get(turn_id)
-        if writer is not None:
-            return writer.log
-        if self.bus is None:
-            return None
-        try:
-            async with asyncio.timeout(self.settings.relay_ack * 4):
-                batches = await self.bus.command("LRANGE", log_key(turn_id), 0, -1)
-        except (RelayUnavailable, TimeoutError):
-            return None
-        turn_log = TurnLog(turn_id)
-        for batch in batches:
-            said = decode_bus(batch)
-            if isinstance(said, Said):
-                turn_log.append(said.entries)
-        turn_log.show()
-        return turn_log if turn_log.entries else None
-
-    async def bring(self, room: Room, row: Row) -> bool:
-        """Bring a turn's log in the room up to date. Whether it was behind."""
-        turn_log = room.find(row["id"])
-        if turn_log is not None:
-            return await self.refresh(room.session_id, turn_log, row)
-        turn_log = TurnLog(row["id"])
-        await self.refresh(room.session_id, turn_log, row)
-        room.add(turn_log)
-        return True
-
-    async def refresh(self, session_id: str, turn_log: TurnLog, row: Row) -> bool:
-        """Add what a log lacks, from Redis or else from the turn's rows. Whether it was behind."""
-        kept = await self._kept(row["id"])
-        if kept is not None:
-            turn_log.append(kept.entries)
-        if kept is None or turn_log.last < row["seq"] or (row["status"] == "ended" and not turn_log.closed):
-            end = row["seq"] if row["status"] == "ended" else None
-            # For a turn taken from a dead worker nobody writes another moment down.
-            deadline = time.monotonic() + (ONE_MOMENT if row["owner"] != self.origin else 0.0)
-            while not await self._catch_up(session_id, turn_log, end, time.monotonic() > deadline):
-                await asyncio.sleep(self.settings.checkpoint_every / 2)
-        return turn_log.show()
-
-    async def _catch_up(self, session_id: str, turn_log: TurnLog, end: int | None, anyway: bool) -> bool:
-        session = await sessions.select_unchecked(self.database, session_id)
-        rows = await turns.select_turn_messages(self.database, turn_log.id)
-        seqs = {each["id"]: each["seq"] for each in rows}
-        return turn_log.catch_up(self.mask.messages(session, rows), seqs, end, anyway=anyway)
-
-    # -- writing and telling
-
-    async def write(self, session: Session, turn_id: str, taken: Row | None = None) -> Writer:
-        """Become the writer of a new turn, or of one `taken` from a worker that died, after what that one said."""
-        settings = self.settings
-        paced = session.blind
-        pace = Pace(
-            ack=settings.relay_ack,
-            tick=settings.pace if paced else 0.0,
-            chars=settings.pace_chars,
-            kept=settings.log_kept,
-        )
-        async with self._lock(session.id):
-            room = await self._enter(session.id, turn_id if taken is None else "")
-            room.writing += 1
-            try:
-                if taken is not None:
-                    await room.read_again()
-                turn_log = await room.begin(turn_id)
-            except BaseException:
-                room.writing -= 1
-                await self._close_empty(room)
-                raise
-            writer = self.writers[turn_id] = Writer(
-                turn_log, room.channel, self.bus, pace, room.notify, self._gather, self._patience
-            )
-        return writer
-
-    def give_up(self, session_id: str, writer: Writer) -> None:
-        """Another worker has taken the turn: its words are read from now on, as on any worker."""
-        self.writers.pop(writer.log.id, None)
-        writer.abandon()
-        room = self.rooms.get(session_id)
-        if room is not None:
-            room.repair()
-
-    async def finish(self, session_id: str) -> None:
-        """A turn this process wrote has ended."""
-        room = self.rooms.get(session_id)
-        if room is not None:
-            room.writing -= 1
-            await self._leave(room)
-
-    async def tell(self, session_id: str, event: bytes, *, but: str = "") -> None:
-        """Send an event of the session itself to all its readers but one account's."""
-        notice = Notice(event.decode(), but)
-        if not await self._publish(f"parley:session:{session_id}", encode(notice).decode()):
-            room = self.rooms.get(session_id)
-            if room is not None:
-                room.notice(notice)
-
-    async def send_stop(self, session_id: str, turn_id: str) -> None:
-        """Tell a turn's owner to end it. Lost while Redis is away: the owner also finds it in storage."""
-        await self._publish(f"parley:session:{session_id}", encode(Stop(turn_id)).decode())
+                await self.broadcast.publish(self._beat_channel, "alive")
+        now, date = time.monotonic(), time.time()
+        for room in list(self.rooms.values()):
+            room.expire(date)
+            if now - room.silent_since > self.settings.relay_silence:
+                room.news_at = now
+                room.learn_again()
 
     @property
     def healthy(self) -> bool:
         """Whether a message went through the relay and back within the last 10 seconds."""
         return time.monotonic() - self.heard_at < 10
 
+    # -- entering and leaving
 
-def _as_of(turn_log: TurnLog, messages: list[dict[str, Any]], turn_ids: list[str]) -> list[dict[str, Any]]:
-    """Stored messages, those of the log's turn as that log tells them: what storage is ahead by is still to be said."""
-    stored = {message["id"]: message for message in messages}
-    said = turn_log.messages()
-    known = {message["id"] for message in said}
-    before = next((n for n, turn_id in enumerate(turn_ids) if turn_id == turn_log.id), len(messages))
-    older = [message for message in messages[:before] if message["id"] not in known]
-    for message in said:
-        row = stored.get(message["id"], message)
-        if not turn_log.ended or row["status"] in ("pending", "streaming"):  # else storage knows more: votes, clocks
-            row = row | {name: message[name] for name in SAID}
-        older.append(row)
-    return older
+    def _lock(self, key: str) -> asyncio.Lock:
+        lock = self._locks.get(key)
+        if lock is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
+
+    async def enter(self, session: Session) -> Room:
+        """Open the session's room for a turn of this worker; `leave` it after the turn. Reads nothing: cannot fail."""
+        async with self._lock(session.key):
+            room = await self._room(session)
+            room.writing += 1
+            return room
+
+    async def leave(self, room: Room) -> None:
+        room.writing -= 1
+        await self._close_empty(room)
+
+    async def join(
+        self,
+        session: Session,
+        dialect: Dialect,
+        account_id: str = "",
+        *,
+        member: bool = True,
+        recheck: Callable[[], Awaitable[None]] | None = None,
+        expires_at: float = 0.0,
+    ) -> Follower:
+        """Follow a session, from what comes next. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
+        async with self._lock(session.key):
+            room = await self._room(session)
+            follower = Follower(
+                room, dialect, account_id, member=member, recheck=recheck, expires_at=expires_at
+            )
+            room.followers.add(follower)
+        try:
+            await room.load()
+        except BaseException:
+            self.spawn(self.part(follower))
+            raise
+        follower.cursor = placed(room.answer)
+        return follower
+
+    async def part(self, follower: Follower) -> None:
+        follower.room.followers.discard(follower)
+        await self._close_empty(follower.room)
+
+    async def _room(self, session: Session) -> Room:
+        """Return the session's room, open. Call under its lock."""
+        room = self.rooms.get(session.key)
+        if room is None:
+            room = Room(self, session, self._channel("session", session.key))
+            await room.open(self.broadcast)
+            self.rooms[session.key] = room
+        return room
+
+    async def _close_empty(self, room: Room) -> None:
+        key = room.session.key
+        async with self._lock(key):
+            if not room.followers and not room.writing and self.rooms.get(key) is room:
+                del self.rooms[key]
+                await room.close()
+
+    # -- what rooms learn from
+
+    async def latest(self, room: Room) -> tuple[Session, Answer | None]:
+        """Return the session and its latest turn as the database has them. Raises `not_found`, `StorageUnavailable`."""
+        session = await sessions.select_unchecked(self.database, room.session.id)
+        if session.key != room.session.key:
+            raise not_found("session")
+        row = await turns.select_latest_turn(self.database, session.id)
+        return session, None if row is None else await self._answer(session, row)
+
+    async def past(self, session: Session, turn_id: str) -> Past:
+        """Return a turn of the session and the id of the turn after it. Raises `StorageUnavailable`."""
+        rows = await turns.select_turn_and_next(self.database, session.id, turn_id)
+        if not turn_id:
+            return Past(None, rows[0]["id"] if rows else "", True)
+        if not rows or rows[0]["id"] != turn_id:
+            return Past(None, "", False)
+        answer = await self._answer(session, rows[0])
+        return Past(answer, rows[1]["id"] if len(rows) > 1 else "", bool(rows[0]["resumable"]))
+
+    async def _answer(self, session: Session, row: dict[str, Any]) -> Answer | None:
+        """Make the answer of a turn from its rows; None when the turn was made again meanwhile."""
+        rows = await turns.select_turn_messages(self.database, row["id"])
+        if not rows:
+            return None
+        return Answer(row["id"], row["position"], row["previous"] or "", self.mask.messages(session, rows))
+
+    async def live_texts(self, answer: Answer) -> None:
+        """Learn from Redis what a running turn has said. A Redis that is away is made up for by the next checkpoint."""
+        if self.bus is None or answer.over:
+            return
+        sides = list(answer.replies)
+        try:
+            async with asyncio.timeout(self.settings.relay_ack * 4):
+                texts = await self.bus.command("MGET", *[text_key(self.bus, answer.turn_id, side) for side in sides])
+        except (RelayUnavailable, TimeoutError):
+            return
+        for side, data in zip(sides, texts, strict=True):
+            text = data.decode(errors="replace") if isinstance(data, bytes) else ""
+            if text.startswith(answer.replies[side].text):
+                answer.learn_text(side, text)
+            elif text and not answer.replies[side].text.startswith(text):
+                self.count("foreign")  # a value that no worker wrote
+
+    # -- cursors
+
+    async def resume(self, follower: Follower, cursor: Cursor) -> bool:
+        """Put the follower at a client's cursor. False: the turn is gone or of an earlier release."""
+        room = follower.room
+        answer = room.answer
+        if answer is not None and answer.turn_id == cursor.turn_id:
+            if not answer.fits(cursor):
+                return False
+            if cursor.over and not answer.over:
+                room.learn_again()  # the reader was told more than this room knows
+        else:
+            past = await room.past(cursor.turn_id)
+            if past.answer is None or not past.resumable or not past.answer.fits(cursor):
+                return False
+        follower.cursor = cursor
+        return True
+
+    async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
+        """Return the fields of `session_state` and move the follower behind it."""
+        room = follower.room
+        for _ in range(SNAPSHOT_TRIES):
+            rows = await turns.select_messages(self.database, session.id)
+            answer = room.answer
+            if (rows[-1]["turn_id"] if rows else None) == (answer.turn_id if answer is not None else None):
+                break
+            await room.learn()
+        messages = self.mask.messages(session, rows)
+        if answer is not None:
+            current = [message for message, row in zip(messages, rows, strict=True) if row["turn_id"] == answer.turn_id]
+            if len(current) == 1 + len(answer.replies):
+                answer.learn(Answer(answer.turn_id, answer.position, answer.previous, current))
+            messages = _as_told(answer, messages)
+            room.notify()
+        follower.cursor = placed(answer)
+        running = answer is not None and not answer.over
+        turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
+        return {"session": self.mask.state(session), "messages": messages[-50:], "turn": turn}
+
+    # -- telling
+
+    def voice(self, room: Room, answer: Answer) -> Voice:
+        """Return the way out of a turn of this worker. `silence` it after the turn."""
+        voice = Voice(
+            answer,
+            room.notify,
+            lambda payload: self._publish(room.channel, payload),
+            self._gather,
+            self._patience,
+            bus=self.bus,
+            channel=room.channel,
+        )
+        self.voices.add(voice)
+        return voice
+
+    def silence(self, voice: Voice) -> None:
+        self.voices.discard(voice)
+
+    def notice_of(self, session: Session, action: str) -> SessionNotice:
+        """Return the event that says how the session stands now."""
+        event = session_event(
+            "session_update", session=self.mask.session(session), action=action, version=session.version
+        )
+        return SessionNotice(event.decode(), event.decode(), session.version)
+
+    def tell(self, session: Session, notice: SessionNotice) -> None:
+        """Send an event of the session itself to all its readers."""
+        room = self.rooms.get(session.key)
+        if room is not None:
+            room.tell(notice)
+        self._publish(self._channel("session", session.key), encode(notice))
+
+    def tell_update(self, session: Session, action: str) -> None:
+        self.tell(session, self.notice_of(session, action))
+
+    def tell_deleted(self, session: Session) -> None:
+        """Tell all readers that the session is gone, and send them away."""
+        event = session_event(
+            "session_update", session={"id": session.id}, action="deleted", version=session.version + 1
+        ).decode()
+        self.tell(session, SessionNotice(event, event, session.version + 1))
+        self.check_rights(session)
+
+    def check_rights(self, session: Session) -> None:
+        """Have every follower of the session admitted again, on all workers."""
+        room = self.rooms.get(session.key)
+        if room is not None:
+            room.check_rights()
+        self._publish(self._channel("session", session.key), encode(RightsChanged()))
+
+    def check_account(self, account_id: str) -> None:
+        """Have every follower of the account admitted again, on all workers: its tokens were revoked."""
+        self._check_account(account_id)
+        self._publish(self._everyone, encode(RightsChanged(account_id)))
+
+    def _check_account(self, account_id: str) -> None:
+        for room in self.rooms.values():
+            room.check_rights(account_id)
+
+    def send_stop(self, session: Session, turn_id: str) -> None:
+        """Tell a turn's owner to end it. Lost while Redis is away: the owner also finds the wish in the database."""
+        self._publish(self._channel("session", session.key), encode(StopTurn(turn_id)))
+
+    def _publish(self, channel: str, payload: bytes) -> None:
+        if self.bus is None:
+            return
+
+        def answered(answer: Any) -> None:
+            if isinstance(answer, Exception) and len(self._untold) < UNTOLD_MAX:
+                self._untold[channel] = None
+
+        self.bus.tell(channel, payload, answered)
+
+    def _redis_is_back(self) -> None:
+        """Give Redis the texts it may have lost, and have other rooms learn what could not be published to them."""
+        untold, self._untold = self._untold, {}
+        for voice in self.voices:
+            voice.restore()
+            untold[voice.channel] = None
+        for channel in untold:
+            self._publish(channel, encode(LearnAgain() if channel != self._everyone else RightsChanged()))
+
+
+def _as_told(answer: Answer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return stored messages, the running replies among them with the text that has been told."""
+    told = {message["id"]: message for message in answer.messages}
+    known = {message["id"] for message in messages}
+    running = [message for message in told.values() if message["status"] in ("pending", "streaming")]
+    names = ("content", "status")
+    texts = {message["id"]: {name: message[name] for name in names} for message in running}
+    merged = [message | texts.get(message["id"], {}) for message in messages]
+    for place, message in enumerate(merged):
+        if message["status"] in ("pending", "streaming") and message["id"] in told and message["id"] not in texts:
+            merged[place] = told[message["id"]]
+    return merged + [message for id, message in told.items() if id not in known]

@@ -1,398 +1,493 @@
-"""One process's copy of what a session is saying, and those who read it here.
+"""One process's view of a session: the answer of the latest turn, and the followers that read it here.
 
-A room keeps turn logs; a follower keeps a cursor into them, not a queue, so that a slow reader costs nothing and gets
-fewer, larger events. What a room may have missed (a gap in the numbers, a bus that was away, a running turn gone
-silent) its relay reads again from Redis, or else from storage.
-Knows nothing of sockets: a follower is asked for frames and gives bytes.
+A follower holds only a cursor, so a slow reader costs nothing and gets fewer, larger events. A follower that is behind
+an older turn is told the rest of that turn from the database before it goes on. A room that may have missed something
+(words that begin beyond its text, a bus that was away, a running turn that fell silent) learns again from Redis and
+the database. A room knows nothing of sockets: its followers turn tellings into bytes and write them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from itertools import dropwhile
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from ..direct import Direct, Sleeper
 from ..errors import ChatError
-from ..store import turns
+from ..formats.tellings import Dialect, Telling
 from ..store.database import StorageUnavailable
-from ..store.queries import Row
+from ..store.sessions import Session
+from .answers import NOTHING, Answer, Cursor, start_of
 from .bus import GAP
-from .events import ENDED, Dialect, Notice, Said, Stop, TurnLog, decode_bus
+from .events import (
+    BusMessage,
+    LearnAgain,
+    ReplyEnded,
+    RightsChanged,
+    SessionNotice,
+    StopTurn,
+    TurnBegun,
+    TurnWords,
+    decode_bus,
+)
 
-if TYPE_CHECKING:
-    from .relay import Relay  # who opens a room is asked by it for what it missed
-
-NOTICES_KEPT = 32  # session events waiting for one reader; an older typing indicator is worth nothing
-
-
-class Direct(Protocol):
-    """A socket, or an answer's body, that can be written to without a task."""
-
-    @property
-    def blocked(self) -> bool: ...
-
-    def write(self, frames: bytes) -> None: ...
+NOTICES_MAX = 32  # session events waiting for one reader; the oldest typing indicator is dropped first
+AHEAD_MAX = 1_000  # messages with words that begin beyond the room's text, waiting for what lies between
+LEARN_EVERY = 0.25  # seconds between two attempts to learn again
+STORAGE_RETRY = 0.5  # seconds until a follower that is behind asks the database again
 
 
-class Sleeper:
-    """One that waits for news. Not by an `asyncio.Event`: that is 0.8 KB for each of whom there is nothing to say."""
+class Past(NamedTuple):
+    """An older turn as the database has it.
 
-    _asleep: asyncio.Future[None] | None = None
+    answer: None when the turn was deleted or made again; next_id: of the turn after it, "" for none; resumable: whether
+    clients can hold cursors of it.
+    """
 
-    async def sleep(self) -> None:
-        """Wait until roused; whoever looks for news first and sleeps then misses none."""
-        self._asleep = asyncio.get_running_loop().create_future()
-        await self._asleep
+    answer: Answer | None
+    next_id: str
+    resumable: bool
 
-    def rouse(self) -> None:
-        if self._asleep is not None and not self._asleep.done():
-            self._asleep.set_result(None)
+
+class Source(Protocol):
+    """Where a room learns from: the relay."""
+
+    origin: str
+
+    async def latest(self, room: Room) -> tuple[Session, Answer | None]:
+        """Return the session and its latest turn. Raises `not_found`, `StorageUnavailable`."""
+        ...
+
+    async def past(self, session: Session, turn_id: str) -> Past: ...
+
+    async def live_texts(self, answer: Answer) -> None:
+        """Learn from Redis the texts of a turn that runs."""
+        ...
+
+    def notice_of(self, session: Session, action: str) -> SessionNotice: ...
+
+    def stop_here(self, turn_id: str) -> None: ...
+
+    def count(self, name: str) -> None: ...
+
+    def spawn(self, work: Any) -> Any: ...
 
 
 class Follower(Sleeper):
-    """One reader of a room: a cursor (`log`, `seq`) and the session events it has not taken yet."""
+    """One reader of a room: its cursor, and the session events it has not been told yet."""
 
-    def __init__(self, room: Room, dialect: Dialect, account_id: str = "") -> None:
+    def __init__(
+        self,
+        room: Room,
+        dialect: Dialect,
+        account_id: str = "",
+        *,
+        member: bool = True,
+        recheck: Callable[[], Awaitable[None]] | None = None,
+        expires_at: float = 0.0,
+    ) -> None:
+        """recheck: runs the admission again and raises `ChatError` when the right to read has ended.
+
+        member: an owner or voter, who is told more of a session than a reader of a share. expires_at: of the
+        credential, Unix seconds; 0: never.
+        """
         self.room = room
         self.dialect = dialect
         self.account_id = account_id
-        self.log: TurnLog | None = None
-        self.seq = -1
-        self.lost = False  # it needs a snapshot before anything else
-        self.inexact = False  # its cursor lies inside a run: text from there would come twice
-        self.of_turn = False  # it reads one turn and nothing else
-        self.over = False  # this worker ends: its reader is to come back to another
-        self.direct: Direct | None = None  # written to at once while it keeps up
+        self.member = member
+        self.recheck = recheck
+        self.expires_at = expires_at
+        self.cursor: Cursor = NOTHING
+        self.one_turn = False  # the follower reads one turn and nothing else
+        self.interrupted = False  # the reader's coroutine has something else to do first: a frame asked for it
+        self.lost = False  # the turn of the cursor is gone: the reader needs a snapshot
+        self.ended: ChatError | None = None  # why the follower is sent away
+        self.direct: Direct | None = None  # written to by the room while the reader keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
-        self.sign_of_life = b""  # what a reader of one turn is to be told next, whatever else there is
-        self._busy = True  # its own coroutine is speaking: nobody else may
-        self.notices: list[bytes] = []
+        self.ping = b""  # the next sign of life of a stream
+        self._busy = True  # the reader's own coroutine is writing: the room must not
+        self._notices: list[tuple[str, bytes]] = []
 
-    def wake(self) -> None:
-        """There is something new. A reader in step that can be written to is, here; others are told."""
-        direct = self.direct
-        if direct is None or direct.blocked or self.of_turn or not self.idle:
-            self.rouse()
-            return
-        for frames in self.take():
-            direct.write(frames)
-
-    def note(self, notice: bytes) -> None:
-        """Have a session event said."""
-        self.notices = [*self.notices, notice][-NOTICES_KEPT:]
-        self.wake()
-
-    def nudge(self, said: bytes) -> None:
-        """Have a reader of one turn say this between two events."""
-        self.sign_of_life = said
-        self.rouse()
-
-    def hang_up(self) -> None:
-        """Have its coroutine say what there is and then raise `draining`."""
-        self.over = True
-        self.rouse()
+    # -- what the room does
 
     @property
     def idle(self) -> bool:
-        """Whether its coroutine waits for news and has nothing of its own to say first."""
-        return not (self._busy or self.lost or self.inexact or self.notices)
+        """Whether the reader's coroutine waits for news and has nothing of its own to write first."""
+        return not (self._busy or self.interrupted or self.lost or self._notices or self.ended)
+
+    def note(self, notice: bytes, kind: str = "") -> None:
+        """Have a session event told. Of typing indicators only the last ones are worth telling."""
+        if self.one_turn:
+            return
+        if self.direct is not None and not self.direct.blocked and self.idle:
+            self.direct.write(self.wrap(notice))
+            return
+        if len(self._notices) >= NOTICES_MAX:
+            old = next((n for n, (each, _) in enumerate(self._notices) if each == "typing_indicator"), 0)
+            del self._notices[old]
+        self._notices.append((kind, notice))
+        self.rouse()
+
+    def send_ping(self, ping: bytes) -> None:
+        self.ping = ping
+        self.rouse()
+
+    def interrupt(self) -> None:
+        """Have `next` return at once: the reader's coroutine is asked for something else."""
+        self.interrupted = True
+        self.rouse()
+
+    def send_away(self, problem: ChatError) -> None:
+        """Have `next` raise: at once, or where the reader may come back, once everything known was told."""
+        self.ended = self.ended or problem
+        self.rouse()
+
+    # -- what the reader's coroutine does
 
     async def next(self) -> list[bytes]:
-        """Wait until there is something to say and return all of it, merged; nothing when the reader is `lost`.
+        """Wait until there is something to tell and return all of it.
 
-        Raises `draining` once there is nothing left and will be no more.
+        Empty when the follower was interrupted or is lost, and at the end of its one turn. Raises the error with which
+        the follower is sent away.
         """
-        self._busy = False
-        while not self.lost and not (frames := self.take()):
-            await self._news()
-        self._busy = True
-        return [] if self.lost else frames
-
-    async def next_of_turn(self) -> list[bytes]:
-        """Like `next`, for a reader of one turn: an empty list when the turn has been said to its end."""
-        while self.log is not None:
-            if self.sign_of_life:
-                said, self.sign_of_life = self.sign_of_life, b""
-                return [said]
-            if self.inexact and self.log.ended:
-                entries, self.seq, self.inexact = self.log.endings(self.seq), self.log.shown, False
-                return self.dialect(self.log, entries)
-            if self.seq < self.log.shown and not self.inexact:
-                return self._advance()
-            if self.log.ended:
-                break
+        while True:
+            if self.ended is not None and self.ended.code != "draining":
+                raise self.ended
+            if self.interrupted or self.lost:
+                return []
+            if frames := self._take_ping() + self._take_notices() + await self._owed():
+                return frames
+            if self.ended is not None:
+                raise self.ended
+            if self.one_turn and self.cursor.over:
+                return []
             self._busy = False
-            await self._news()
+            await self.sleep()
             self._busy = True
-        return []
 
-    async def _news(self) -> None:
-        if self.over:
-            raise ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
-        await self.sleep()
+    def _take_ping(self) -> list[bytes]:
+        ping, self.ping = self.ping, b""
+        return [ping] if ping else []
 
-    def take(self) -> list[bytes]:
-        frames = [self.wrap(notice) for notice in self.notices]
-        self.notices = []
-        if self.log is None and self.room.logs:
-            self.log, self.seq = self.room.logs[0], -1
-        while self.log is not None:
-            if self.seq < self.log.shown:
-                frames += self._advance()
-            if not self.log.ended or self.log.next is None:
-                break
-            self.log, self.seq = self.log.next, -1
-        return frames
+    def _take_notices(self) -> list[bytes]:
+        notices, self._notices = self._notices, []
+        return [self.wrap(notice) for _, notice in notices]
 
-    def _advance(self) -> list[bytes]:
-        assert self.log is not None
-        frames = self.log.frames(self.seq, self.dialect)
-        self.seq = self.log.shown
-        return frames
+    async def _owed(self) -> list[bytes]:
+        """Return what is to be told now: of the room's answer, or else of the older turn the cursor is in."""
+        answer = self.room.answer
+        if self.room.in_step(self):
+            assert answer is not None
+            tellings, self.cursor = answer.owed(self.cursor)
+            return self.dialect(answer.turn_id, tellings) if tellings else []
+        if self.one_turn and self.cursor.over:
+            return []
+        if answer is None and self.cursor.turn_id == "":
+            return []
+        return await self._owed_from_storage()
+
+    async def _owed_from_storage(self) -> list[bytes]:
+        """Tell the rest of an older turn, then go on to the turn after it."""
+        cursor = self.cursor
+        try:
+            answer, next_id, _ = await self.room.past(cursor.turn_id)
+        except StorageUnavailable:
+            await asyncio.sleep(STORAGE_RETRY)
+            return []
+        if self.cursor is not cursor:
+            return []  # the room has moved the follower meanwhile
+        if cursor.turn_id and (answer is None or not answer.fits(cursor)):
+            self.lost = True
+            return []
+        tellings: list[Telling] = []
+        if answer is not None:
+            tellings, self.cursor = answer.owed(cursor)
+        if self.cursor.over and next_id and not self.one_turn:
+            self.cursor = start_of(next_id)
+        elif not tellings:
+            # The database knows no more than the reader: the room has to learn which turn is the latest.
+            self.room.learn_again()
+            await asyncio.sleep(LEARN_EVERY)
+        return self.dialect(cursor.turn_id, tellings) if tellings else []
 
     @property
     def lag(self) -> int:
-        """Events said and not taken yet."""
-        return 0 if self.log is None else self.log.shown - self.seq
+        """Characters the reader has not been told of the room's answer."""
+        answer = self.room.answer
+        return answer.behind(self.cursor) if answer is not None and answer.turn_id == self.cursor.turn_id else 0
 
 
 class Room:
-    """One process's copy of what a session is saying."""
+    """One process's view of a session. It belongs to one session, not to its id: an id may be used again."""
 
-    def __init__(self, relay: Relay, session_id: str) -> None:
-        self.relay = relay
-        self.session_id = session_id
-        self.channel = f"parley:session:{session_id}"
-        self.logs: list[TurnLog] = []
+    def __init__(self, source: Source, session: Session, channel: str) -> None:
+        self.session = session
+        self.channel = channel
+        self.answer: Answer | None = None  # of the latest turn
         self.followers: set[Follower] = set()
-        self.writing = 0  # turns this process owns here
-        self.before = ""  # the turn that had ended when this room opened; what came after it readers have to be told
-        self._early: list[Said] | None = []  # what is heard before the first read is done
+        self.writing = 0  # turns of this process here
+        self.version = session.version
+        self.news_at = time.monotonic()
+        self._source = source
+        self._ahead: list[TurnWords] = []
         self._subscription: AbstractAsyncContextManager[Any] | None = None
-        self._pump: asyncio.Task[None] | None = None
-        self._repairing: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._learning: asyncio.Task[None] | None = None
         self._again = False
-        self._reading = asyncio.Lock()
+        self._loaded: asyncio.Task[None] | None = None
+        self._pasts: dict[str, asyncio.Task[Past]] = {}
 
     # -- opening and closing, under the relay's lock of this session
 
-    async def open(self, own: str = "") -> None:
-        """own: the turn it is opened for, which this process is about to begin: there is nothing to read of it."""
-        self._subscription = self.relay.broadcast.subscribe(self.channel)
+    async def open(self, broadcast: Any) -> None:
+        """Subscribe. Never fails: a bus that is away makes up for it with a gap marker."""
+        self._subscription = broadcast.subscribe(self.channel)
         subscriber = await self._subscription.__aenter__()
-        self._pump = asyncio.create_task(self._listen(subscriber))
-        try:
-            await self._load(own)
-        except BaseException:
-            await self.close()
-            raise
+        self._listening = self._source.spawn(self._listen(subscriber))
 
-    async def _load(self, own: str) -> None:
-        self.before = own  # what is read again before it begins starts there, not at the session's first turn
-        latest = None if own else await turns.select_latest_turn(self.relay.database, self.session_id)
-        if latest is not None and (latest["status"] == "running" or latest["id"] in self.relay.writers):
-            await self.relay.bring(self, latest)
-        elif latest is not None:
-            self.before = latest["id"]
-        early, self._early = self._early or [], None
-        for said in early:
-            self._said(said)
-        if self._again:
-            self.repair()
+    async def load(self) -> None:
+        """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`."""
+        if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
+            self._loaded = asyncio.ensure_future(self.learn())
+        await asyncio.shield(self._loaded)
 
     async def close(self) -> None:
-        for task in (self._pump, self._repairing):
+        for task in (self._listening, self._learning):
             if task is not None:
                 task.cancel()
-        self._pump = self._repairing = None  # a task that was cancelled keeps its frame, which keeps the room
+        self._listening = self._learning = self._loaded = None
         if self._subscription is not None:
             await self._subscription.__aexit__(None, None, None)
 
-    # -- hearing
+    # -- learning
 
     async def _listen(self, subscriber: Any) -> None:
         while True:
-            self._hear((await subscriber.get()).message)
+            self.hear((await subscriber.get()).message)
 
-    def _hear(self, payload: str) -> None:
+    def hear(self, payload: str) -> None:
+        """Learn from one message of the bus."""
         if payload == GAP:
-            self.repair()
+            self.learn_again()
+            self.check_rights()  # the news that a right has ended may have been lost as well
             return
         try:
-            message = decode_bus(payload if payload.startswith("[") else payload[len(self.relay.origin) :])
+            message = decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :])
         except msgspec.DecodeError:
-            self.relay.count("foreign")
+            self._source.count("foreign")
             return
-        if isinstance(message, Said):
-            if self._early is None:
-                self._said(message)
-            else:
-                self._early.append(message)
-        elif isinstance(message, Notice):
-            self.notice(message)
-        elif isinstance(message, Stop):
-            self.relay.on_stop(message.turn_id)
+        self._take(message)
 
-    def _said(self, said: Said) -> None:
-        if said.turn_id in self.relay.writers:
+    def _take(self, message: BusMessage) -> None:
+        match message:
+            case TurnWords():
+                self._words(message)
+            case TurnBegun(turn_id, position, previous, messages):
+                self.begin(Answer(turn_id, position, previous, messages))
+            case ReplyEnded(turn_id, side, ending):
+                if (answer := self._answer_of(turn_id)) is not None:
+                    answer.learn_ending(side, ending)
+                    self.notify()
+            case SessionNotice():
+                self.tell(message)
+            case RightsChanged():
+                self.check_rights()
+            case LearnAgain():
+                self.learn_again()
+            case StopTurn(turn_id):
+                self._source.stop_here(turn_id)
+
+    def _answer_of(self, turn_id: str) -> Answer | None:
+        """Return the room's answer if it is this turn's. Another turn is older, or one whose beginning was missed."""
+        self.news_at = time.monotonic()
+        if self.answer is not None and self.answer.turn_id == turn_id:
+            return self.answer
+        self.learn_again()
+        return None
+
+    def _words(self, words: TurnWords) -> None:
+        answer = self._answer_of(words.turn_id)
+        if answer is None:
+            self._ahead = [*self._ahead[-AHEAD_MAX:], words]
             return
-        turn_log = self.find(said.turn_id)
-        if turn_log is None:
-            first = said.entries[0] if said.entries else None
-            # Said again after an outage it may be an older turn; only storage knows the order.
-            next_one = first is not None and first.kind == "created" and not first.from_seq
-            if not next_one or said.turn_id <= self.newest or self._behind:
-                self.repair()
-                return
-            turn_log = TurnLog(said.turn_id)
-            self.add(turn_log)
-        if not turn_log.append(said.entries):
-            self.repair()
-        if turn_log.show():
-            self.notify()
-
-    def notice(self, notice: Notice) -> None:
-        for follower in self.followers:
-            if not follower.of_turn and (not notice.account_id or follower.account_id != notice.account_id):
-                follower.note(notice.json.encode())
-
-    def notify(self) -> None:
-        """Say what is new: the same bytes, at once, to everyone in step; the others are woken."""
-        turn_log = self.logs[-1] if self.logs else None
-        shown = turn_log.shown if turn_log is not None else -1
-        seq, dialect, said = shown, None, b""
-        pieces: dict[tuple[int, Dialect], bytes] = {}  # not kept: of hundreds of turns it would fill the cache
-        for follower in self.followers:
-            direct = follower.direct
-            if direct is None or direct.blocked or follower.log is not turn_log or not follower.idle:
-                follower.wake()
-            elif follower.seq < shown:
-                if follower.seq != seq or follower.dialect is not dialect:
-                    seq, dialect = key = follower.seq, follower.dialect
-                    if key not in pieces:  # -1 < -1 is false: there is a log
-                        pieces[key] = b"".join(dialect(turn_log, turn_log.after(seq)))  # type: ignore[union-attr, arg-type]
-                    said = pieces[key]
-                follower.seq = shown
-                direct.write(said)
-                if follower.of_turn and turn_log.ended:  # type: ignore[union-attr]
-                    follower.wake()  # that was all it came for
-
-    # -- logs
-
-    def find(self, turn_id: str) -> TurnLog | None:
-        return next((each for each in self.logs if each.id == turn_id), None)
-
-    def add(self, turn_log: TurnLog) -> None:
-        """Put the next turn's log behind the others and drop those nobody can resume any more.
-
-        Logs are those of turns that follow one another: one left out here no reader would ever be told.
-        """
-        then = time.monotonic() - self.relay.settings.log_kept
-        behind = bool(self.logs) and not self.logs[-1].ended
-        if self.logs:
-            self.logs[-1].next = turn_log  # before it is dropped: readers stand in it and go on from there
-        kept = dropwhile(lambda each: each.ended and each.ended_at <= then, self.logs)
-        self.logs = [*kept, turn_log]
-        if behind:
-            self.repair()  # one turn runs at a time: the one before has ended, which this room has not heard
-
-    def put_before(self, older: list[TurnLog]) -> None:
-        """Bring in the logs of the turns right before those that are here, for the sake of an older cursor."""
-        for follower in self.followers:
-            if follower.log is None:  # it waits for what comes next and knows these
-                follower.log, follower.seq = older[-1], older[-1].shown
-        self.logs = older + self.logs
-        for each, following in zip(self.logs, self.logs[1:], strict=False):
-            each.next = following
-
-    @property
-    def running(self) -> TurnLog | None:
-        """The log of the turn that is being said, if one is."""
-        return self.logs[-1] if self.logs and not self.logs[-1].ended else None
-
-    def agrees(self, rows: list[Row]) -> bool:
-        """Whether stored messages and what this room has heard can be told as one: neither knows of more turns.
-
-        Only of the newest turn may storage know less or more: the log says how far its readers are.
-        """
-        if not rows:
-            return True
-        running = self.running
-        for row in rows:
-            ended = row["status"] in ENDED or row["role"] == "user"
-            if row["turn_id"] != self.newest:
-                if not ended:
-                    return False  # it has ended since the rows were read
-            elif running is not None and row["status"] in ENDED and running.ending(row["id"]) is None:
-                return False
-        return rows[-1]["turn_id"] == self.newest or self.find(rows[-1]["turn_id"]) is not None
-
-    # -- repair
-
-    def repair(self) -> None:
-        """Read again what may have been missed; once more afterwards if asked meanwhile."""
-        self._again = True
-        if self._early is None and (self._repairing is None or self._repairing.done()):
-            self._repairing = asyncio.create_task(self._repair())
-
-    async def _repair(self) -> None:
-        while self._again:
-            self._again = False
-            try:
-                await self.read_again()
-            except StorageUnavailable:
-                self._again = True
-                return  # the next beat or gap asks again
-
-    @property
-    def unrepaired(self) -> bool:
-        """Whether something may have been missed and could not be read yet."""
-        return self._again
-
-    @property
-    def _behind(self) -> bool:
-        """Whether a turn before the next one may still have to be read."""
-        return self._again or self._reading.locked()
-
-    @property
-    def newest(self) -> str:
-        return self.logs[-1].id if self.logs else self.before
-
-    async def read_again(self) -> None:
-        """Bring in what storage or Redis know beyond this room. Turns that begin meanwhile wait for it to end."""
-        async with self._reading:
-            await self._read_again()
+        if not answer.learn_pieces(words.pieces):
+            self._ahead = [*self._ahead[-AHEAD_MAX:], words]
+            self.learn_again()
         self.notify()
 
-    async def _read_again(self) -> None:
-        oldest = next((each.id for each in self.logs if not each.ended), self.newest)
-        while True:
-            rows = await turns.select_turns_since(self.relay.database, self.session_id, oldest)
-            for row in rows:
-                if row["id"] in self.relay.writers or row["id"] == self.before:
-                    continue
-                if await self.relay.bring(self, row):
-                    self.relay.count("gaps_filled")
-            if len(rows) < turns.AT_ONCE:
-                return
-            oldest = rows[-1]["id"]
+    def begin(self, answer: Answer) -> Answer:
+        """Learn of a turn. A later turn takes the place of the one before; an older one is old news.
 
-    async def begin(self, turn_id: str) -> TurnLog:
-        """The log of a turn that this process writes, after what may be missing before it.
-
-        What is being read again may have found the turn, whose row is there already: it gets one log, not two.
+        Returns the answer that the room goes on with, or the given one when it is of another turn.
         """
-        async with self._reading:
-            if self._again:
-                await self._read_again()
-            self.before = ""  # it was this turn; should another worker take it, its words are read like any other's
-            turn_log = self.find(turn_id)
-            if turn_log is None:
-                turn_log = TurnLog(turn_id)
-                self.add(turn_log)
-            return turn_log
+        self.news_at = time.monotonic()
+        if self.answer is not None and answer.turn_id == self.answer.turn_id:
+            self.answer.learn(answer)
+            answer = self.answer
+        elif self.answer is None or answer.position > self.answer.position:
+            self.answer = answer
+            start = start_of(answer.turn_id)
+            for follower in self.followers:
+                if follower.cursor.over and follower.cursor.turn_id == answer.previous and not follower.one_turn:
+                    follower.cursor = start
+        self.notify()
+        return answer
+
+    def learn_again(self) -> None:
+        """Learn what may have been missed from Redis and the database; once more afterwards if asked meanwhile."""
+        self._again = True
+        if self._learning is None or self._learning.done():
+            self._learning = self._source.spawn(self._keep_learning())
+
+    async def _keep_learning(self) -> None:
+        while self._again:
+            self._again = False
+            self._source.count("gaps_filled")
+            try:
+                await self.learn()
+            except StorageUnavailable:
+                self._again = True
+            except ChatError:
+                return  # the session is gone, and its followers are sent away
+            await asyncio.sleep(LEARN_EVERY)
+
+    async def learn(self) -> None:
+        """Learn from the database and Redis. Raises `not_found`, `StorageUnavailable`."""
+        try:
+            session, answer = await self._source.latest(self)
+        except ChatError as problem:
+            if problem.code == "not_found":
+                self.send_away(ChatError("not_found", "There is no such session."))
+            raise
+        if answer is not None:
+            await self._source.live_texts(answer)
+            self.begin(answer)
+        ahead, self._ahead = self._ahead, []
+        for words in ahead:
+            current = self.answer
+            if current is None or words.turn_id != current.turn_id or current.learn_pieces(words.pieces):
+                continue
+            self._ahead.append(words)
+            self._again = True
+        self._compare(session)
+        self.notify()
+
+    def _compare(self, session: Session) -> None:
+        """Tell followers what changed in the session's row while its notices may have been lost."""
+        before, self.session = self.session, session
+        if session.version > self.version:
+            revealed = before.blind and not session.blind
+            self.tell(self._source.notice_of(session, "revealed" if revealed else "updated"))
+
+    async def past(self, turn_id: str) -> Past:
+        """Read an older turn, once for all followers that ask meanwhile."""
+        if turn_id not in self._pasts:
+            task = self._pasts[turn_id] = asyncio.ensure_future(self._source.past(self.session, turn_id))
+            task.add_done_callback(lambda _: self._pasts.pop(turn_id, None))
+        return await asyncio.shield(self._pasts[turn_id])
+
+    @property
+    def silent_since(self) -> float:
+        """When a turn that runs elsewhere was last heard of; infinity when there is nothing to wait for."""
+        waiting = self._again or (self.answer is not None and not self.answer.over and not self.writing)
+        return self.news_at if waiting else float("inf")
+
+    # -- telling
+
+    def in_step(self, follower: Follower) -> bool:
+        """Whether the follower reads the room's answer, and not an older turn."""
+        answer, cursor = self.answer, follower.cursor
+        if answer is None:
+            return False
+        if cursor.turn_id == answer.turn_id:
+            return answer.fits(cursor)
+        if cursor.over and cursor.turn_id == answer.previous and not follower.one_turn:
+            follower.cursor = start_of(answer.turn_id)
+            return True
+        return False
+
+    def notify(self) -> None:
+        """Tell what is new: the same bytes, at once, to all followers in step; the others are woken."""
+        answer = self.answer
+        if answer is None:
+            return
+        told: dict[tuple[Cursor, Dialect], tuple[bytes, Cursor]] = {}
+        before: Cursor | None = None
+        dialect: Dialect | None = None
+        said, after = b"", NOTHING
+        for follower in self.followers:
+            direct = follower.direct
+            if direct is None or direct.blocked or not follower.idle or follower.cursor.turn_id != answer.turn_id:
+                follower.rouse()
+                continue
+            if follower.cursor is not before or follower.dialect is not dialect:
+                before, dialect = follower.cursor, follower.dialect
+                if (found := told.get((before, dialect))) is None:
+                    if not answer.fits(before):
+                        before = None
+                        follower.rouse()
+                        continue
+                    tellings, after = answer.owed(before)
+                    said = b"".join(dialect(answer.turn_id, tellings)) if tellings else b""
+                    told[before, dialect] = said, after
+                else:
+                    said, after = found
+            follower.cursor = after
+            if said:
+                direct.write(said)
+            if after.over and follower.one_turn:
+                follower.rouse()
+
+    def tell(self, notice: SessionNotice) -> None:
+        """Tell every follower a session event, as far as it is meant for them."""
+        self.version = max(self.version, notice.version)
+        kind = "typing_indicator" if notice.but else ""
+        event, public = notice.json.encode(), notice.public_json.encode()
+        for follower in list(self.followers):
+            said = event if follower.member else public
+            if said and not (notice.but and follower.account_id == notice.but):
+                follower.note(said, kind)
+
+    # -- rights
+
+    def check_rights(self, account_id: str = "") -> None:
+        """Admit followers again, those of an account or all; those whose right has ended are sent away."""
+        groups: dict[tuple[str, bool], list[Follower]] = {}
+        for follower in self.followers:
+            if follower.recheck is not None and account_id in ("", follower.account_id):
+                groups.setdefault((follower.account_id, follower.member), []).append(follower)
+        for group in groups.values():
+            self._source.spawn(_check(group))
+
+    def send_away(self, problem: ChatError) -> None:
+        for follower in list(self.followers):
+            follower.send_away(problem)
+
+    def expire(self, now: float) -> None:
+        """Send away the followers whose credential has expired. now: Unix seconds."""
+        for follower in self.followers:
+            if follower.expires_at and now > follower.expires_at:
+                follower.send_away(ChatError("token_expired", "The token of this connection has expired."))
+
+
+async def _check(group: list[Follower]) -> None:
+    """Run one admission for followers that were admitted by the same right."""
+    recheck = group[0].recheck
+    assert recheck is not None
+    try:
+        await recheck()
+    except StorageUnavailable:
+        return  # nobody can be admitted at the moment; the gap or change that comes next asks again
+    except ChatError as problem:
+        for follower in group:
+            follower.send_away(problem)
+
+
+def placed(answer: Answer | None) -> Cursor:
+    """Return the cursor of a reader that has everything of the room's answer."""
+    return NOTHING if answer is None else answer.snapshot()
+

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ChatError
-from ..live.events import encode
-from ..tokens import Tokens
+from ..tokens import SKEW, Tokens
 from .database import Database, StorageUnavailable, new_id
 from .queries import Query, Row
 
@@ -93,12 +92,22 @@ async def select_account(database: Database, id: str, token_version: int) -> Acc
 
 
 async def verified(database: Database, tokens: Tokens, kind: str, text: str) -> Account:
-    """The account behind a credential. `access` may be either of our long tokens: clients have one place to put it."""
+    """Return the account behind a credential."""
+    return (await verified_until(database, tokens, kind, text))[0]
+
+
+async def verified_until(database: Database, tokens: Tokens, kind: str, text: str) -> tuple[Account, float]:
+    """Return the account behind a credential and when the credential expires (Unix seconds; 0: never).
+
+    `access` may be either of our long tokens: clients have one place to put it. A ticket opens a connection that may
+    outlive it.
+    """
     kinds = {"access": ("access", "anonymous"), "anonymous": ("anonymous",), "ticket": ("ticket",)}[kind]
     token = tokens.verify(text, *kinds)
     if token.kind == "ticket":
         await insert_used_token(database, token.jti, token.exp)
-    return await select_account(database, token.id, token.tv)
+    account = await select_account(database, token.id, token.tv)
+    return account, 0.0 if token.kind == "ticket" else float(token.exp + SKEW)
 
 
 async def update_account(
@@ -112,7 +121,7 @@ async def update_account(
         {
             "id": id,
             "display_name": display_name,
-            "preferences": None if preferences is None else encode(preferences).decode(),
+            "preferences": None if preferences is None else msgspec.json.encode(preferences).decode(),
             "now": database.now(),
         },
     )

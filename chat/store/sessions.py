@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from ..errors import not_found
-from ..live.events import encode
 from ..settings import Model
 from .accounts import iso
 from .database import Database, new_id
@@ -64,6 +63,11 @@ class Session:
     last_message_at: int | None
     created_at: int
     updated_at: int
+
+    @property
+    def key(self) -> str:
+        """Name this session and no other: its id may be used again after it was deleted, by someone else."""
+        return f"{self.id}:{self.created_at}:{self.account_id[-12:]}"
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -238,7 +242,7 @@ async def insert_session(
             "model_a": models[0],
             "model_b": models[1],
             "is_open": int(is_open),
-            "metadata": encode(metadata or {}).decode(),
+            "metadata": msgspec.json.encode(metadata or {}).decode(),
             "now": database.now(),
         },
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from ..errors import ChatError, invalid, not_found
-from ..live.events import encode
 from .accounts import reserve
 from .database import Database, new_id
 from .queries import Query, Row, Values
@@ -17,12 +18,14 @@ from .sessions import Session
 
 
 @dataclass(frozen=True)
-class Turn:
+class StoredTurn:
     """A turn as its owner starts it: the rows of its messages, the user's first, in order."""
 
     id: str
     session: Session
     account_id: str
+    position: int
+    previous: str  # the turn before this one, "" before the first; of a turn that was made again, its old id
     rows: tuple[Row, ...]
     fresh: bool  # False: this message id made a turn before; nothing was written
 
@@ -68,33 +71,35 @@ def checked_content(content: str | None, prompt_max: int) -> str:
 
 
 MESSAGE = """session_id, id, turn_id, role, participant, model, content, status, failure_reason, position, parent_ids,
-             seq, latency_ms, first_token_ms, feedback, created_at, updated_at"""
+             latency_ms, first_token_ms, feedback, created_at, updated_at"""
 NAMES = [name.strip() for name in MESSAGE.split(",")]
 INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
 
 
-async def insert_turn(database: Database, session: Session, account_id: str, ask: Ask, terms: Terms) -> Turn:
+async def insert_turn(
+    database: Database, session: Session, account_id: str, ask: Ask, terms: Terms, turn_id: str
+) -> StoredTurn:
     """Write a turn, its user message and its empty replies, whole or not at all.
 
     The same message id again is the same turn, for ever. Raises `busy` while another turn of the session runs,
     `rate_limited` when the account has too many running, and what `reserve` raises.
     """
 
-    async def work(query: Query) -> Turn:
+    async def work(query: Query) -> StoredTurn:
         now = database.now()
         places = 1 + len(session.sides)
         position = await _lock(query, session, account_id, now, places, first_words(ask.content))
         await _check_free(query, session.id, account_id, terms.turns_per_account, ask.message_id)
-        turn_id = new_id()
         rows = _rows(session, turn_id, ask, position, now)
-        await _insert_turn_row(query, turn_id, session.id, account_id, rows[0], terms, now)
+        previous = await _select_last_turn_id(query, session.id)
+        await _insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, terms, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
         # last: the service's budget is one row that all turns write
         await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
-        return Turn(turn_id, session, account_id, tuple(rows), True)
+        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True)
 
     try:
-        return await database.transaction(work)
+        return await database.transaction(work, timeout=INSERT_TIMEOUT)
     except _Known:
         existing = await select_turn_of_message(database, session, ask.message_id)
         if existing is None:
@@ -107,17 +112,21 @@ class _Known(Exception):
 
 
 async def insert_regeneration(
-    database: Database, session: Session, account_id: str, message_id: str, terms: Terms
-) -> Turn:
-    """Ask the session's last user message again: its old replies give way to new ones in a turn of their own."""
+    database: Database, session: Session, account_id: str, message_id: str, terms: Terms, turn_id: str
+) -> StoredTurn:
+    """Answer the session's last user message again, in a new turn that takes the place of the old one.
 
-    async def work(query: Query) -> Turn:
+    message_id: the reply to be made again under its own id, the other one staying as it is; or the user message, for
+    all replies.
+    """
+
+    async def work(query: Query) -> StoredTurn:
         now = database.now()
-        position = await _lock(query, session, account_id, now, 1 + len(session.sides))
+        position = await _lock(query, session, account_id, now, 1)
         await _check_free(query, session.id, account_id, terms.turns_per_account)
         last = await query.fetch_one(
             """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
-                WHERE t.session_id = :id ORDER BY t.position DESC, t.created_at DESC LIMIT 1""",
+                WHERE t.session_id = :id ORDER BY t.position DESC LIMIT 1""",
             {"id": session.id},
         )
         rows = [] if last is None else await _select_turn_rows(query, session.id, last["id"])
@@ -126,23 +135,34 @@ async def insert_regeneration(
         if last["vote_id"] is not None:
             raise ChatError("already_voted", "This answer has been voted on and stays as it is.")
         await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
-        turn_id = new_id()
-        ask = Ask(last["user_message_id"], rows[0]["content"], {})
-        fresh = _rows(session, turn_id, ask, position, now)[1:]
-        user = rows[0] | {"turn_id": turn_id}
+        await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
+        user_id = last["user_message_id"]
+        await _insert_turn_row(query, turn_id, session.id, account_id, user_id, position, terms, now)
         await query.execute(
-            "DELETE FROM messages WHERE session_id = :id AND turn_id = :turn AND role = 'assistant'",
-            {"id": session.id, "turn": last["id"]},
+            "UPDATE messages SET turn_id = :turn_id WHERE session_id = :session_id AND turn_id = :old",
+            {"turn_id": turn_id, "session_id": session.id, "old": last["id"]},
         )
         await query.execute(
-            "UPDATE messages SET turn_id = :turn WHERE session_id = :session_id AND id = :id",
-            {"turn": turn_id, "session_id": session.id, "id": user["id"]},
+            """UPDATE messages SET content = '', status = 'pending', failure_reason = NULL, latency_ms = NULL,
+                      first_token_ms = NULL, feedback = NULL, updated_at = :now
+                WHERE session_id = :session_id AND turn_id = :turn_id AND role = 'assistant'
+                  AND (id = :id OR :id = :user_id)""",
+            {"session_id": session.id, "turn_id": turn_id, "id": message_id, "user_id": user_id, "now": now},
         )
-        await _insert_turn_row(query, turn_id, session.id, account_id, user | {"position": position}, terms, now)
-        await query.execute_many(INSERT_MESSAGE, [dict(row) for row in fresh])
-        return Turn(turn_id, session, account_id, (user, *fresh), True)
+        rows = await _select_turn_rows(query, session.id, turn_id)
+        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True)
 
-    return await database.transaction(work)
+    return await database.transaction(work, timeout=INSERT_TIMEOUT)
+
+
+INSERT_TIMEOUT = 60.0  # seconds: a caller has less patience, but a turn that is written late is to be answered
+
+
+async def _select_last_turn_id(query: Query, session_id: str) -> str:
+    row = await query.fetch_one(
+        "SELECT id FROM turns WHERE session_id = :id ORDER BY position DESC LIMIT 1", {"id": session_id}
+    )
+    return "" if row is None else str(row["id"])
 
 
 async def _lock(
@@ -187,7 +207,7 @@ async def _check_free(
 
 def _rows(session: Session, turn_id: str, ask: Ask, position: int, now: int) -> list[Row]:
     blank: Row = dict.fromkeys(NAMES)
-    blank |= {"session_id": session.id, "turn_id": turn_id, "seq": -1, "created_at": now, "updated_at": now}
+    blank |= {"session_id": session.id, "turn_id": turn_id, "created_at": now, "updated_at": now}
     user = {"id": ask.message_id, "role": "user", "content": ask.content, "status": "success"}
     rows = [blank | user | {"position": position, "parent_ids": "[]"}]
     for place, side in enumerate(session.sides, 1):
@@ -199,26 +219,33 @@ def _rows(session: Session, turn_id: str, ask: Ask, position: int, now: int) -> 
             "content": "",
             "status": "pending",
             "position": position + place,
-            "parent_ids": encode([ask.message_id]).decode(),
+            "parent_ids": msgspec.json.encode([ask.message_id]).decode(),
         }
         rows.append(blank | reply)
     return rows
 
 
 async def _insert_turn_row(
-    query: Query, turn_id: str, session_id: str, account_id: str, user: Row, terms: Terms, now: int
+    query: Query,
+    turn_id: str,
+    session_id: str,
+    account_id: str,
+    user_message_id: str,
+    position: int,
+    terms: Terms,
+    now: int,
 ) -> None:
     await query.execute(
         """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
-                              stop_requested, seq, created_at)
+                              stop_requested, resumable, created_at)
            VALUES (:id, :session_id, :account_id, :user_message_id, :position, 'running', :owner, :lease_until,
-                   0, -1, :now)""",
+                   0, 1, :now)""",
         {
             "id": turn_id,
             "session_id": session_id,
             "account_id": account_id,
-            "user_message_id": user["id"],
-            "position": user["position"],
+            "user_message_id": user_message_id,
+            "position": position,
             "owner": terms.owner,
             "lease_until": now + terms.lease,
             "now": now,
@@ -244,17 +271,17 @@ async def _select_turn_rows(query: Database | Query, session_id: str, turn_id: s
     )
 
 
-async def select_turn_of_message(query: Database | Query, session: Session, message_id: str) -> Turn | None:
-    """The turn a message of this session belongs to."""
+async def select_turn_of_message(query: Database | Query, session: Session, message_id: str) -> StoredTurn | None:
+    """Return the turn a message of this session belongs to."""
     row = await query.fetch_one(
-        """SELECT t.id, t.account_id FROM messages m JOIN turns t ON t.id = m.turn_id
+        """SELECT t.id, t.account_id, t.position FROM messages m JOIN turns t ON t.id = m.turn_id
             WHERE m.session_id = :session_id AND m.id = :id""",
         {"session_id": session.id, "id": message_id},
     )
     if row is None:
         return None
     rows = await _select_turn_rows(query, session.id, row["id"])
-    return Turn(row["id"], session, row["account_id"], tuple(rows), False)
+    return StoredTurn(row["id"], session, row["account_id"], row["position"], "", tuple(rows), False)
 
 
 async def select_session_of_message(database: Database, message_id: str, account_id: str) -> str:
@@ -290,27 +317,25 @@ async def select_first_message(database: Database, session_id: str) -> str | Non
     return None if row is None else str(row["content"])
 
 
+TURN = """t.id, t.session_id, t.account_id, t.position, t.status, t.owner, t.stop_requested, t.resumable,
+          (SELECT p.id FROM turns p WHERE p.session_id = t.session_id AND p.position < t.position
+            ORDER BY p.position DESC LIMIT 1) AS previous"""
+
+
 async def select_latest_turn(database: Database, session_id: str) -> Row | None:
     return await database.fetch_one(
-        "SELECT id, status, owner, seq FROM turns WHERE session_id = :id ORDER BY position DESC LIMIT 1",
-        {"id": session_id},
+        f"SELECT {TURN} FROM turns t WHERE t.session_id = :id ORDER BY t.position DESC LIMIT 1", {"id": session_id}
     )
 
 
-AT_ONCE = 50  # turns read by one statement
-
-
-async def select_turns_since(database: Database, session_id: str, turn_id: str) -> list[Row]:
-    """The turn and those after it, or for "" all there are, oldest first, at most `AT_ONCE`.
-
-    None at all when the session has no such turn.
-    """
+async def select_turn_and_next(database: Database, session_id: str, turn_id: str) -> list[Row]:
+    """Return the turn and the one after it, as far as there are any; for "" the session's first turn alone."""
     return await database.fetch_all(
-        f"""SELECT id, status, owner, seq FROM turns
-            WHERE session_id = :session_id
-              AND (:turn_id = '' OR position >= (SELECT position FROM turns
-                                                  WHERE id = :turn_id AND session_id = :session_id))
-            ORDER BY position LIMIT {AT_ONCE}""",
+        f"""SELECT {TURN} FROM turns t
+            WHERE t.session_id = :session_id
+              AND ((:turn_id = '' AND t.position = (SELECT MIN(position) FROM turns WHERE session_id = :session_id))
+                OR t.position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :session_id))
+            ORDER BY t.position LIMIT 2""",
         {"session_id": session_id, "turn_id": turn_id},
     )
 
@@ -328,25 +353,35 @@ OWNED = "EXISTS (SELECT 1 FROM turns t WHERE t.id = :turn_id AND t.owner = :owne
 
 
 async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, Row]:
-    """Prolong all of this worker's turns, and return them; `stop_requested` says whether someone asked."""
+    """Prolong all of this worker's turns and return them, by id; `stop_requested` says whether someone asked.
+
+    lease: milliseconds.
+    """
     rows = await database.fetch_all(
         """UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
-           RETURNING id, session_id, account_id, stop_requested""",
+           RETURNING id, session_id, account_id, position, stop_requested""",
         {"owner": owner, "until": database.now() + lease},
     )
     return {row["id"]: row for row in rows}
 
 
+async def select_stops(database: Database, owner: str) -> list[str]:
+    """Return the ids of this worker's turns that somebody asked to stop."""
+    rows = await database.fetch_all(
+        "SELECT id FROM turns WHERE owner = :owner AND status = 'running' AND stop_requested = 1", {"owner": owner}
+    )
+    return [row["id"] for row in rows]
+
+
 async def checkpoint(database: Database, values: list[Values]) -> None:
     """Write the text so far of many running replies in one transaction.
 
-    Each of `values`: turn_id, owner, id, session_id, content, seq, now.
+    Each of `values`: turn_id, owner, id, session_id, content, now.
     """
 
     async def work(query: Query) -> None:
         await query.execute_many(
-            f"""UPDATE messages SET content = :content, seq = :seq, updated_at = :now,
-                       status = CASE WHEN CAST(:content AS TEXT) = '' THEN status ELSE 'streaming' END
+            f"""UPDATE messages SET content = :content, updated_at = :now, status = 'streaming'
                  WHERE session_id = :session_id AND id = :id AND status IN ('pending', 'streaming') AND {OWNED}""",
             values,
         )
@@ -354,47 +389,36 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
     await database.transaction(work)
 
 
-ENDING = ("session_id", "id", "turn_id", "content", "seq", "status", "failure_reason", "latency_ms", "first_token_ms")
+ENDING = ("session_id", "id", "turn_id", "content", "status", "failure_reason", "latency_ms", "first_token_ms")
+UPDATE_REPLY = """UPDATE messages SET content = :content, status = :status, failure_reason = :failure_reason,
+                         latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
+                   WHERE session_id = :session_id AND id = :id AND """
 
 
-async def update_reply(query: Database | Query, owner: str, row: Row, now: int) -> bool:
-    """Write a reply's end. False when the turn is no longer this worker's: someone else has ended it."""
-    updated = await query.fetch_one(
-        f"""UPDATE messages SET content = :content, seq = :seq, status = :status, failure_reason = :failure_reason,
-                   latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
-             WHERE session_id = :session_id AND id = :id AND {OWNED} RETURNING id""",
-        {name: row[name] for name in ENDING} | {"owner": owner, "now": now},
-    )
-    return updated is not None
+async def update_endings(database: Database, owner: str, rows: list[Row], *, last: bool) -> bool:
+    """Write the endings of replies, and with the `last` one the turn's, whole or not at all.
 
-
-async def end_turn(
-    database: Database, owner: str, turn_id: str, seq: int, ends: dict[str, int], unsaved: list[Row]
-) -> bool:
-    """Mark the turn ended. False when it is no longer this worker's.
-
-    ends: the number of each reply's end; of several it is written down, of one it is the turn's less one.
-    unsaved: replies whose end storage did not take before it was told. They are written with the turn's: an earlier
-    attempt that arrives late finds the turn ended, and changes nothing.
+    False when the turn is not this worker's any more: another worker has ended it. Writing an ending again is harmless:
+    an attempt that was given up may have arrived, and has perhaps ended the turn.
     """
     now = database.now()
+    turn_id = rows[0]["turn_id"]
 
-    async def work(query: Database | Query) -> bool:
-        for row in unsaved:
-            await update_reply(query, owner, row, now)
-        for id, number in ends.items() if len(ends) > 1 else ():
-            await query.execute(
-                f"UPDATE messages SET seq = :seq WHERE id = :id AND turn_id = :turn_id AND {OWNED}",
-                {"seq": number, "id": id, "turn_id": turn_id, "owner": owner},
-            )
-        ended = await query.fetch_one(
-            """UPDATE turns SET status = 'ended', seq = :seq, ended_at = :now
-                WHERE id = :id AND owner = :owner AND status = 'running' RETURNING id""",
-            {"id": turn_id, "owner": owner, "seq": seq, "now": now},
+    async def work(query: Query) -> bool:
+        mine = await query.fetch_one(
+            """UPDATE turns SET status = CASE WHEN :last = 1 THEN 'ended' ELSE status END,
+                      ended_at = CASE WHEN :last = 1 THEN COALESCE(ended_at, CAST(:now AS BIGINT)) ELSE ended_at END
+                WHERE id = :id AND owner = :owner RETURNING id""",
+            {"id": turn_id, "owner": owner, "last": int(last), "now": now},
         )
-        return ended is not None
+        if mine is None:
+            return False
+        for row in rows:
+            values = {name: row[name] for name in ENDING if name != "turn_id"} | {"turn_id": turn_id, "now": now}
+            await query.execute(UPDATE_REPLY + "turn_id = :turn_id", values)
+        return True
 
-    return await (database.transaction(work) if unsaved or len(ends) > 1 else work(database))
+    return await database.transaction(work)
 
 
 # -- anyone's
@@ -418,6 +442,6 @@ async def take_over(database: Database, owner: str, lease: int) -> list[Row]:
     return await database.fetch_all(
         """UPDATE turns SET owner = :owner, lease_until = :until
             WHERE status = 'running' AND lease_until < :now
-           RETURNING id, session_id, account_id, stop_requested""",
+           RETURNING id, session_id, account_id, position, stop_requested""",
         {"owner": owner, "until": now + lease, "now": now},
     )

@@ -1,0 +1,240 @@
+"""The way of a running turn's text from its owner to the readers: first to Redis, then to this worker's room.
+
+Text gathers while one piece is on its way to Redis and leaves with the next, in one write with the pieces of other
+turns: an idle system forwards each token at once, a loaded one sends larger pieces. With Redis a piece is shown here
+when Redis has it, so that text a reader saw outlives this process; a Redis that does not answer within `relay_ack`
+seconds costs the readers of other workers time, not ours.
+
+In Redis a reply is one string. `APPEND` answers its length: a value that was evicted or lost is noticed with the next
+piece and repaired by one `SET`. A Redis that refuses writes is never sent the same text again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..formats.tellings import Message
+from .answers import Answer, Piece
+from .bus import Gather, RedisBus
+from .events import ReplyEnded, TurnBegun, TurnWords, encode
+
+KEEP = 900  # seconds Redis keeps the text of a running turn; no reply may take longer than `reply_timeout`
+KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
+REPAIR_EVERY = 1.0  # seconds between two SETs of a turn: a Redis that evicts all the time must not cost the square
+
+
+class Patience:
+    """Tells voices that Redis has kept them waiting for `seconds`: one timer for all of them instead of one a piece."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: dict[Voice, float] = {}  # the voices that wait, the longest first
+        self._timed = False
+
+    def begin(self, voice: Voice) -> None:
+        self._since[voice] = time.monotonic()
+        if not self._timed:
+            self._timed = True
+            asyncio.get_running_loop().call_later(self._seconds, self._look)
+
+    def end(self, voice: Voice) -> None:
+        self._since.pop(voice, None)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for voice in [each for each, since in self._since.items() if now - since >= self._seconds - 0.001]:
+            self.end(voice)
+            voice.wait_no_longer()
+        self._timed = bool(self._since)
+        if self._timed:
+            first = next(iter(self._since.values()))
+            asyncio.get_running_loop().call_later(first + self._seconds - now, self._look)
+
+
+class Voice:
+    """One turn's way out. `say` never waits; `settled` waits until everything that was said is shown."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        notify: Callable[[], None],
+        publish: Callable[[bytes], None],
+        gather: Gather,
+        patience: Patience,
+        *,
+        bus: RedisBus | None,
+        channel: str,
+    ) -> None:
+        """notify: has the room tell its followers; publish: sends a message to the rooms of other workers."""
+        self.answer = answer
+        self.owned: Callable[[], bool] = lambda: True  # False: the owner has to look whether the turn is still its own
+        self._notify = notify
+        self._publish = publish
+        self._gather = gather
+        self._patience = patience
+        self._bus = bus
+        self.channel = channel
+        self._sent = {side: len(reply.text) for side, reply in answer.replies.items()}  # characters
+        self._bytes = {side: len(reply.text.encode()) for side, reply in answer.replies.items()}  # of the same in Redis
+        self._unsent = dict.fromkeys(answer.replies, "")
+        self._flying: list[Piece] = []  # sent to Redis, not shown yet
+        self._unanswered = False  # Redis has not answered the last piece
+        self._gathered = False  # `_leave` is about to be called
+        self._silent = False
+        self._kept = False  # Redis was told how long to keep the texts
+        self._repaired_at = 0.0  # monotonic
+        self._waiters: list[asyncio.Future[None]] = []
+
+    # -- what generation calls
+
+    def begin(self) -> None:
+        """Tell the readers on other workers that the turn has begun; the room here knows."""
+        answer = self.answer
+        self._publish(encode(TurnBegun(answer.turn_id, answer.position, answer.previous, answer.messages)))
+
+    def say(self, side: str, text: str) -> None:
+        self._unsent[side] += text
+        self._hurry()
+
+    def end(self, side: str, message: Message) -> None:
+        """Tell how a reply has ended. Its text must be settled, and the database must have its ending."""
+        self.answer.learn_ending(side, message)
+        self._publish(encode(ReplyEnded(self.answer.turn_id, side, message)))
+        if self.answer.over and self._bus is not None:
+            for side in self.answer.replies:
+                self._bus.command("EXPIRE", self.key(side), KEEP_ENDED)
+        self._notify()
+
+    def cut(self, side: str) -> None:
+        """Drop the text of a stopped reply that no reader has seen and that is not on its way."""
+        self._unsent[side] = self.answer.replies[side].text[self._sent[side] :]
+        self._wake()
+
+    def fall_silent(self) -> None:
+        """Another worker owns the turn: nothing more leaves here, and nobody waits for it."""
+        self._silent = True
+        self._wake()
+
+    def go_on(self) -> None:
+        """The owner has made sure that the turn is its own."""
+        self._hurry()
+
+    async def settled(self, side: str) -> None:
+        """Wait until all text of a reply is shown."""
+        while not self._silent and self._pending(side):
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    @property
+    def safe(self) -> bool:
+        """Whether all that was shown would outlive this process: Redis has it."""
+        return self._bus is not None and self._bus.connected and not (self._unanswered or any(self._unsent.values()))
+
+    def restore(self) -> None:
+        """Redis is back, perhaps empty: give it the whole texts once."""
+        if not self._silent:
+            for side in self._sent:
+                self._set(side)
+
+    def key(self, side: str) -> str:
+        assert self._bus is not None
+        return text_key(self._bus, self.answer.turn_id, side)
+
+    # -- how text leaves
+
+    def _pending(self, side: str) -> bool:
+        shown = len(self.answer.replies[side].text)
+        return shown < self._sent[side] + len(self._unsent[side])
+
+    def _hurry(self) -> None:
+        if self._unanswered and not self._flying:
+            self._show()  # Redis keeps us waiting: readers here do not wait with us
+        elif not (self._gathered or self._unanswered):
+            self._gathered = True
+            self._gather.soon(self._leave)
+
+    def _leave(self) -> None:
+        self._gathered = False
+        if self._unanswered or self._silent or not self.owned():
+            return
+        pieces = [(side, self._sent[side], text) for side, text in self._unsent.items() if text]
+        if not pieces:
+            return
+        for side, _, text in pieces:
+            self._sent[side] += len(text)
+            self._unsent[side] = ""
+        self._flying = pieces
+        if self._bus is None:
+            self._show()
+        else:
+            self._send(self._bus, pieces)
+
+    def _send(self, bus: RedisBus, pieces: list[Piece]) -> None:
+        texts = []
+        for side, _, text in pieces:
+            data = text.encode()
+            self._bytes[side] += len(data)
+            texts.append((self.key(side), data))
+        self._unanswered = True
+        self._patience.begin(self)
+        sides = [side for side, _, _ in pieces]
+        payload = encode(TurnWords(self.answer.turn_id, pieces))
+        bus.grow(texts, self.channel, payload, lambda lengths: self._answered(sides, lengths))
+        if not self._kept:
+            self._kept = True
+            for side in self._sent:
+                bus.command("EXPIRE", self.key(side), KEEP)
+
+    def _answered(self, sides: list[str], lengths: list[int] | Exception) -> None:
+        self._patience.end(self)
+        self._unanswered = False
+        self._show()
+        if not isinstance(lengths, Exception):
+            for side, length in zip(sides, lengths, strict=True):
+                if length != self._bytes[side]:
+                    self._repair(side)
+        if any(self._unsent.values()):
+            self._hurry()
+
+    def wait_no_longer(self) -> None:
+        """Show what is on its way and what has gathered: Redis takes too long."""
+        self._show()
+
+    def _show(self) -> None:
+        flying, self._flying = self._flying, []
+        if not self._silent:
+            for side, offset, text in flying:
+                self.answer.learn_words(side, offset, text)
+            if self._unanswered:
+                for side, text in self._unsent.items():
+                    self.answer.learn_words(side, self._sent[side], text)
+            self._notify()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- a Redis that forgot
+
+    def _repair(self, side: str) -> None:
+        now = time.monotonic()
+        if now - self._repaired_at > REPAIR_EVERY:
+            self._repaired_at = now
+            self._set(side)
+
+    def _set(self, side: str) -> None:
+        text = self.answer.replies[side].text[: self._sent[side]].encode()
+        self._bytes[side] = len(text)
+        if self._bus is not None:
+            self._bus.command("SET", self.key(side), text, "EX", KEEP)
+
+
+def text_key(bus: RedisBus, turn_id: str, side: str) -> str:
+    """Return the Redis key of a reply's text so far."""
+    return bus.name("text", turn_id, side)
