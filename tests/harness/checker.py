@@ -19,7 +19,7 @@ from typing import Any
 
 from .evidence import Allowed, Evidence, MessageRow, Rows, TurnRow, VendorCall, counts, gather, read_rows
 from .reader import Reader
-from .view import NUMBERED, STATUSES, TERMINAL, View, difference
+from .view import STATUSES, TERMINAL, View, difference
 
 __all__ = [
     "Allowed",
@@ -71,7 +71,7 @@ def check(evidence: Evidence) -> None:
 
 def i1_no_token_lost(evidence: Evidence) -> Violations:
     """What was seen is what is stored is what the provider said, up to where it was cut."""
-    found = _broken(evidence, "I1", "gap", "overlap", "differs", "changed", "unknown", "resumed", "greeting")
+    found = _broken(evidence, "I1", "gap", "overlap", "cursor", "differs", "changed", "unknown", "resumed", "greeting")
     if not evidence.allowed.lost:
         found += [f"I1 {e.reader}: shown and gone: {_shrunk(e.data)}" for e in evidence.journal.of(None, "shrunk")]
     if evidence.rows is not None:
@@ -209,7 +209,7 @@ def _untyped(event: Mapping[str, Any]) -> Iterator[str]:
             yield f"error event {event.get('code')} without a sentence"
         if not isinstance(event.get("retryable"), bool):
             yield f"error event {event.get('code')} does not say whether it is retryable"
-    if kind in NUMBERED and kind == "message_complete":
+    if kind == "message_complete":
         yield from _failure(event.get("status"), event.get("failure_reason"))
 
 

@@ -272,9 +272,8 @@ class SSEReader(Reader):
             return
         if event.get("type") != sse.event:
             self.view.violation("shape", f"SSE event {sse.event!r} carries type {event.get('type')!r}")
-        expected = f"{event['turn_id']}.{event['seq']}" if {"turn_id", "seq"} <= event.keys() else None
-        if expected is not None and sse.id != expected:
-            self.view.violation("shape", f"expected SSE id {expected}, got {sse.id}")
+        if sse.id != event.get("cursor"):
+            self.view.violation("shape", f"expected SSE id {event.get('cursor')}, got {sse.id}")
 
 
 def _noted(refusal: dict[str, Any]) -> dict[str, Any]:

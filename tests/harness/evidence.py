@@ -38,7 +38,6 @@ class MessageRow:
     status: str
     failure_reason: str | None
     position: int
-    seq: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ async def _channels(url: str) -> int:
 async def read_rows(url: str, session_id: str | None = None) -> Rows:
     """Messages and turns as they are, of one session or of all, read past the service."""
     where = " WHERE session_id = '" + session_id.replace("'", "''") + "'" if session_id is not None else ""
-    columns = "session_id, id, turn_id, role, participant, content, status, failure_reason, position, seq"
+    columns = "session_id, id, turn_id, role, participant, content, status, failure_reason, position"
     messages = await _fetch(url, f"SELECT {columns} FROM messages{where} ORDER BY session_id, position")
     turns = await _fetch(url, f"SELECT id, session_id, status, owner, lease_until FROM turns{where} ORDER BY id")
     return Rows([MessageRow(**row) for row in messages], [TurnRow(**row) for row in turns], await _now(url))

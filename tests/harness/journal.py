@@ -20,7 +20,7 @@ class Entry:
 
     event: the event as it came. sent: a frame as it went. connect: url, cursor. closed: code, reason.
     refused: status, body, of an HTTP answer that was not a stream. unreachable: why.
-    duplicate: turn_id, seq, of an event that was dropped. violation: rule, text. takeover: message_id, seen, stored.
+    duplicate: message_id, offset, chunk, of text that was dropped. violation: rule, text. takeover: message_id, seen, stored.
     shrunk: message_id, seen, stored, where text that was shown is gone. fault, note: text.
     """
 
@@ -100,21 +100,17 @@ class _Run:
     end: float = 0.0
     frames: int = 0
     characters: int = 0
-    turn_id: str = ""
-    seqs: tuple[int, int] = (0, 0)
+    cursor: str = ""  # of the last
     sides: set[str] = field(default_factory=set)
 
     def add(self, at: float, event: dict[str, Any]) -> None:
-        seq = event.get("seq", -1)
-        first = event.get("from_seq", seq)
-        self.seqs = (self.seqs[0] if self.frames else first, seq)
-        self.end, self.frames, self.turn_id = at, self.frames + 1, str(event.get("turn_id"))
+        self.end, self.frames, self.cursor = at, self.frames + 1, str(event.get("cursor"))
         self.characters += len(event.get("chunk") or "")
         self.sides.add(str(event.get("participant") or "-"))
 
     def __str__(self) -> str:
-        span = f"{_short(self.turn_id)}.{self.seqs[0]}–{self.seqs[1]}"
-        return f"← {self.frames} × chunk {'+'.join(sorted(self.sides))} {span} ({self.characters} characters)"
+        sides = "+".join(sorted(self.sides))
+        return f"← {self.frames} × chunk {sides}, {self.characters} characters, to {_short_cursor(self.cursor)}"
 
 
 Line = tuple[float, float, str, str]  # start, end, reader, text
@@ -151,14 +147,14 @@ def _said(entry: Entry) -> str:
         case "fault" | "note":
             return data["text"]
         case "duplicate":
-            return f"   dropped, has it: {_short(data['turn_id'])}.{data['seq']}"
+            return f"   dropped, has it: {data['message_id']} from {data['offset']}: {data['chunk']!r:.60}"
         case kind:
             return f"{kind} {_cut(data)}"
 
 
 def _event(event: dict[str, Any]) -> str:
     kind = str(event.get("type"))
-    where = f" {_short(event['turn_id'])}.{event['seq']}" if "seq" in event and "turn_id" in event else ""
+    where = f" {_short_cursor(event['cursor'])}" if "cursor" in event else ""
     match kind:
         case "message_complete":
             length = len((event.get("message") or {}).get("content") or "")
@@ -170,9 +166,9 @@ def _event(event: dict[str, Any]) -> str:
         case "session_state":
             turn = event.get("turn")
             held = [f"{m.get('status')}:{len(m.get('content') or '')}" for m in event.get("messages") or []]
-            detail = f"{', '.join(held) or 'no messages'}; turn {turn and (_short(turn['id']), turn['seq'])}"
+            detail = f"{', '.join(held) or 'no messages'}; turn {turn and _short_cursor(turn['cursor'])}"
         case "resumed":
-            return f"resumed {_short(str(event.get('turn_id')))} from {event.get('from_seq')}"
+            return f"resumed from {_short_cursor(event.get('cursor'))}"
         case "turn_complete":
             detail = ""
         case _:
@@ -183,6 +179,11 @@ def _event(event: dict[str, Any]) -> str:
 def _short(name: str) -> str:
     """Enough of an id to tell it from the others: the end, as time-ordered ids begin alike."""
     return name if len(name) <= 12 else f"…{name[-6:]}"
+
+
+def _short_cursor(cursor: object) -> str:
+    turn_id, dot, place = str(cursor).partition(".")
+    return f"{_short(turn_id)}{dot}{place}"
 
 
 def _cut(data: dict[str, Any]) -> str:

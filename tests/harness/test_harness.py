@@ -84,6 +84,9 @@ async def watched(tiny: Tiny, journal: Journal, name: str, reader: str = "ann") 
     return ann
 
 
+AT_THE_CUT = f"{TURN}.54"  # after nine tokens of six characters
+
+
 def rules(journal: Journal) -> set[str]:
     return {entry.data["rule"] for entry in journal.violations()}
 
@@ -132,7 +135,7 @@ async def test_a_socket_reader_puts_a_turn_together(tiny: Tiny, journal: Journal
     reply = ann.view.messages["r1"]
     assert (reply.text, reply.status, reply.terminals, len(reply.chunks)) == (TEXT, "success", 1, TOKENS)
     assert ann.view.texts("user") == ["hello"]
-    assert (ann.cursor, ann.view.snapshots, ann.connections) == (f"{TURN}.23", 1, 1)
+    assert (ann.cursor, ann.view.snapshots, ann.connections) == (f"{TURN}.end", 1, 1)
     assert ann.finished
     check(Evidence(journal, [ann]))
 
@@ -143,27 +146,77 @@ async def test_merged_chunks_are_as_good_as_single_ones(tiny: Tiny, journal: Jou
     check(Evidence(journal, [ann]))
 
 
-async def test_merged_chunks_of_two_sides_may_cover_each_others_numbers() -> None:
-    journal = Journal()
+def battle(journal: Journal, sides: str = "ab") -> View:
+    """A reader that was told the beginning of an arena turn `t`."""
     view = View(journal, "ann", greeted=True)
-    for seq, side in enumerate("ab"):
+    for side in sides:
         reply = {"id": side, "role": "assistant", "content": "", "status": "pending", "participant": side}
-        view.apply({"type": "message_update", "turn_id": "t", "seq": seq, "message": reply, "requestId": "t"})
-    chunk = {"type": "message_chunk", "turn_id": "t", "requestId": "t"}
-    view.apply({**chunk, "message_id": "a", "from_seq": 2, "seq": 6, "chunk": "aaa"})
-    view.apply({**chunk, "message_id": "b", "from_seq": 3, "seq": 7, "chunk": "bbb"})
-    assert view.texts() == ["aaa", "bbb"]
+        cursor = "t.start" if side != sides[-1] else "t.0.0"
+        view.apply({"type": "message_update", "turn_id": "t", "cursor": cursor, "message": reply, "requestId": "t"})
+    return view
+
+
+def chunk(side: str, offset: int, text: str, cursor: str) -> dict[str, Any]:
+    """A piece of the text of a reply of that turn."""
+    event = {"type": "message_chunk", "turn_id": "t", "message_id": side, "participant": side, "requestId": "t"}
+    return event | {"offset": offset, "chunk": text, "cursor": f"t.{cursor}"}
+
+
+def test_each_side_of_a_battle_has_a_count_of_its_own() -> None:
+    """Characters are counted, not bytes nor halves of surrogate pairs."""
+    journal = Journal()
+    view = battle(journal)
+    view.apply(chunk("b", 0, "😀ü", "0.2"))
+    view.apply(chunk("a", 0, "aaa", "3.2"))
+    view.apply(chunk("b", 2, "!", "3.3"))
+    assert view.texts() == ["aaa", "😀ü!"]
     assert not journal.violations()
-    view.apply({**chunk, "message_id": "a", "from_seq": 6, "seq": 8, "chunk": "aa"})
-    assert rules(journal) == {"overlap"}
+    view.apply(chunk("b", 3, "?", "4.3"))  # the sides confused
+    assert rules(journal) == {"cursor"}
+
+
+def test_one_gap_is_found_once() -> None:
+    journal = Journal()
+    view = battle(journal)
+    view.apply(chunk("a", 3, "aa", "5.0"))
+    view.apply(chunk("a", 5, "aa", "7.0"))
+    view.apply(chunk("b", 0, "b", "7.1"))
+    assert [entry.data["rule"] for entry in journal.violations()] == ["gap"]
+
+
+def test_a_snapshot_says_where_it_stands() -> None:
+    """One reply has ended and the other runs, or one of two is made again: the cursor is about those that run."""
+    user = {"id": "u", "role": "user", "content": "hello", "status": "success"}
+    ended = {"id": "a", "role": "assistant", "participant": "a", "content": "aaa", "status": "success"}
+    running = {"id": "b", "role": "assistant", "participant": "b", "content": "bb", "status": "streaming"}
+    for cursor, wrong in [("t.e.2", set()), ("t.2", set()), ("t.3.2", {"cursor"}), ("t.e.3", {"cursor"}), ("t.12", {"cursor"})]:
+        journal = Journal()
+        view = View(journal, "ann", greeted=False)
+        view.apply({"type": "session_state", "messages": [user, ended, running], "turn": {"id": "t", "cursor": cursor}})
+        assert rules(journal) == wrong, cursor
+        if not wrong:
+            view.apply(chunk("b", 2, "b", "e.3" if "e" in cursor else "3"))
+            assert not journal.violations()
+
+
+async def test_a_beginning_that_was_cut_may_be_told_again(tiny: Tiny, journal: Journal) -> None:
+    ann = await watched(tiny, journal, "cut")
+    assert [entry.data["cursor"] for entry in journal.of("ann", "connect")] == [None, f"{TURN}.start"]
+    assert [event["message"]["id"] for event in journal.events("ann", "message_update")] == ["u1", "u1", "r1"]
+    check(Evidence(journal, [ann]))
+    tiny.seen.clear()
+    async with SSEReader(journal, "sue", tiny.url, "cut", token="t0k") as sue:
+        await sue.turn_ended()
+    assert [entry.data["cursor"] for entry in journal.of("sue", "connect")] == [None, f"{TURN}.start"]
+    check(Evidence(journal, [ann, sue]))
 
 
 async def test_a_socket_reader_resumes_after_1012_where_it_was(tiny: Tiny, journal: Journal) -> None:
     ann = await watched(tiny, journal, "break")
     assert ann.view.texts() == [TEXT]
     assert (ann.codes, ann.connections, ann.view.resumptions) == ([1012], 2, 1)
-    assert [entry.data["cursor"] for entry in journal.of("ann", "connect")] == [None, f"{TURN}.10"]
-    assert journal.events("ann", "resumed")[0]["from_seq"] == 11
+    assert [entry.data["cursor"] for entry in journal.of("ann", "connect")] == [None, AT_THE_CUT]
+    assert journal.events("ann", "resumed")[0]["cursor"] == AT_THE_CUT
     check(Evidence(journal, [ann]))
 
 
@@ -237,7 +290,7 @@ async def test_an_sse_reader_resumes_by_last_event_id(tiny: Tiny, journal: Journ
         await sue.turn_ended()
         await sue.ended()
     assert sue.view.texts() == [TEXT]
-    assert [entry.data["cursor"] for entry in journal.of("sue", "connect")] == [None, f"{TURN}.10"]
+    assert [entry.data["cursor"] for entry in journal.of("sue", "connect")] == [None, AT_THE_CUT]
     assert not journal.of("sue", "duplicate")
     check(Evidence(journal, [sue]))
 
@@ -287,9 +340,9 @@ async def test_the_story_folds_runs_and_shows_faults(tiny: Tiny, journal: Journa
     await asyncio.gather(watched(tiny, journal, "good", "ann"), watched(tiny, journal, "break", "ben"))
     journal.fault("redis killed")
     story = journal.story()
-    assert "ann  ← 20 × chunk a turn-1.2–21 (" in story
+    assert f"ann  ← 20 × chunk a, {len(TEXT)} characters, to turn-1.{len(TEXT)}" in story
     assert "ben  closed 1012 restart" in story
-    assert "ben  ← resumed turn-1 from 11" in story
+    assert f"ben  ← resumed from {AT_THE_CUT}" in story
     assert "── redis killed ──" in story
     assert len(story.splitlines()) < 35
     assert len(journal.story(lines=10).splitlines()) == 11
@@ -316,7 +369,7 @@ async def test_a_posted_turn_is_followed_as_events(tiny: Tiny, accept: str) -> N
     answer = await post_turn(tiny.url, "t0k", "good", "hello", accept=accept)
     assert answer.ended
     assert answer.sides() == {"a": TEXT}
-    assert [event["seq"] for event in answer.events] == list(range(24))
+    assert answer.events == turn_log()
 
 
 async def test_a_posted_turn_is_followed_as_arena_lines_and_as_text(tiny: Tiny) -> None:
@@ -337,13 +390,19 @@ async def test_a_posted_turn_is_followed_as_arena_lines_and_as_text(tiny: Tiny) 
     [
         ("gap", "gap", i1_no_token_lost),
         ("overlap", "overlap", i1_no_token_lost),
+        ("claims", "cursor", i1_no_token_lost),
         ("differs", "differs", i1_no_token_lost),
         ("duplicate", "repeat", i2_none_twice),
+        ("inside", "repeat", i2_none_twice),
+        ("retold", "repeat", i2_none_twice),
         ("swap", "disorder", i3_none_out_of_order),
+        ("back", "disorder", i3_none_out_of_order),
         ("late", "late", i3_none_out_of_order),
+        ("after-end", "late", i3_none_out_of_order),
         ("second", "second", i4_one_end),
         ("early", "early", i4_one_end),
         ("unknown", "shape", i5_errors_are_typed),
+        ("begun", "shape", i5_errors_are_typed),
         ("badresume", "resumed", i1_no_token_lost),
         ("hello-first", "", None),
     ],
@@ -355,8 +414,8 @@ async def test_a_broken_rule_is_seen_by_reader_and_checker(
         if name != "hello-first":
             await ann.say("hello")
         await ann.turn_ended()
-        last = as_sent(name)[-1]["seq"]
-        await ann.until(lambda: any(event.get("seq") == last for event in journal.events("ann")))
+        last = as_sent(name)[-1]
+        await ann.until(lambda: last in journal.events("ann"))
     evidence = Evidence(journal, [ann])
     if invariant is None:
         check(evidence)
@@ -370,10 +429,11 @@ async def test_a_broken_rule_is_seen_by_reader_and_checker(
 async def test_a_duplicate_is_dropped_and_written_down(tiny: Tiny, journal: Journal) -> None:
     ann = await watched(tiny, journal, "duplicate")
     assert ann.view.texts() == [TEXT]
-    assert [entry.data for entry in journal.of("ann", "duplicate")] == [{"turn_id": TURN, "seq": 5}]
+    dropped = {"message_id": "r1", "offset": 18, "chunk": "⟨m:3⟩ "}
+    assert [entry.data for entry in journal.of("ann", "duplicate")] == [dropped]
 
 
-async def test_a_numbered_event_before_a_greeting_is_seen(journal: Journal) -> None:
+async def test_an_event_of_a_turn_before_a_greeting_is_seen(journal: Journal) -> None:
     view = View(journal, "ann", greeted=False)
     view.apply(turn_log()[0])
     assert rules(journal) == {"greeting"}
@@ -387,9 +447,9 @@ async def test_an_untyped_error_is_seen(tiny: Tiny, journal: Journal, name: str)
 
 
 async def test_an_sse_id_that_is_not_its_events_is_seen(tiny: Tiny, journal: Journal) -> None:
-    async with SSEReader(journal, "sue", tiny.url, "misnumbered", token="t0k") as sue:
+    async with SSEReader(journal, "sue", tiny.url, "misnamed", token="t0k") as sue:
         await sue.ended()
-    assert any("expected SSE id turn-1.0" in f for f in i5_errors_are_typed(Evidence(journal, [sue])))
+    assert any("expected SSE id turn-1.start" in f for f in i5_errors_are_typed(Evidence(journal, [sue])))
 
 
 async def test_an_unexpected_close_is_seen(tiny: Tiny, journal: Journal) -> None:
@@ -417,11 +477,11 @@ async def test_readers_that_disagree_about_the_end_are_seen(tiny: Tiny, journal:
 
 def row(**changes: Any) -> MessageRow:
     values = {"session_id": "good", "id": "r1", "turn_id": TURN, "role": "assistant", "participant": "a"}
-    values |= {"content": TEXT, "status": "success", "failure_reason": None, "position": 1, "seq": 22}
+    values |= {"content": TEXT, "status": "success", "failure_reason": None, "position": 1}
     return MessageRow(**(values | changes))
 
 
-USER = row(id="u1", role="user", participant=None, content="hello", position=0, seq=0)
+USER = row(id="u1", role="user", participant=None, content="hello", position=0)
 ENDED = TurnRow(TURN, "good", "ended", "w1", 0)
 
 
@@ -569,7 +629,7 @@ async def test_rows_are_read_from_postgres_by_its_own_clock(journal: Journal) ->
             await postgres.sql(statement, url=url)
         evidence = await gather(journal, database_url=url, allowed=Allowed(running=True))
         assert evidence.rows is not None
-        assert evidence.rows.message("m1") == MessageRow("s1", "m1", "t1", "user", None, "hello", "success", None, 0, 0)
+        assert evidence.rows.message("m1") == MessageRow("s1", "m1", "t1", "user", None, "hello", "success", None, 0)
         check(evidence)
         assert await counts(postgres_url=url) == {"idle_in_transaction": 0}
 

@@ -23,34 +23,41 @@ TURN = "turn-1"
 Event = dict[str, Any]
 
 
-BREAKING = ("break", "crash", "crash-lost", "forget", "badresume")  # end after event 10 of the first connection
+BREAKING = ("break", "crash", "crash-lost", "forget", "badresume", "overlap")
+CUTS = dict.fromkeys(BREAKING, 11) | {"cut": 1}  # events of the first connection, which ends then
 
 
 def turn_log(name: str = "good") -> list[Event]:
-    """One direct turn: two announcements, twenty chunks at 2 … 21, the end at 22, the turn's end at 23."""
+    """One direct turn: two announcements, twenty chunks as the events 2 … 21, the end as 22, the turn's end as 23."""
     user = {"id": "u1", "role": "user", "content": "hello", "status": "success", "participant": None}
     reply = {"id": "r1", "role": "assistant", "content": "", "status": "pending", "participant": "a"}
     events: list[Event] = [
-        {"type": "message_update", "action": "created", "message": user},
-        {"type": "message_update", "action": "created", "message": reply},
+        {"type": "message_update", "action": "created", "message": user, **at("start")},
+        {"type": "message_update", "action": "created", "message": reply, **at(0)},
     ]
+    length = 0
     for n in range(TOKENS):
-        chunk = {"type": "message_chunk", "message_id": "r1", "participant": "a", "chunk": f"⟨m:{n}⟩ "}
-        events.append(chunk)
+        chunk = {"type": "message_chunk", "message_id": "r1", "participant": "a", "offset": length, "chunk": f"⟨m:{n}⟩ "}
+        length += len(chunk["chunk"])
+        events.append(chunk | at(length))
     events.append(complete(content="⟨m:0⟩ something else" if name == "differs" else TEXT))
-    events.append({"type": "turn_complete"})
-    return [{**event, "turn_id": TURN, "seq": seq, "requestId": TURN} for seq, event in enumerate(events)]
+    return [*events, {"type": "turn_complete", **at("end")}]
+
+
+def at(place: int | str) -> Event:
+    """What every event of the turn carries."""
+    return {"turn_id": TURN, "cursor": f"{TURN}.{place}", "requestId": TURN}
 
 
 def complete(status: str = "success", content: str = TEXT, reason: str | None = None) -> Event:
     message = {"id": "r1", "role": "assistant", "content": content, "status": status, "participant": "a"}
     event = {"type": "message_complete", "message_id": "r1", "participant": "a", "status": status}
-    return event | {"failure_reason": reason, "latency_ms": 1, "first_token_ms": 1, "message": message}
+    return event | {"failure_reason": reason, "latency_ms": 1, "first_token_ms": 1, "message": message} | at("e")
 
 
 def merged(log: list[Event], first: int, last: int) -> Event:
     text = "".join(event["chunk"] for event in log[first : last + 1])
-    return {**log[last], "from_seq": first, "chunk": text}
+    return {**log[last], "offset": log[first]["offset"], "chunk": text}
 
 
 def as_sent(name: str) -> list[Event]:
@@ -59,7 +66,7 @@ def as_sent(name: str) -> list[Event]:
     match name:
         case "merge":
             return [*log[:2], *(merged(log, n, n + 4) for n in range(2, 22, 5)), *log[22:]]
-        case "overlap":
+        case "inside":
             return [*log[:6], merged(log, 4, 8), *log[9:]]
         case "duplicate":
             return [*log[:6], log[5], *log[6:]]
@@ -68,32 +75,40 @@ def as_sent(name: str) -> list[Event]:
         case "swap":
             return [*log[:7], log[8], log[7], *log[9:]]
         case "second":
-            again = {**log[22], "status": "failed", "failure_reason": "interrupted", "seq": 23}
-            return [*log[:23], again, {**log[23], "seq": 24}]
+            return [*log[:23], {**log[22], "status": "failed", "failure_reason": "interrupted"}, log[23]]
+        case "retold":
+            return [log[0], *log]
+        case "begun":
+            return [log[0], {**log[1], "message": {**log[1]["message"], "content": "so"}}, *log[2:]]
+        case "claims":
+            return [*log[:7], {**log[7], **at(log[7]["offset"] + 7)}, *log[8:]]
+        case "back":
+            return [*log[:9], {**log[9], "cursor": log[7]["cursor"]}, *log[10:]]
         case "untyped":
             return [*log[:5], {"type": "error", "code": "oops", "requestId": TURN}, *log[5:]]
         case "unknown":
             return [*log[:5], {"type": "surprise"}, *log[5:]]
         case "early":
-            return [*log[:10], {"type": "turn_complete", "turn_id": TURN, "seq": 10, "requestId": TURN}]
+            return [*log[:10], log[23]]
         case "late":
-            return [*log, {**log[5], "seq": 24}]
+            return [*log, log[5]]
+        case "after-end":
+            return [*log[:23], {**log[21], **at("e")}, log[23]]
         case "reason":
-            failed = complete("failed", TEXT, "the vendor said: no") | {"turn_id": TURN, "seq": 22, "requestId": TURN}
-            return [*log[:22], failed, log[23]]
+            return [*log[:22], complete("failed", TEXT, "the vendor said: no"), log[23]]
         case "canary":
-            return [{**event, "chunk": "sk-CANARY"} if event["seq"] == 4 else event for event in log]
+            return [*log[:4], {**log[4], "chunk": "sk-CANARY"}, *log[5:]]
     return log
 
 
-def snapshot(log: list[Event], seq: int) -> Event:
-    """`session_state` as far as `seq`; -1 is an empty session."""
+def snapshot(told: list[Event]) -> Event:
+    """`session_state` after these events; after none, an empty session."""
     state: Event = {"type": "session_state", "requestId": "session", "session": {}, "messages": [], "turn": None}
-    if seq < 0:
+    if not told:
         return state
-    text = "".join(event.get("chunk", "") for event in log[: seq + 1])
-    user, reply = log[0]["message"], {**log[1]["message"], "content": text, "status": "streaming"}
-    return state | {"messages": [user, reply], "turn": {"id": TURN, "seq": seq}}
+    text = "".join(event.get("chunk", "") for event in told)
+    user, reply = told[0]["message"], {**told[1]["message"], "content": text, "status": "streaming"}
+    return state | {"messages": [user, reply], "turn": {"id": TURN, "cursor": told[-1]["cursor"]}}
 
 
 def tiny_app(seen: dict[str, int]) -> Starlette:
@@ -101,38 +116,39 @@ def tiny_app(seen: dict[str, int]) -> Starlette:
 
     def start_of(name: str, cursor: str | None) -> int:
         seen[name] = seen.get(name, 0) + 1
-        return int(cursor.rpartition(".")[2]) + 1 if cursor else 0
+        told = [event["cursor"] for event in turn_log(name)]
+        return told.index(cursor) + 1 if cursor and cursor != told[0] else 0
 
     async def socket_route(socket: WebSocket) -> None:
         name = socket.path_params["session_id"]
-        start = start_of(name, socket.query_params.get("cursor"))
+        cursor = socket.query_params.get("cursor")
+        start = start_of(name, cursor)
         await socket.accept("parley.v1" if socket.scope["subprotocols"] else None)
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # RuntimeError: sent after the client had gone
-            await speak(socket, name, start)
+            await speak(socket, name, cursor, start)
 
-    async def speak(socket: WebSocket, name: str, start: int) -> None:
+    async def speak(socket: WebSocket, name: str, cursor: str | None, start: int) -> None:
         log = as_sent(name)
         if name in ("4401", "4404", "4429"):
             await socket.close(int(name), "not you")
             return
         await socket.send_json({"type": "connection_established", "requestId": "session", "user": {}, "version": 1})
         if name == "forget" and start:
-            seq = 15 if seen[name] > 1 else -1
-            await socket.send_json(snapshot(log, seq))
-            start = seq + 1
-        elif start:
-            first = start + (1 if name == "badresume" else 0)
-            await socket.send_json({"type": "resumed", "turn_id": TURN, "from_seq": first, "requestId": TURN})
+            start = 16
+            await socket.send_json(snapshot(log[:start]))
+        elif cursor is not None:
+            claimed = log[start]["cursor"] if name == "badresume" else cursor
+            await socket.send_json({"type": "resumed", "turn_id": TURN, "cursor": claimed, "requestId": "session"})
         else:
-            await socket.send_json(snapshot(log, -1))
-        if not start and name != "hello-first":
+            await socket.send_json(snapshot([]))
+        if cursor is None and name != "hello-first":
             await socket.receive_json()  # the message that starts the turn
-        for event in log[start:] if start else log:
-            if name in BREAKING and event["seq"] == 11 and seen[name] == 1:
+        if name.startswith("crash") and seen[name] > 1:
+            await end_for_the_dead(socket, name)
+            return
+        for n, event in enumerate(log[start - 2 * (name == "overlap" and start > 0) :], start):
+            if seen[name] == 1 and n == CUTS.get(name):
                 await socket.close(1012, "restart")
-                return
-            if name.startswith("crash") and seen[name] > 1 and event["seq"] > 10:
-                await end_for_the_dead(socket, name)
                 return
             await socket.send_json(event)
             await asyncio.sleep(0.001)
@@ -145,9 +161,8 @@ def tiny_app(seen: dict[str, int]) -> Starlette:
     async def end_for_the_dead(socket: WebSocket, name: str) -> None:
         kept = 5 if name == "crash-lost" else 12
         content = "".join(f"⟨m:{n}⟩ " for n in range(kept))
-        place = {"turn_id": TURN, "requestId": TURN}
-        await socket.send_json(complete("interrupted", content, "interrupted") | place | {"seq": 11})
-        await socket.send_json({"type": "turn_complete", "seq": 12} | place)
+        await socket.send_json(complete("interrupted", content, "interrupted"))
+        await socket.send_json({"type": "turn_complete", **at("end")})
         await socket.receive_text()
 
     async def post(request: Request) -> Response:
@@ -176,13 +191,11 @@ def tiny_app(seen: dict[str, int]) -> Starlette:
     def stream(name: str, start: int) -> Response:
         async def body() -> AsyncIterator[bytes]:
             yield b"retry: 1000\n: ok\n\n"
-            for event in as_sent(name):
-                if event.get("seq", start) < start:
-                    continue
-                if name == "break" and event["seq"] == 11 and seen[name] == 1:
+            for n, event in enumerate(as_sent(name)[start:], start):
+                if seen[name] == 1 and n == CUTS.get(name):
                     return
-                id = f"id: {TURN}.{event['seq'] + (name == 'misnumbered')}\n" if "seq" in event else ""
-                data = f"{id}event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+                id = f"{TURN}.7" if name == "misnamed" else event["cursor"]
+                data = f"id: {id}\nevent: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
                 yield data[:7]
                 await asyncio.sleep(0.001)
                 yield data[7:]

@@ -1,29 +1,34 @@
 """What a good client knows of a session after each event, and what it finds wrong with them. Never awaits.
 
-It holds a cursor, `<turn_id>.<seq>` of the last numbered event it applied; drops what it has, writing down that it
-came; and goes on after a gap, writing down that there was one. The rules it may find broken:
+It puts together a text for each reply: a chunk has to begin where that text ends. It holds the cursor of the last
+event of a turn that it applied, drops what it has, writing down that it came, and fills what it lacks with `HOLE`s,
+writing down that there was a gap. The rules it may find broken:
 
-    gap        an event was skipped                      greeting   a numbered event before session_state or resumed
-    repeat     one came twice in one connection          unknown    a chunk or an end of a message never announced
-    overlap    a merged chunk has parts already applied  differs    the end's content is not the text put together
-    disorder   one came after a later one                second     a message ended twice, or began again
-    late       text after a message's end, or anything   changed    a terminal status or text became another
-               after its turn's                          early      a turn ended before its messages
-    resumed    `resumed` does not continue the cursor    shape      not an event of the contract
+    gap        a chunk begins beyond the text     greeting   an event of a turn before session_state or resumed
+    repeat     something came twice in one        unknown    a chunk or an end of a message never announced
+               connection, or a beginning after   differs    the end's content, or what came again, is not the text
+               its turn had begun                 cursor     an event's cursor is not what the reader has by then
+    overlap    a chunk begins inside the text     second     a message ended twice
+               of an earlier connection           changed    a terminal status or text became another
+    disorder   a cursor that goes back            early      a turn ended before its messages
+    late       text after a message's end, or     resumed    `resumed` does not continue the cursor
+               anything after its turn's          shape      not an event of the contract
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from .cursors import Place, read_cursor
 from .journal import Journal
 
 TERMINAL = frozenset({"success", "stopped", "interrupted", "failed"})
 STATUSES = TERMINAL | {"pending", "streaming"}
-NUMBERED = frozenset({"message_update", "message_chunk", "message_complete", "turn_complete"})
-UNNUMBERED = frozenset(
+OF_A_TURN = frozenset({"message_update", "message_chunk", "message_complete", "turn_complete"})
+OF_THE_SESSION = frozenset(
     {
         "connection_established",
         "session_state",
@@ -36,6 +41,7 @@ UNNUMBERED = frozenset(
     }
 )
 AI_SDK = frozenset({"chunk", "start", "no-active", "end"})  # frames of the contract's §9 on the same socket
+HOLE = "\N{REPLACEMENT CHARACTER}"  # one for each character a gap skipped: so that one gap is found once
 
 
 class Broken(Exception):
@@ -48,7 +54,10 @@ class Broken(Exception):
 
 @dataclass
 class MessageView:
-    """A message as this reader has it. `terminals` counts the ends that were applied: one, when all is well."""
+    """A message as this reader has it. `terminals` counts the ends that were applied: one, when all is well.
+
+    `before`: how many characters of the text an earlier connection or a snapshot brought.
+    """
 
     id: str
     role: str
@@ -58,6 +67,7 @@ class MessageView:
     status: str = "pending"
     failure_reason: str | None = None
     terminals: int = 0
+    before: int = 0
     created: float = field(default_factory=time.monotonic)
     ended: float | None = None
     chunks: list[float] = field(default_factory=list)  # when each piece of text came
@@ -69,34 +79,22 @@ class MessageView:
 
 @dataclass
 class TurnView:
-    """Where this reader is in a turn's log.
+    """How much of a turn this reader has.
 
-    `base` came with a snapshot or a cursor; `last` is the last event applied; `applied` the numbers each message was
-    told under (a merged chunk covers the numbers of the other side between its own); `fresh` the last number this
-    connection brought.
+    `replies`: ids, side a first. `begun`: the last announcement has come, after which there is none.
+    `announced`: ids of the messages this connection announced.
     """
 
     id: str
-    base: int = -1
-    last: int = -1
-    fresh: int = -1
+    place: Place
+    begun: bool = False
     ended: bool = False
-    covered: bool = False  # an end stood for events before it: the ends after it have text that was not told
-    applied: dict[str, set[int]] = field(default_factory=dict)
-
-    def has(self, message_id: str, seq: int) -> bool:
-        return seq <= self.base or seq in self.applied.get(message_id, ())
-
-    def overlaps(self, message_id: str, first: int, seq: int) -> bool:
-        return first <= self.base or not self.applied.get(message_id, set()).isdisjoint(range(first, seq + 1))
-
-    def take(self, message_id: str, first: int, seq: int) -> None:
-        self.applied.setdefault(message_id, set()).update(range(first, seq + 1))
-        self.last = self.fresh = seq
+    replies: list[str] = field(default_factory=list)
+    announced: set[str] = field(default_factory=set)
 
 
 class View:
-    """`greeted` is whether numbered events may come without a snapshot first: true for SSE, not for sockets."""
+    """`greeted` is whether events of a turn may come without a snapshot first: true for SSE, not for sockets."""
 
     def __init__(self, journal: Journal, name: str, greeted: bool) -> None:
         self.journal, self.name, self._always_greeted = journal, name, greeted
@@ -122,10 +120,12 @@ class View:
         return [message.text for message in self.messages.values() if message.role == role]
 
     def connected(self, cursor: str | None = None) -> None:
-        """A new connection begins; what came in the last one may come again without being anybody's mistake."""
+        """A new connection begins; what the last one brought is then text of an earlier connection."""
         self._greeted = self._always_greeted
         for turn in self.turns.values():
-            turn.fresh = -1
+            turn.announced.clear()
+        for message in self.messages.values():
+            message.before = len(message.text)
         if cursor is not None and cursor != self.cursor:
             self._jump(cursor)
 
@@ -139,58 +139,43 @@ class View:
 
     def _apply(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
-        if kind in NUMBERED:
-            self._numbered(event)
+        if kind in OF_A_TURN:
+            self._of_a_turn(event)
         elif kind == "session_state":
             self._snapshot(event)
         elif kind == "resumed":
             self._resumed(event)
-        elif kind not in UNNUMBERED and kind not in AI_SDK:
+        elif kind not in OF_THE_SESSION and kind not in AI_SDK:
             raise Broken("shape", f"no event of the contract has type {kind!r}")
 
     def violation(self, rule: str, text: str) -> None:
         self.journal.add(self.name, "violation", {"rule": rule, "text": text})
 
-    # numbered events
+    # events of a turn
 
-    def _numbered(self, event: dict[str, Any]) -> None:
-        turn_id, seq = event.get("turn_id"), event.get("seq")
-        first = event.get("from_seq", seq)
-        if not isinstance(turn_id, str) or not isinstance(seq, int) or not isinstance(first, int) or first > seq:
-            raise Broken("shape", f"{event.get('type')} without a good turn_id, seq, from_seq: {event!r:.200}")
+    def _of_a_turn(self, event: dict[str, Any]) -> None:
+        kind, cursor = event["type"], event.get("cursor")
+        place = read_cursor(cursor)
+        if place is None or place.turn_id != event.get("turn_id"):
+            raise Broken("shape", f"{kind} without a good turn_id and cursor: {event!r:.200}")
+        if (place.stage == "end") != (kind == "turn_complete") or (place.stage == "start" and kind != "message_update"):
+            self.violation("shape", f"{kind} with the cursor {cursor}")
         if not self._greeted:
-            self.violation("greeting", f"{event['type']} {turn_id}.{seq} before session_state or resumed")
-        turn = self.turns.setdefault(turn_id, TurnView(turn_id))
-        message_id = _message_id(event)
-        if self._is_new(turn, message_id, first, seq, event["type"]):
-            turn.take(message_id, first, seq)
-            self.turn, self.cursor = turn, f"{turn_id}.{seq}"
-            self._change(turn, event)
-
-    def _is_new(self, turn: TurnView, message_id: str, first: int, seq: int, kind: str) -> bool:
-        """Whether to apply it; whatever is odd about it is written down."""
-        where = f"{turn.id}.{seq}" if first == seq else f"{turn.id}.{first}–{seq}"
-        if seq <= turn.last:
-            if not turn.has(message_id, seq):
-                self.violation("disorder", f"{where} after {turn.id}.{turn.last}")
-            else:
-                self.journal.add(self.name, "duplicate", {"turn_id": turn.id, "seq": seq})
-                if seq <= turn.fresh:
-                    self.violation("repeat", f"{where} came twice in one connection")
-            return False
+            self.violation("greeting", f"{kind} {cursor} before session_state or resumed")
+        turn = self.turns.setdefault(place.turn_id, TurnView(place.turn_id, place))
         if turn.ended:
-            self.violation("late", f"{where} after the end of its turn at {turn.last}")
-            return False
-        if first > turn.last + 1:
-            self.violation("gap", f"expected {turn.id}.{turn.last + 1}, got {where}")
-        elif kind == "message_chunk" and turn.overlaps(message_id, first, seq):
-            self.violation("overlap", f"{where} has parts that had been applied, up to {turn.last}")
-        return True
+            raise Broken("late", f"{kind} {cursor} after the end of its turn")
+        if place.is_before(turn.place):
+            raise Broken("disorder", f"{kind} {cursor} after {turn.place}")
+        begun, turn.place, turn.begun = turn.begun, place, turn.begun or place.stage != "start"
+        self.turn, self.cursor = turn, str(cursor)
+        self._change(turn, event, begun)
+        self._compare_cursor(turn)
 
-    def _change(self, turn: TurnView, event: dict[str, Any]) -> None:
+    def _change(self, turn: TurnView, event: dict[str, Any], begun: bool) -> None:
         match event["type"]:
             case "message_update":
-                self._created(turn, event.get("message") or {})
+                self._created(turn, event.get("message") or {}, begun)
             case "message_chunk":
                 self._chunk(event)
             case "message_complete":
@@ -198,27 +183,51 @@ class View:
             case "turn_complete":
                 self._turn_complete(turn)
 
-    def _created(self, turn: TurnView, message: dict[str, Any]) -> None:
+    def _created(self, turn: TurnView, message: dict[str, Any], begun: bool) -> None:
+        """A beginning may be told again to a reader that was cut inside of it, and to no other."""
         if not isinstance(message.get("id"), str) or message.get("role") not in ("user", "assistant"):
             raise Broken("shape", f"message_update without a message: {message!r:.200}")
-        before = self.messages.get(message["id"])
-        if before is not None and before.role == "assistant" and before.over:
-            self.violation("second", f"message {before.id} was {before.status} and begins again")
+        if message["id"] in turn.announced or begun:
+            raise Broken("repeat", f"message {message['id']} begins again in turn {turn.id}")
+        turn.announced.add(message["id"])
         self.messages[message["id"]] = view = _message(message)
         view.turn_id = turn.id
+        if view.role == "assistant":
+            if view.text or view.status != "pending":
+                self.violation("shape", f"reply {view.id} begins as {view.status} with {view.text!r:.60}")
+            turn.replies = self._in_order({*turn.replies, view.id})
+
+    def _in_order(self, replies: set[str]) -> list[str]:
+        return sorted(replies, key=lambda id: self.messages[id].participant or "")
 
     def _chunk(self, event: dict[str, Any]) -> None:
         message = self.messages.get(event.get("message_id") or "")
-        text = event.get("chunk")
+        text, offset = event.get("chunk"), event.get("offset")
         if message is None:
             raise Broken("unknown", f"a chunk of message {event.get('message_id')}, never announced")
-        if not isinstance(text, str):
-            raise Broken("shape", f"message_chunk without text: {event!r:.200}")
+        if not isinstance(text, str) or not isinstance(offset, int) or offset < 0:
+            raise Broken("shape", f"message_chunk without text and offset: {event!r:.200}")
         if message.over:
             raise Broken("late", f"text after the end of message {message.id}: {text!r:.60}")
-        message.text += text
+        if offset > len(message.text):
+            self.violation("gap", f"expected {message.id} from {len(message.text)}, got it from {offset}")
+            message.text += HOLE * (offset - len(message.text))
+        new = text[len(message.text) - offset :]
+        if offset < len(message.text):
+            self._known(message, offset, text)
+        message.text += new
         message.status = "streaming"
-        message.chunks.append(time.monotonic())
+        if new:
+            message.chunks.append(time.monotonic())
+
+    def _known(self, message: MessageView, offset: int, text: str) -> None:
+        """A chunk that begins before the end of the text: dropped as far as it goes, and never right."""
+        had = message.text[offset : offset + len(text)]
+        self.journal.add(self.name, "duplicate", {"message_id": message.id, "offset": offset, "chunk": text})
+        rule = "repeat" if offset >= message.before else "overlap"
+        self.violation(rule, f"{message.id} from {offset}, {len(message.text)} characters had come")
+        if not text.startswith(had):
+            self.violation("differs", f"message {message.id} from {offset}: {difference(had, text)}")
 
     def _complete(self, turn: TurnView, event: dict[str, Any]) -> None:
         message = self.messages.get(event.get("message_id") or "")
@@ -234,25 +243,21 @@ class View:
         content = (event.get("message") or {}).get("content")
         if not isinstance(content, str):
             raise Broken("shape", f"message_complete without its message: {event!r:.200}")
-        turn.covered = turn.covered or event.get("from_seq", event["seq"]) < event["seq"]
-        self._compare(message, content, turn.covered)
+        self._compare(message, content)
         message.text = content
 
-    def _compare(self, message: MessageView, content: str, covers: bool) -> None:
-        """Whoever finishes for a dead worker may know more than was shown, or, where nothing was kept, less.
-
-        An end that covers events before it stands for their text, too.
-        """
-        seen = {"message_id": message.id, "seen": message.text, "stored": content}
+    def _compare(self, message: MessageView, content: str) -> None:
+        """Whoever finishes for a dead worker may know more than was shown, or, where nothing was stored, less."""
+        if content == message.text:
+            return
         related = content.startswith(message.text) or message.text.startswith(content)
-        if content == message.text or (covers and content.startswith(message.text)):
-            pass
-        elif message.status not in ("interrupted", "stopped") or not related:
+        if message.status not in ("interrupted", "stopped") or not related:
             self.violation("differs", f"message {message.id}: {difference(message.text, content)}")
-        else:
-            self.journal.add(self.name, "takeover", seen)
-            if len(content) < len(message.text):
-                self.journal.add(self.name, "shrunk", seen)
+            return
+        seen = {"message_id": message.id, "seen": message.text, "stored": content}
+        self.journal.add(self.name, "takeover", seen)
+        if len(content) < len(message.text):
+            self.journal.add(self.name, "shrunk", seen)
 
     def _turn_complete(self, turn: TurnView) -> None:
         turn.ended = True
@@ -262,15 +267,24 @@ class View:
         if waiting:
             self.violation("early", f"turn {turn.id} ended before {', '.join(waiting)}")
 
+    def _compare_cursor(self, turn: TurnView) -> None:
+        """A cursor that claims more than its reader has makes a gap later; one that claims less, a repeat."""
+        if turn.place.stage != "text" or not turn.replies:
+            return
+        replies = [self.messages[id] for id in turn.replies]
+        have = tuple(math.inf if reply.over else len(reply.text) for reply in replies)
+        if have != turn.place.parts:
+            self.violation("cursor", f"{self.cursor}, where the reader has {have}")
+
     # where a connection starts
 
     def _resumed(self, event: dict[str, Any]) -> None:
         self._greeted = True
         self.resumptions += 1
-        turn_id, first = event.get("turn_id"), event.get("from_seq")
-        expected = (self.turn.id, self.turn.last + 1) if self.turn else (None, None)
-        if (turn_id, first) != expected and (self.turn is None or turn_id == self.turn.id or first != 0):
-            self.violation("resumed", f"expected to resume at {expected[0]}.{expected[1]}, got {turn_id}.{first}")
+        told = (event.get("turn_id"), event.get("cursor"))
+        expected = (self.turn.id, self.cursor) if self.turn else (None, None)
+        if told != expected:
+            self.violation("resumed", f"expected to resume at {expected[1]}, got {told[1]} of turn {told[0]}")
 
     def _snapshot(self, event: dict[str, Any]) -> None:
         self._greeted = True
@@ -278,6 +292,9 @@ class View:
         if not isinstance(event.get("messages"), list) or "turn" not in event:
             raise Broken("shape", f"session_state without messages or turn: {event!r:.200}")
         turn = event["turn"]
+        place = read_cursor(turn["cursor"]) if turn is not None else None
+        if turn is not None and (place is None or place.turn_id != turn["id"]):
+            raise Broken("shape", f"session_state with a bad turn: {turn}")
         for message in event["messages"]:
             self._replace(message, turn and turn["id"])
         for known in self.turns.values():
@@ -285,12 +302,18 @@ class View:
         if turn is None:
             self.turn = self.cursor = None
         else:
-            self._jump(f"{turn['id']}.{turn['seq']}")
+            self._jump(turn["cursor"], self._last_replies(event["messages"]))
+
+    def _last_replies(self, messages: list[dict[str, Any]]) -> list[str]:
+        """The replies after the last message of a user's: those of the running turn, all or the one made again."""
+        after = max((n for n, each in enumerate(messages) if each["role"] == "user"), default=-1) + 1
+        return self._in_order({each["id"] for each in messages[after:]})
 
     def _replace(self, message: dict[str, Any], turn_id: str | None) -> None:
         if not isinstance(message, dict) or message.get("status") not in STATUSES:
             raise Broken("shape", f"session_state with a bad message: {message!r:.200}")
         before, after = self.messages.get(message.get("id") or ""), _message(message)
+        after.before = len(after.text)
         if before is not None:
             after.terminals, after.chunks, after.turn_id = before.terminals, before.chunks, before.turn_id
             after.created, after.ended = before.created, before.ended
@@ -309,18 +332,19 @@ class View:
             seen = {"message_id": before.id, "seen": before.text, "stored": after.text}
             self.journal.add(self.name, "shrunk", seen)
 
-    def _jump(self, cursor: str) -> None:
+    def _jump(self, cursor: str, replies: list[str] | None = None) -> None:
         """Stand at `cursor`, having everything up to it; nowhere, when it is not one."""
-        turn_id, _, seq = cursor.rpartition(".")
-        if not seq.removeprefix("-").isdecimal():
+        place = read_cursor(cursor)
+        if place is None:
             return
-        ended = turn_id in self.turns and self.turns[turn_id].ended
-        turn = self.turns[turn_id] = TurnView(turn_id, base=int(seq), last=int(seq), ended=ended)
-        self.turn, self.cursor = turn, cursor
-
-
-def _message_id(event: dict[str, Any]) -> str:
-    return str(event.get("message_id") or (event.get("message") or {}).get("id") or "")
+        ended = place.stage == "end" or (place.turn_id in self.turns and self.turns[place.turn_id].ended)
+        turn = TurnView(place.turn_id, place, place.stage != "start", ended)
+        if replies and len(replies) != len(place.parts):  # one of two is made again: the other is not in the cursor
+            replies = [id for id in replies if not self.messages[id].over]
+        turn.replies = replies if replies and len(replies) == len(place.parts) else []
+        self.turns[place.turn_id] = self.turn = turn
+        self.cursor = cursor
+        self._compare_cursor(turn)
 
 
 def _message(message: dict[str, Any]) -> MessageView:
