@@ -19,6 +19,7 @@ from tests.harness.api import call, guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
+from tests.harness.view import OF_A_TURN
 
 MODELS = [
     {"id": "quick-fox", "provider": "demo", "vendor": "Vulpes", "display_name": "Quick Fox", "pace": 0.002},
@@ -101,9 +102,9 @@ async def test_both_sides_move_in_step(arena: Service) -> None:
     pieces = {side: [chunk["chunk"] for chunk in chunks if chunk["participant"] == side] for side in "ab"}
     assert pieces["a"] == pieces["b"] and len(pieces["a"]) > 3
     assert [chunk["participant"] for chunk in chunks] == ["a", "b"] * len(pieces["a"])
-    completes = journal.events("voter", "message_complete")
-    assert [each["participant"] for each in completes] == ["a", "b"]
-    assert completes[1]["seq"] == completes[0]["seq"] + 1
+    *_, first, second, end = journal.events("voter", *OF_A_TURN)
+    assert [each["type"] for each in (first, second, end)] == ["message_complete"] * 2 + ["turn_complete"]
+    assert [each["participant"] for each in (first, second)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("content", ["/fail", "/silent", "/truncate"])

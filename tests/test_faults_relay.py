@@ -69,15 +69,15 @@ async def caught_up(reader: SocketReader, text: str, since: float, within: float
 
 @pytest.mark.parametrize("workers", [(0,), (1,), (0, 1)])
 async def test_refresh_in_the_middle_of_an_answer(scene: Scene, workers: tuple[int, ...]) -> None:
-    """1. Closed at token 20 of 200, back with the last number: the missing part, then live; one answer."""
+    """1. Closed at token 20 of 200, back with its cursor: the missing part, then live; one answer."""
     reader = await scene.socket("refreshing", workers)
     await reader.say("/count 200")
     await reader.chunks(20)
-    last = reader.view.turn.last
+    last = reader.cursor
     reader.drop()
     await reader.turn_ended()
     assert reader.view.texts() == [counted(200)]
-    assert [event["from_seq"] for event in scene.journal.events("refreshing", "resumed")] == [last + 1]
+    assert [event["cursor"] for event in scene.journal.events("refreshing", "resumed")] == [last]
     await scene.check(codes={1006})
 
 

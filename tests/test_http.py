@@ -34,6 +34,7 @@ from tests.harness.proxy import Proxy
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
 from tests.harness.sse import SSEEvent, SSEParser
+from tests.harness.view import put_together
 
 T = TypeVar("T")
 NOBODYS = "00000000-0000-7000-8000-000000000000"  # an id that nothing has
@@ -1121,21 +1122,18 @@ async def test_server_sent_events_are_exact(service: Service, ann: Owner) -> Non
     body = {"session_id": session["id"], "content": "/echo one\ntwo"}
     response = await post(service.url, ann.access, body, Accept="text/event-stream")
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    event = rb"id: [0-9a-f-]{36}\.\d+\nevent: \w+\ndata: \{[^\n]*\}\n\n"
+    event = rb"id: [0-9a-f-]{36}\.\w+\nevent: \w+\ndata: \{[^\n]*\}\n\n"
     assert re.fullmatch(
         rb": ok\nretry: 1000\n\n(" + event + rb")+event: done\ndata: \{\}\n\n", response.content
     ), response.content
-    *numbered, _ = events(response.content)
-    said = [json.loads(each.data) for each in numbered]
-    assert [each["type"] for each in said] == [each.event for each in numbered]
-    assert [f"{each['turn_id']}.{each['seq']}" for each in said] == [each.id for each in numbered]
+    *sent, _ = events(response.content)
+    said = [json.loads(each.data) for each in sent]
+    assert [(each["type"], each["cursor"]) for each in said] == [(each.event, each.id) for each in sent]
     assert {each["turn_id"] for each in said} == {each["requestId"] for each in said} == {response.headers["X-Turn-Id"]}
     kinds = [each["type"] for each in said]
     assert kinds[:2] == ["message_update"] * 2 and kinds[-2:] == ["message_complete", "turn_complete"]
     assert set(kinds[2:-2]) == {"message_chunk"}
-    starts = [each.get("from_seq", each["seq"]) for each in said]
-    assert starts == [0, *[each["seq"] + 1 for each in said[:-1]]]
-    assert text_of(said) == "one\ntwo"
+    assert put_together(said).texts() == ["one\ntwo"]
     complete = said[-2]
     assert complete["message"].keys() == MESSAGE
     assert (complete["status"], complete["message"]["content"]) == ("success", "one\ntwo")
@@ -1545,15 +1543,13 @@ async def test_the_latest_turn_is_said_again_and_from_any_cursor(service: Servic
             await follow(base, ann.access, session["id"], Last_Event_ID=each.id),
             await follow(base, ann.access, session["id"], f"?after={each.id}"),
         ):
-            rest = _said(response)
-            assert rest[0].get("from_seq", rest[0]["seq"]) == whole[place]["seq"] + 1
-            assert _texts(whole[: place + 1] + rest) == _texts(whole)
+            assert put_together(whole[: place + 1], _said(response)).texts() == list(_texts(whole))
 
 
 def _said(response: httpx.Response) -> list[dict[str, Any]]:
-    *numbered, done = events(response.content)
+    *said, done = events(response.content)
     assert (done.event, done.data) == ("done", "{}")
-    return [json.loads(each.data) for each in numbered]
+    return [json.loads(each.data) for each in said]
 
 
 def _texts(said: list[dict[str, Any]]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from tests.harness.api import ACCEPT, Guest, guest, messages, new_session, post_
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 from tests.harness.sse import SSEParser
+from tests.harness.view import put_together
 
 HERE = ROOT / "tests" / "interop"
 PACED = json.dumps([{"id": "calm", "provider": "demo", "personality": "scholar", "pace": 0.01}])
@@ -212,12 +213,9 @@ async def test_websockets_in_a_thread_talks_to_a_session(service: Service) -> No
 
 
 def assert_whole_turn(events: list[dict[str, Any]], text: str) -> None:
-    """Every numbered event once and in order, and the text they make."""
-    told = [event for event in events if "seq" in event]
-    numbers = [n for event in told for n in range(event.get("from_seq", event["seq"]), event["seq"] + 1)]
-    assert numbers == list(range(len(numbers)))
-    assert "".join(event["chunk"] for event in told if event["type"] == "message_chunk") == text
-    assert told[-2]["message"]["content"] == text and told[-1]["type"] == "turn_complete"
+    """Everything once and in order, and the text it makes."""
+    view = put_together(events)
+    assert (view.texts(), view.turns_ended) == ([text], 1)
 
 
 # -- Node
@@ -282,12 +280,12 @@ async def test_the_eventsource_package_resumes_and_ends_by_itself(service: Servi
                 asked.append(seen["asked"])
             elif "kind" in seen and seen["kind"] != "done":
                 events.append(seen["event"])
-                assert seen["id"] == f"{seen['event']['turn_id']}.{seen['event']['seq']}"
+                assert seen["id"] == seen["event"]["cursor"]
                 if len(events) == 20:
                     proxy.close_all()
             closed = closed or "closed" in seen
     assert closed and len(asked) == 3
     assert asked[0] is None and asked[1] != asked[2]
-    assert asked[2] == f"{events[-1]['turn_id']}.{events[-1]['seq']}"
+    assert asked[2] == events[-1]["cursor"]
     assert_whole_turn(events, counted(100))
     assert (await posting).ended

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,6 +357,17 @@ def _message(message: dict[str, Any]) -> MessageView:
         status=str(message.get("status", "pending")),
         failure_reason=message.get("failure_reason"),
     )
+
+
+def put_together(*connections: Iterable[dict[str, Any]]) -> View:
+    """What a reader has that was told these events, one connection after the other. Raises where a rule is broken."""
+    view = View(Journal(), "reader", greeted=True)
+    for events in connections:
+        view.connected(view.cursor)
+        for event in events:
+            view.apply(event)
+    assert not view.journal.violations(), view.journal.story()
+    return view
 
 
 def difference(a: str, b: str) -> str:

@@ -6,23 +6,23 @@ from typing import Any
 
 from chat.errors import STATUS
 
-NUMBERED = {"turn_id", "seq"}
+OF_A_TURN = {"turn_id", "cursor"}
 EVENTS = {
     "connection_established": {"user", "session_id", "version"},
     "session_state": {"session", "messages", "turn"},
-    "resumed": {"turn_id", "from_seq"},
-    "message_update": NUMBERED | {"message", "action"},
-    "message_chunk": NUMBERED | {"message_id", "participant", "chunk"},
-    "message_complete": NUMBERED
+    "resumed": {"turn_id", "cursor"},
+    "message_update": OF_A_TURN | {"message", "action"},
+    "message_chunk": OF_A_TURN | {"message_id", "participant", "chunk", "offset"},
+    "message_complete": OF_A_TURN
     | {"message_id", "participant", "status", "failure_reason", "latency_ms", "first_token_ms", "message"},
-    "turn_complete": NUMBERED,
+    "turn_complete": OF_A_TURN,
     "session_update": {"session", "action", "version"},
     "typing_indicator": {"user_id", "is_typing"},
     "pong": {"timestamp"},
     "test": {"message"},
     "error": {"code", "message", "retryable"},
 }
-OPTIONAL = {"message_chunk": {"from_seq"}, "error": {"retry_after", "message_id"}}
+OPTIONAL = {"error": {"retry_after", "message_id"}}
 MESSAGE = set(
     "id session role content model parent_message_ids child_ids position participant status failure_reason attachments "
     "metadata feedback created_at latency_ms first_token_ms has_feedback".split()
@@ -39,7 +39,7 @@ def odd(event: dict[str, Any]) -> str:
     needed = EVENTS[kind] | {"type", "requestId"}
     if not needed <= event.keys() <= needed | OPTIONAL.get(kind, set()):
         return f"expected the fields {sorted(needed)}"
-    if event["requestId"] != (event["turn_id"] if EVENTS[kind] >= NUMBERED else "session"):
+    if event["requestId"] != (event["turn_id"] if EVENTS[kind] >= OF_A_TURN and kind != "resumed" else "session"):
         return "whose request is this?"
     parts = {
         "connection_established": lambda: event["user"].keys() == {"id", "display_name", "is_anonymous"},
@@ -59,5 +59,5 @@ def _is_state(event: dict[str, Any]) -> bool:
         session.keys() == {"id", "mode", "title", "model_a", "model_b", "version", "voted"}
         and all(card is None or card.keys() == {"id", "display_name"} for card in cards)
         and all(message.keys() == MESSAGE for message in event["messages"])
-        and (turn is None or turn.keys() == {"id", "seq"})
+        and (turn is None or turn.keys() == {"id", "cursor"})
     )

@@ -15,16 +15,18 @@ import pytest
 from tests.conftest import store
 from tests.harness.api import call, messages, stop
 from tests.harness.client import SocketReader
+from tests.harness.cursors import characters
 from tests.harness.journal import Journal
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
+from tests.harness.view import OF_A_TURN
 
 from . import BATTLE, ENVIRONMENT, UVICORN, bearer, counted, fate, hear, home, plain, share
 
 
 @pytest.mark.parametrize("mode", ["direct", "compare", "random"])
 async def test_a_turn_is_told_in_order_on_every_worker(service: Service, journal: Journal, mode: str) -> None:
-    """The user's message, empty replies, their text, their ends, the turn's end: numbered from 0 without a hole."""
+    """The user's message, empty replies, their text, their ends, the turn's end."""
     someone, session_id = await home(service.url, **(BATTLE | {"mode": mode} if mode != "direct" else {}))
     async with contextlib.AsyncExitStack() as stack:
         readers = [
@@ -34,11 +36,7 @@ async def test_a_turn_is_told_in_order_on_every_worker(service: Service, journal
         await readers[0].say("/count 12", id="question-1")
         await asyncio.gather(*[reader.turn_ended() for reader in readers])
     for reader in readers:
-        events = [event for event in journal.events(reader.name) if "seq" in event]
-        assert [event.get("from_seq", event["seq"]) for event in events] == [
-            0,
-            *[event["seq"] + 1 for event in events[:-1]],
-        ]
+        events = journal.events(reader.name, *OF_A_TURN)
         kinds = [event["type"] for event in events]
         sides = 1 if mode == "direct" else 2
         assert kinds[: 1 + sides] == ["message_update"] * (1 + sides)
@@ -83,7 +81,7 @@ async def test_ping_and_test_come_back_as_they_were(service: Service) -> None:
 
 async def test_where_it_starts_over_it_goes_on_exactly(service: Service) -> None:
     """While tokens come as fast as they can, a client that trusts every `resumed` and `session_state` and knows of no
-    duplicates asks for them again and again: what follows each is the next event, never an older or a later one."""
+    duplicates asks for them again and again: the text after each goes on at its cursor, not before and not behind."""
     someone, session_id = await home(service.url)
     async with (
         plain(service.url, session_id, someone.access) as writer,
@@ -91,34 +89,27 @@ async def test_where_it_starts_over_it_goes_on_exactly(service: Service) -> None
     ):
         await asyncio.gather(hear(writer, "session_state"), hear(opened, "session_state"))
         await writer.send('{"type": "message", "content": "/count 500"}')
-        expected, text, asked, due, answered = 0, "", 0, 20, {"resumed": 0, "session_state": 0}
-        texts = {-1: "", 0: "", 1: ""}  # what had been said at each event
+        text, heard, asked, due, answered = "", 0, 0, 20, {"resumed": 0, "session_state": 0}
+        texts: dict[str, str] = {}  # the text at each cursor
         while True:
             event = json.loads(await asyncio.wait_for(opened.recv(), 10))
             if event["type"] == "session_state":
-                text, expected = event["messages"][-1]["content"], event["turn"]["seq"] + 1
-                texts[event["turn"]["seq"]] = text
+                text = texts[event["turn"]["cursor"]] = event["messages"][-1]["content"]
                 answered["session_state"] += 1
                 continue
             if event["type"] == "resumed":
-                expected = event["from_seq"]
-                text = texts[expected - 1]
+                text = texts[event["cursor"]]
                 answered["resumed"] += 1
                 continue
-            assert event.get("from_seq", event["seq"]) == expected, (event, expected)
-            expected = event["seq"] + 1
+            assert event.get("offset", len(text)) == len(text), (event, text)
             text += event.get("chunk", "")
-            texts[event["seq"]] = text
+            texts[event["cursor"]] = text
+            heard += 1
             if event["type"] == "turn_complete":
                 break
-            if event["seq"] > due and asked < 14 and asked == sum(answered.values()):
-                asked, due = asked + 1, event["seq"] + 20
-                back = max(n for n in texts if n <= event["seq"] - 15)
-                ask = (
-                    {"type": "resume", "cursor": f"{event['turn_id']}.{back}"}
-                    if asked % 2
-                    else {"type": "request_state"}
-                )
+            if heard > due and asked < 14 and asked == sum(answered.values()):
+                asked, due = asked + 1, heard + 20
+                ask = {"type": "resume", "cursor": list(texts)[-15]} if asked % 2 else {"type": "request_state"}
                 await opened.send(json.dumps(ask))
         assert text == counted(500)
         assert answered["resumed"] >= 5 and answered["session_state"] >= 5, answered
@@ -134,7 +125,7 @@ async def test_a_state_asked_for_in_mid_answer_has_the_text_so_far(service: Serv
             state = await reader.event("session_state", after=1)
             assert state["messages"][-1]["status"] == "streaming"
             assert counted(300).startswith(state["messages"][-1]["content"].strip())
-            assert state["turn"]["seq"] >= 10
+            assert characters(state["turn"]["cursor"]) == len(state["messages"][-1]["content"])
             await reader.turn_ended()
             assert reader.view.texts()[-1] == counted(300)
 

@@ -11,8 +11,10 @@ import pytest
 from tests.conftest import store
 from tests.harness.api import Guest, call, http, new_session, post_turn, ticket
 from tests.harness.client import SocketReader, SSEReader
+from tests.harness.cursors import characters
 from tests.harness.journal import Journal
 from tests.harness.service import Service
+from tests.harness.view import OF_A_TURN, put_together
 
 from . import BATTLE, ENVIRONMENT, counted, hear, home, plain
 from .events import odd
@@ -20,20 +22,23 @@ from .events import odd
 # -- cursors
 
 
-async def _cursors(base: str, someone: Guest, session_id: str) -> tuple[str, int]:
-    """A turn that has ended, and its last number."""
-    answer = await post_turn(base, someone.access, session_id, "/count 20")
-    return answer.events[-1]["turn_id"], answer.events[-1]["seq"]
+ANSWER = counted(20)
+
+
+async def _turn(base: str, someone: Guest, session_id: str) -> str:
+    """A turn that has ended, whose reply is `ANSWER`."""
+    return str((await post_turn(base, someone.access, session_id, "/count 20")).turn_id)
 
 
 @pytest.mark.parametrize("way", ["query", "frame"])
 async def test_a_good_cursor_is_continued_exactly(service: Service, way: str) -> None:
-    """After the turn's end, on every worker, from its start, its middle and its end."""
+    """After the turn's end, on every worker, from its start, its middle and its end; inside a token, too."""
     someone, session_id = await home(service.url)
-    turn_id, last = await _cursors(service.url, someone, session_id)
+    turn_id = await _turn(service.url, someone, session_id)
+    end = len(ANSWER)
     for base in service.urls:
-        for seq in (-1, 0, 7, last - 1, last):
-            cursor = f"{turn_id}.{seq}"
+        for place in ("start", 0, 7, end - 1, end, "e", "end"):
+            cursor = f"{turn_id}.{place}"
             async with plain(
                 base, session_id, someone.access, **({"cursor": cursor} if way == "query" else {})
             ) as opened:
@@ -41,13 +46,19 @@ async def test_a_good_cursor_is_continued_exactly(service: Service, way: str) ->
                     await hear(opened, "session_state")
                     await opened.send(json.dumps({"type": "resume", "cursor": cursor}))
                 resumed = (await hear(opened, "resumed"))[-1]
-                assert (resumed["turn_id"], resumed["from_seq"]) == (turn_id, seq + 1)
+                assert (resumed["turn_id"], resumed["cursor"]) == (turn_id, cursor)
                 await opened.send('{"type": "ping"}')
-                events = (await hear(opened, "turn_complete"))[:] if seq < last else []
-                events = [event for event in events if "seq" in event]
-                firsts = [event.get("from_seq", event["seq"]) for event in events]
-                assert firsts == [seq + 1, *[event["seq"] + 1 for event in events[:-1]]][: len(events)]
-                if seq == last:
+                events = await hear(opened, "turn_complete") if place != "end" else []
+                kinds = [event["type"] for event in events if event["type"] in OF_A_TURN]
+                expected = ["message_update"] * 2 * (place == "start")
+                expected += ["message_chunk"] * (place == "start" or (isinstance(place, int) and place < end))
+                expected += ["message_complete"] * (place not in ("e", "end")) + ["turn_complete"] * (place != "end")
+                assert kinds == expected, cursor
+                for event in events:
+                    if event["type"] == "message_chunk":
+                        had = place if isinstance(place, int) else 0
+                        assert (event["offset"], event["chunk"]) == (had, ANSWER[had:])
+                if place == "end":
                     assert [event["type"] for event in await hear(opened, "pong")] == ["pong"]
 
 
@@ -64,6 +75,10 @@ GARBAGE = [
     "x.--5",
     "x.1e3",
     "x.5.5",
+    "x.5.5.5",
+    "x.start",
+    "x.end",
+    "x.e",
     "x.²",
     "x\u0000.5",
     "ü.3",
@@ -73,12 +88,13 @@ GARBAGE = [
 
 @pytest.mark.parametrize("way", ["query", "frame"])
 async def test_any_other_cursor_gets_a_snapshot(service: Service, way: str) -> None:
-    """Unknown, far beyond the end, of another session, or no cursor at all; then the next turn follows."""
+    """Unknown, of as many replies as the turn has not, of another session, or no cursor at all."""
     someone, session_id = await home(service.url)
-    turn_id, last = await _cursors(service.url, someone, session_id)
+    turn_id = await _turn(service.url, someone, session_id)
     other, others_session = await home(service.url)
-    others_turn, _ = await _cursors(service.url, other, others_session)
-    unknown = [f"{turn_id}.{last + 1}", f"{turn_id}.999999999", f"{turn_id}.-2", f"{others_turn}.3", f"{turn_id}x.3"]
+    others_turn = await _turn(service.url, other, others_session)
+    unknown = [f"{turn_id}.{place}" for place in ("3.3", "e.e", "-1", "-2", "", "x", "3.", "E", "3e")]
+    unknown += [f"{others_turn}.3", f"{others_turn}.end", f"{turn_id}x.3"]
     cursors = unknown + [text for text in GARBAGE if way == "frame" or "\0" not in text]
     for number, cursor in enumerate(cursors):
         base = service.urls[number % len(service.urls)]
@@ -88,27 +104,23 @@ async def test_any_other_cursor_gets_a_snapshot(service: Service, way: str) -> N
                 await opened.send(json.dumps({"type": "resume", "cursor": cursor}))
             events = await hear(opened, "session_state")
             assert [event["type"] for event in events][-2:-1] in ([], ["connection_established"]), cursor
-            assert [message["content"] for message in events[-1]["messages"]] == ["/count 20", counted(20)], cursor
+            assert [message["content"] for message in events[-1]["messages"]] == ["/count 20", ANSWER], cursor
             assert events[-1]["turn"] is None
 
 
 async def test_a_cursor_two_turns_back_gets_the_rest_of_both(service: Service, journal: Journal) -> None:
     someone, session_id = await home(service.url)
-    turn_id, last = await _cursors(service.url, someone, session_id)
-    second, end = await _cursors(service.urls[-1], someone, session_id)
-    for n, base in enumerate(service.urls):
+    turn_id = await _turn(service.url, someone, session_id)
+    second = await _turn(service.urls[-1], someone, session_id)
+    for base in service.urls:
         async with plain(base, session_id, someone.access, cursor=f"{turn_id}.9") as opened:
             first = await hear(opened, "turn_complete")
             rest = await hear(opened, "turn_complete")
-        numbered = [event for event in first + rest if "seq" in event]
-        assert numbered[0]["turn_id"] == turn_id and numbered[0].get("from_seq", numbered[0]["seq"]) == 10
-        covered = [
-            (event["turn_id"], seq)
-            for event in numbered
-            for seq in range(event.get("from_seq", event["seq"]), event["seq"] + 1)
-        ]
-        assert covered == [(turn_id, seq) for seq in range(10, last + 1)] + [(second, seq) for seq in range(end + 1)], n
-        assert "".join(event.get("chunk", "") for event in rest) == counted(20)
+        first = [event for event in first if event["type"] in OF_A_TURN]
+        assert [event["type"] for event in first] == ["message_chunk", "message_complete", "turn_complete"]
+        assert (first[0]["turn_id"], first[0]["offset"], first[0]["chunk"]) == (turn_id, 9, ANSWER[9:])
+        view = put_together(rest)
+        assert (view.cursor, view.texts()) == (f"{second}.end", [ANSWER])
 
 
 async def test_a_reader_that_keeps_losing_its_connection_misses_nothing(service: Service, journal: Journal) -> None:
@@ -121,7 +133,7 @@ async def test_a_reader_that_keeps_losing_its_connection_misses_nothing(service:
         async with SocketReader(journal, name, urls, session_id, token=someone.access) as reader:
             await reader.say("/count 400")
             for n in range(1, 6):
-                await reader.until(lambda n=n: _seq(reader) > 25 * n, what="more text")
+                await reader.until(lambda n=n: characters(reader.cursor) > 100 * n, what="more text")
                 reader.drop()
                 await reader.until(lambda n=n: reader.connections > n, what="a new connection")
             await reader.turn_ended()
@@ -129,11 +141,6 @@ async def test_a_reader_that_keeps_losing_its_connection_misses_nothing(service:
             assert len(journal.events(name, "resumed")) == 5, journal.story()
 
     await asyncio.gather(lose("direct", session_id, 1), lose("arena", battle, 2))
-
-
-def _seq(reader: SocketReader) -> int:
-    """The number of the last event it applied."""
-    return int((reader.cursor or ".-1").rpartition(".")[2])
 
 
 # -- restarts
@@ -160,7 +167,7 @@ async def test_a_deploy_closes_with_1012_and_the_reader_goes_on(
 # -- §7: the same events over HTTP
 
 
-async def test_sse_says_the_sockets_numbered_events_and_nothing_else(service: Service, journal: Journal) -> None:
+async def test_sse_says_a_turns_events_and_nothing_else(service: Service, journal: Journal) -> None:
     someone, session_id = await home(service.url, **BATTLE)
     async with (
         SocketReader(journal, "socket", service.url, session_id, token=someone.access) as reader,
@@ -172,10 +179,13 @@ async def test_sse_says_the_sockets_numbered_events_and_nothing_else(service: Se
         assert sse.comments[0] == "ok"
     kinds = {event["type"] for event in journal.events("sse")}
     assert kinds == {"message_update", "message_chunk", "message_complete", "turn_complete"}
-    whole = {event["seq"]: event for event in journal.events("socket") if "seq" in event}
-    for event in journal.events("sse"):
-        if event["type"] != "message_chunk":
-            assert event == whole[event["seq"]]
+    kinds.remove("message_chunk")
+    for kind in kinds:  # how much of the other side was told before a side's end may differ: not what was told
+        over_sse, over_socket = [
+            [{name: value for name, value in event.items() if name != "cursor"} for event in journal.events(name, kind)]
+            for name in ("sse", "socket")
+        ]
+        assert over_sse == over_socket
 
 
 async def test_an_event_source_resumes_by_its_last_id(service: Service, journal: Journal) -> None:
@@ -184,10 +194,10 @@ async def test_an_event_source_resumes_by_its_last_id(service: Service, journal:
     path = f"/api/sessions/{session_id}/stream/"
     async with http(service.url, someone.access) as client:
         assert (await client.get(path)).status_code == 204, "there is nothing to read yet"
-    turn_id, last = await _cursors(service.url, someone, session_id)
+    turn_id = await _turn(service.url, someone, session_id)
     for base in service.urls:
         for way in ("header", "after"):
-            cursor = f"{turn_id}.{last - 5}"
+            cursor = f"{turn_id}.{len(ANSWER) - 5}"
             headers = {"Last-Event-ID": cursor} if way == "header" else {}
             query = {"after": cursor} if way == "after" else {}
             query |= {"ticket": await ticket(base, someone.access)} if way == "header" else {"token": someone.access}
@@ -200,8 +210,8 @@ async def test_an_event_source_resumes_by_its_last_id(service: Service, journal:
                 lines = dict(line.split(": ", 1) for line in block.splitlines())
                 event = json.loads(lines["data"])
                 assert lines.keys() == {"id", "event", "data"} and not odd(event)
-                assert (lines["id"], lines["event"]) == (f"{turn_id}.{event['seq']}", event["type"])
+                assert (lines["id"], lines["event"]) == (event["cursor"], event["type"])
             first = json.loads(blocks[1].split("data: ", 1)[1])
-            assert first.get("from_seq", first["seq"]) == last - 4
-        ended = await call(base, "GET", path, someone.access, headers={"Last-Event-ID": f"{turn_id}.{last}"})
+            assert (first["offset"], first["chunk"]) == (len(ANSWER) - 5, ANSWER[-5:])
+        ended = await call(base, "GET", path, someone.access, headers={"Last-Event-ID": f"{turn_id}.end"})
         assert ended.status_code == 204, "an EventSource that has everything is told to stop"
