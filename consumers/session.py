@@ -270,7 +270,8 @@ class Conversation:
         account = self._writer()
         current = await self._session()
         turn = await self.chat.generation.begin(current, account, Ask(id or new_id(), content, {}))
-        if not turn.fresh:  # a message that was sent again gets the turn it began, as over HTTP
+        reading = self.follower.cursor.turn_id == turn.id and not self.follower.cursor.over
+        if not turn.fresh and not reading:  # a message that was sent again gets the turn it began, as over HTTP
             self._ask(start_of(turn.id))
 
     async def _session(self) -> Session:
@@ -293,9 +294,10 @@ class Conversation:
             return
         account = self._writer()
         event = session_event("typing_indicator", user_id=account.id, is_typing=self._types).decode()
+        public = session_event("typing_indicator", user_id=None, is_typing=self._types).decode()
         self._types = None
         self._typing = asyncio.get_running_loop().call_later(TYPING_EVERY, self._tell_typing)
-        self.chat.relay.tell(self.session, SessionNotice(event, but=account.id))
+        self.chat.relay.tell(self.session, SessionNotice(event, public, but=account.id))
 
 
 def _times(when: list[float], seconds: float) -> int:

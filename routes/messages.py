@@ -154,10 +154,8 @@ async def follow(
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
     recheck = recheck or (None if account is None else _still_admitted(chat, session, account))
-    follower = await chat.relay.join(
-        session, spoken.dialect, account.id if account is not None else "", recheck=recheck
-    )
-    follower.one_turn = True
+    account_id = account.id if account is not None else ""
+    follower = await chat.relay.join(session, spoken.dialect, account_id, recheck=recheck, one_turn=True)
     try:
         if not await chat.relay.resume(follower, cursor):
             raise ChatError("not_found", "There is no such turn.")

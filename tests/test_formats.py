@@ -81,7 +81,7 @@ def test_lines_hold_nothing_that_ends_a_line_elsewhere() -> None:
 
 def test_a_resumed_stream_says_where_it_goes_on() -> None:
     said = json.loads(resumed_json("t", "t.5.e"))
-    assert said == {"type": "resumed", "requestId": "t", "turn_id": "t", "cursor": "t.5.e"}
+    assert said == {"type": "resumed", "requestId": "session", "turn_id": "t", "cursor": "t.5.e"}
     assert json.loads(JsonLines.resumed("t", "t.5.e")) == said
     assert EventStream.resumed("t", "t.5.e").startswith(b"id: t.5.e\nevent: resumed\ndata: {")
     assert ArenaLines.resumed("t", "t.5.e") == BareText.resumed("t", "t.5.e") == b""

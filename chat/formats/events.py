@@ -46,7 +46,7 @@ def _other(telling: Telling) -> tuple[str, dict[str, Any]]:
 
 def resumed_json(turn_id: str, cursor: str) -> bytes:
     """Return the event that says a cursor was good: what follows continues it."""
-    return encode({"type": "resumed", "requestId": turn_id, "turn_id": turn_id, "cursor": cursor})
+    return encode({"type": "resumed", "requestId": "session", "turn_id": turn_id, "cursor": cursor})
 
 
 def socket_dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:

@@ -173,12 +173,19 @@ class Relay:
         member: bool = True,
         recheck: Callable[[], Awaitable[None]] | None = None,
         expires_at: float = 0.0,
+        one_turn: bool = False,
     ) -> Follower:
         """Follow a session, from what comes next. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
         async with self._lock(session.key):
             room = await self._room(session)
             follower = Follower(
-                room, dialect, account_id, member=member, recheck=recheck, expires_at=expires_at
+                room,
+                dialect,
+                account_id,
+                member=member,
+                recheck=recheck,
+                expires_at=expires_at,
+                one_turn=one_turn,
             )
             room.followers.add(follower)
         try:

@@ -89,11 +89,12 @@ class Follower(Sleeper):
         member: bool = True,
         recheck: Callable[[], Awaitable[None]] | None = None,
         expires_at: float = 0.0,
+        one_turn: bool = False,
     ) -> None:
         """recheck: runs the admission again and raises `ChatError` when the right to read has ended.
 
         member: an owner or voter, who is told more of a session than a reader of a share. expires_at: of the
-        credential, Unix seconds; 0: never.
+        credential, Unix seconds; 0: never. one_turn: the follower reads one turn and nothing else.
         """
         self.room = room
         self.dialect = dialect
@@ -102,7 +103,7 @@ class Follower(Sleeper):
         self.recheck = recheck
         self.expires_at = expires_at
         self.cursor: Cursor = NOTHING
-        self.one_turn = False  # the follower reads one turn and nothing else
+        self.one_turn = one_turn
         self.interrupted = False  # the reader's coroutine has something else to do first: a frame asked for it
         self.lost = False  # the turn of the cursor is gone: the reader needs a snapshot
         self.ended: ChatError | None = None  # why the follower is sent away
@@ -379,7 +380,9 @@ class Room:
     def _compare(self, session: Session) -> None:
         """Tell followers what changed in the session's row while its notices may have been lost."""
         before, self.session = self.session, session
-        if session.version > self.version:
+        if self._loaded is not None and not self._loaded.done():
+            self.version = session.version  # the first reading: nobody here was told anything older
+        elif session.version > self.version:
             revealed = before.blind and not session.blind
             self.tell(self._source.notice_of(session, "revealed" if revealed else "updated"))
 

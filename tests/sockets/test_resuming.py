@@ -211,7 +211,9 @@ async def test_an_event_source_resumes_by_its_last_id(service: Service, journal:
                 event = json.loads(lines["data"])
                 assert lines.keys() == {"id", "event", "data"} and not odd(event)
                 assert (lines["id"], lines["event"]) == (event["cursor"], event["type"])
-            first = json.loads(blocks[1].split("data: ", 1)[1])
+            resumed, first = [json.loads(block.split("data: ", 1)[1]) for block in blocks[1:3]]
+            assert (resumed["type"], resumed["cursor"]) == ("resumed", cursor), "a stream says where it goes on"
+            assert answer.headers["x-cursor"] == cursor
             assert (first["offset"], first["chunk"]) == (len(ANSWER) - 5, ANSWER[-5:])
         ended = await call(base, "GET", path, someone.access, headers={"Last-Event-ID": f"{turn_id}.end"})
         assert ended.status_code == 204, "an EventSource that has everything is told to stop"
