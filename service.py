@@ -32,7 +32,8 @@ import routes
 from chat.direct import EXTENSION
 from chat.errors import ChatError, StartupError
 from chat.settings import HERE, Settings, read_settings
-from chat.state import State, open_database, open_state
+from chat.state import State, open_state
+from chat.store.database import Database
 from routes.inputs import error_answer
 
 log = logging.getLogger("parley")
@@ -344,8 +345,8 @@ def settings_or_exit() -> Settings:
 
 
 async def release(settings: Settings) -> None:
-    """Bring the database's schema up to date, once, under a lock."""
-    database = open_database(settings)
+    """Bring the database's schema up to date, each step once, beside workers and other releases that run already."""
+    database = Database(settings.database_url, timeout=settings.storage_timeout)
     await database.connect()
     try:
         applied = await database.migrate((HERE / "models.sql").read_text())

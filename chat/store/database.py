@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import functools
 import logging
 import os
-import re
 import secrets
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from weakref import WeakValueDictionary
 
 import databases
 
 from ..errors import ChatError, StartupError
-from .queries import Line, PostgresQuery, Query, Row, Values
+from .places import checked_url, place, private_file, take_lock
+from .queries import Line, PostgresQuery, Query, Row, Values, is_locked
+from .schema import Migration, schema_steps
 
 log = logging.getLogger("parley.database")
 logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines print every value, prompts included
@@ -37,6 +36,13 @@ logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceba
 T = TypeVar("T")
 SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
 IN_LINE = 20.0  # seconds a call waits behind others that are answered
+COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
+LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
+IDLE_WAIT = 10  # seconds PostgreSQL leaves a worker that is frozen in the middle of a transaction what it holds
+SERVER_SETTINGS = {
+    "lock_timeout": f"{LOCK_WAIT}s",
+    "idle_in_transaction_session_timeout": f"{IDLE_WAIT}s",
+}
 
 
 class StorageUnavailable(ChatError):
@@ -55,6 +61,7 @@ class Failures(NamedTuple):
     unreachable: Kinds
     taken: Kinds  # … though it can be reached: an id
     our_fault: Kinds
+    restored: Kinds = ()  # … though it looks like it: tables or rights are missing while a backup is put back
 
     @classmethod
     def of(cls, postgres: bool) -> Failures:
@@ -68,6 +75,7 @@ class Failures(NamedTuple):
             (*away, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
             (asyncpg.IntegrityConstraintViolationError,),
             (asyncpg.SyntaxOrAccessError, asyncpg.DataError),
+            (asyncpg.UndefinedTableError, asyncpg.InsufficientPrivilegeError),
         )
 
 
@@ -84,7 +92,7 @@ class Database:
     """Storage as the rest of the service sees it. All methods raise `StorageUnavailable` when it is away."""
 
     def __init__(self, url: str, *, pool_size: int = 5, timeout: float = 5.0, exclusive: bool = False) -> None:
-        self.url = _checked_url(url)
+        self.url = checked_url(url)
         self.postgres = self.url.startswith("postgres")
         self._failures = Failures.of(self.postgres)
         self.timeout = timeout
@@ -96,19 +104,25 @@ class Database:
         self._running: set[asyncio.Future[Any]] = set()
         self._lines: dict[bool, Line] = {}  # SQLite's connections: whether they read → those that do
         self._clock_offset = 0.0
-        if self.postgres:
-            options: dict[str, Any] = {
-                "min_size": 1,
-                "max_size": pool_size,
-                "command_timeout": 10,
-                "timeout": timeout,
-                "reset": _leave_as_is,
-                # what a worker that is frozen in the middle of a transaction may hold
-                "server_settings": {"idle_in_transaction_session_timeout": "10000", "application_name": "parley"},
-            }
-        else:
-            options = {"timeout": 30}  # seconds: SQLite's busy timeout
+        self._pool_size = pool_size
+        self._pooler = False  # whether a pooler stands between us and PostgreSQL
+        # Those that write leave a connection to those that read, whatever they wait for.
+        self._writers = asyncio.Semaphore(max(1, pool_size - 1))
+        self._keyed: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # those in use, by `line`
+        self._waiting: set[asyncio.Future[Any]] = set()  # calls PostgreSQL has not been asked for yet
+        options = self._postgres_options() if self.postgres else {"timeout": 30}  # seconds: SQLite's busy timeout
         self._database = databases.Database(self.url, **options)
+
+    def _postgres_options(self, **changes: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "min_size": 1,
+            "max_size": self._pool_size,
+            "command_timeout": COMMAND_TIMEOUT,
+            "timeout": self.timeout,
+            "reset": _leave_as_is,
+            "server_settings": {"application_name": "parley"} | ({} if self._pooler else SERVER_SETTINGS),
+        }
+        return options | ({"statement_cache_size": 0} if self._pooler else {}) | changes
 
     # -- opening and closing
 
@@ -117,19 +131,27 @@ class Database:
         failures: Kinds = (*self._failures.unreachable, ValueError)
         try:
             async with asyncio.timeout(10):
-                if not self.postgres:
-                    await self._open_sqlite()
-                else:
-                    await self._database.connect()
+                await (self._open_postgres() if self.postgres else self._open_sqlite())
                 await self.set_clock()
         except failures as problem:
-            raise StartupError(f"cannot open the database {self._place()}: {_reason(problem)}") from None
+            raise StartupError(f"cannot open the database {place(self.url)}: {_reason(problem)}") from None
+
+    async def _open_postgres(self) -> None:
+        """Open the pool, as a pooler in between wants it: PgBouncer refuses settings at the start of a connection, and
+        has each transaction done on whichever of its own connections is free, where no prepared statement is known.
+        """
+        probe = databases.Database(self.url, min_size=1, max_size=1, timeout=self.timeout, statement_cache_size=0)
+        async with probe, probe.connection() as connection:
+            raw: Any = connection.raw_connection
+            # A pooler gives its clients a number of its own making.
+            self._pooler = await raw.fetchval("SELECT pg_backend_pid()") != raw.get_server_pid()
+        self._database = databases.Database(self.url, **self._postgres_options())
+        await self._database.connect()
 
     async def _open_sqlite(self) -> None:
-        path = Path(urlsplit(self.url).path[1:])
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = private_file(self.url)
         if self._exclusive:
-            self._lock_file = _take_lock(path.with_name(path.name + ".lock"))
+            self._lock_file = take_lock(path.with_name(path.name + ".lock"))
         await self._database.connect()
         for reading, (count, at_once) in SQLITE.items():
             # A connection of `databases` belongs to the task that asks for it: each is made in one of its own and kept.
@@ -139,9 +161,10 @@ class Database:
     async def _sqlite_connection(self) -> Any:
         connection = self._database.connection()
         await connection.__aenter__()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
-            await connection.raw_connection.execute_fetchall(f"PRAGMA {pragma}")
-        connection.raw_connection.row_factory = sqlite3.Row
+        raw: Any = connection.raw_connection
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            await raw.execute_fetchall(f"PRAGMA {pragma}")
+        raw.row_factory = sqlite3.Row
         return connection
 
     async def disconnect(self) -> None:
@@ -181,29 +204,60 @@ class Database:
     async def execute(self, sql: str, values: Values | None = None) -> None:
         await self._shielded(lambda query: query.execute(sql, values))
 
-    async def transaction(self, work: Callable[[Query], Awaitable[T]], *, timeout: float | None = None) -> T:
+    async def transaction(
+        self,
+        work: Callable[[Query], Awaitable[T]],
+        *,
+        timeout: float | None = None,
+        patience: float | None = 0.0,
+        line: str | None = None,
+    ) -> T:
         """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile.
 
         It may wait for nothing but its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
-        """
-        return await self._shielded(work, whole=True, timeout=timeout)
 
-    def _begin(self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool) -> asyncio.Future[T]:
+        patience: seconds the caller waits for an answer, 0 for `self.timeout`, None until the transaction has ended
+        or failed. A caller that runs out of patience gets `StorageUnavailable`: caused by a `TimeoutError` when the
+        transaction may still be written later, by nothing when it was never begun.
+        line: what it writes to, say a session's id. One at a time of those with the same is begun, in order: while
+        somebody holds that row's lock, the others would wait for it in all the connections there are.
+        """
+        return await self._shielded(work, whole=True, patience=timeout or patience, line=line)
+
+    def _begin(
+        self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool, line: str | None
+    ) -> asyncio.Future[T]:
         """Have it done. Nobody's cancellation reaches it from here on."""
-        if self.postgres:
-            running: asyncio.Future[T] = asyncio.ensure_future(self._in_pool(work, whole))
-        else:
+        if not self.postgres:
             running = self._lines[reading].ask(work, whole)
+        elif reading:
+            running = asyncio.ensure_future(self._in_pool(work, whole=False))
+        else:
+            running = asyncio.ensure_future(self._in_line(work, whole, line))
+            self._waiting.add(running)
         self._running.add(running)
         running.add_done_callback(self._finished)
         return running
 
+    async def _in_line(self, work: Callable[[Query], Awaitable[T]], whole: bool, line: str | None) -> T:
+        """Do what writes when it is its turn."""
+        lock = contextlib.nullcontext() if line is None else self._keyed.setdefault(line, asyncio.Lock())
+        async with lock, self._writers:
+            self._waiting.discard(asyncio.current_task())
+            return await self._in_pool(work, whole or self._pooler)
+
     async def _in_pool(self, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
         async with self._database.connection() as connection:
-            if not whole:
-                return await work(PostgresQuery(connection))
-            async with connection.transaction():
-                return await work(PostgresQuery(connection))
+            return await self._on(connection, work, whole)
+
+    async def _on(self, connection: Any, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
+        if not whole:
+            return await work(PostgresQuery(connection))
+        async with connection.transaction():
+            if self._pooler:  # what is set otherwise would stay behind on somebody else's connection
+                settings = "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in SERVER_SETTINGS.items())
+                await connection.raw_connection.execute(settings)
+            return await work(PostgresQuery(connection))
 
     async def _shielded(
         self,
@@ -211,37 +265,46 @@ class Database:
         *,
         reading: bool = False,
         whole: bool = False,
-        timeout: float | None = None,
+        patience: float | None = 0.0,
+        line: str | None = None,
     ) -> T:
         """Have `work` done and wait. A caller that is cancelled or tired of waiting leaves; the work goes on."""
         try:
-            answer = await self._answer(self._begin(work, reading, whole), reading, timeout or self.timeout)
+            answer = await self._answer(self._begin(work, reading, whole, line), reading, patience)
         except self._failures.unreachable as problem:
             if isinstance(problem, self._failures.taken):
                 raise ChatError("conflict", "This id is taken already.") from problem
-            if isinstance(problem, self._failures.our_fault):
+            if isinstance(problem, self._failures.our_fault) and not isinstance(problem, self._failures.restored):
                 raise
-            self.failed_at = time.monotonic()
-            if not self._away_since:
-                self._away_since = self.failed_at
-                log.warning("storage %s is away: %s", self._place(), _reason(problem))
+            if not is_locked(problem):
+                self._note_away(problem)
             raise StorageUnavailable from problem
         if self._away_since:
             log.warning("storage answers again after %.1f s", time.monotonic() - self._away_since)
             self._away_since = 0.0
         return answer
 
-    async def _answer(self, running: asyncio.Future[T], reading: bool, timeout: float) -> T:
+    def _note_away(self, problem: Exception) -> None:
+        self.failed_at = time.monotonic()
+        if not self._away_since:
+            self._away_since = self.failed_at
+            log.warning("storage %s is away: %s", place(self.url), _reason(problem))
+
+    async def _answer(self, running: asyncio.Future[T], reading: bool, patience: float | None) -> T:
         """Wait for a call, and leave it alone. Raises `TimeoutError` where storage is silent for so long.
 
         While it answers others of its kind, who stands in line is not told that it is away: a burst of turns would be
-        refused for nothing.
+        refused for nothing. A call that has not been begun by then is not begun at all.
         """
         began = time.monotonic()
+        timeout = self.timeout if patience == 0 else patience
         while not (await asyncio.wait({running}, timeout=timeout))[0]:
             now = time.monotonic()
             if now - self._answered_at[reading] > 1.0 or now - began > IN_LINE:
-                raise TimeoutError
+                if running not in self._waiting:
+                    raise TimeoutError
+                running.cancel()
+                raise StorageUnavailable
             timeout = 1.0
         try:
             answer = running.result()
@@ -252,55 +315,26 @@ class Database:
 
     def _finished(self, running: asyncio.Future[Any]) -> None:
         self._running.discard(running)
+        self._waiting.discard(running)
         if not running.cancelled():
             running.exception()  # read it: a call nobody waits for any more would be reported as never retrieved
 
     # -- schema
 
     async def migrate(self, schema: str) -> int:
-        """Apply the steps of `schema` not applied yet, once, under a lock; return how many."""
+        """Apply the steps of `schema` not applied yet, each in a transaction of its own; return how many.
 
-        async def apply(query: Query) -> int:
-            if self.postgres:
-                await query.execute("SELECT pg_advisory_xact_lock(7051959)")
-            await query.execute(
-                "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER PRIMARY KEY, applied_at BIGINT NOT NULL)"
-            )
-            done = {row["step"] for row in await query.fetch_all("SELECT step FROM schema_steps")}
-            todo = [(number, steps) for number, steps in schema_steps(schema) if number not in done]
-            for number, statements in todo:
-                for statement in statements:
-                    await query.execute(statement)
-                values = {"step": number, "now": self.now()}
-                await query.execute("INSERT INTO schema_steps (step, applied_at) VALUES (:step, :now)", values)
-            return len(todo)
-
-        if not self.postgres and await self._is_current(schema):
-            return 0  # two workers starting together would otherwise wait for each other's write lock
-        return await self.transaction(apply, timeout=60)
-
-    async def _is_current(self, schema: str) -> bool:
-        if not await self.fetch_all("SELECT name FROM sqlite_master WHERE name = 'schema_steps'"):
-            return False
-        rows = await self.fetch_all("SELECT step FROM schema_steps")
-        return {row["step"] for row in rows} >= {number for number, _ in schema_steps(schema)}
-
-    def _place(self) -> str:
-        parts = urlsplit(self.url)
-        return f"at {parts.hostname}:{parts.port or 5432}{parts.path}" if self.postgres else parts.path[1:]
-
-
-def schema_steps(schema: str) -> list[tuple[int, list[str]]]:
-    """Split `models.sql` at its `-- step N` lines; the drivers take one statement a call."""
-    parts = re.split(r"^-- step (\d+)$", schema, flags=re.MULTILINE)
-    return [
-        (int(number), [one for each in re.split(r";\s*$", body, flags=re.MULTILINE) if (one := _bare(each))])
-        for number, body in zip(parts[1::2], parts[2::2], strict=True)
-    ]
-
-
-def _bare(statement: str) -> str:
-    return "\n".join(line for line in statement.splitlines() if not line.startswith("--")).strip()
+        It waits to the end for another process that does the same or has a table in use, and logs what it waits for.
+        """
+        migration = Migration(schema_steps(schema), self.postgres, self.now, self.fetch_all)
+        if not self.postgres:
+            return await migration.run(lambda work: self.transaction(work, patience=None))
+        options = self._postgres_options(max_size=1, command_timeout=None)  # an index may take an hour to build
+        try:
+            async with databases.Database(self.url, **options) as own, own.connection() as connection:
+                return await migration.run(lambda work: self._on(connection, work, whole=True))
+        except self._failures.unreachable as problem:
+            raise StorageUnavailable from problem
 
 
 @functools.cache
@@ -313,49 +347,8 @@ def _reason(problem: BaseException) -> str:
     return f"{type(problem).__name__} {problem}".strip().splitlines()[0]
 
 
-def _take_lock(path: Path) -> int:
-    """Keep a second process from serving this SQLite file without Redis: its readers would hear nothing of ours."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StartupError(
-            f"another process is serving {path.stem} already; more than one worker needs REDIS_URL"
-        ) from None
-    return descriptor
-
-
 async def _leave_as_is(connection: Any) -> None:
     """What we say on a connection leaves nothing behind in it, once its transaction is over.
 
     asyncpg sends `RESET ALL` and the like after every single use otherwise, and waits for the answer.
     """
-
-
-SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
-
-
-def _checked_url(url: str) -> str:
-    """The URL as `databases` wants it. It ignores `sslmode` without a word and would connect unencrypted."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # "[" without "]", as in a password that is not percent-encoded
-        raise StartupError("DATABASE_URL is not a URL: percent-encode what is special in its password") from None
-    if parts.scheme not in ("sqlite", "postgres", "postgresql"):
-        raise StartupError("DATABASE_URL must start with sqlite:/// or postgresql://")
-    if parts.scheme == "sqlite":
-        if parts.query or len(parts.path) < 2:
-            raise StartupError("DATABASE_URL of SQLite must be sqlite:///<file>, without options")
-        return url
-    options = dict(parse_qsl(parts.query))
-    mode = options.pop("sslmode", None) or ("require" if os.environ.get("DYNO") else None)
-    if mode is not None and mode not in SSL_MODES:
-        raise StartupError(f"DATABASE_URL has an unknown sslmode: {mode}")
-    if mode is not None:
-        options["ssl"] = mode
-    try:
-        _ = parts.port  # a bad one raises here; later its text would carry the password
-    except ValueError:
-        raise StartupError("DATABASE_URL has a port that is not a number") from None
-    return urlunsplit(parts._replace(query=urlencode(options)))

@@ -79,6 +79,15 @@ def _numbered(sql: str) -> tuple[str, list[str]]:
     return NAME.sub(lambda match: f"${names.index(match[1]) + 1}", sql), names
 
 
+def is_locked(problem: BaseException | None) -> bool:
+    """Whether a statement failed because another transaction held what it needed: the database is there all the same.
+
+    55P03 lock_not_available, 40P01 deadlock_detected.
+    """
+    busy = getattr(problem, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return busy or getattr(problem, "sqlstate", None) in ("55P03", "40P01")
+
+
 Work = Callable[[Query], Awaitable[Any]]
 Outcome = tuple[Any, BaseException | None]  # what came of a call: one or the other
 

@@ -31,7 +31,7 @@ import pytest
 from .processes import HOST, START_TIMEOUT, Port, Process, StartFailed, remove_directory, temporary_directory
 from .service import Service
 
-__all__ = ["Postgres", "Redis", "Server", "Service", "StartFailed"]
+__all__ = ["PgBouncer", "Postgres", "Redis", "Server", "Service", "StartFailed"]
 
 NOBODY = 65_534
 
@@ -318,14 +318,66 @@ class Postgres(Server):
         return words + [word for name, value in settings.items() for word in ("-c", f"{name}={value}")] + self.options
 
     def _ready(self) -> bool:
-        """Log in as the protocol says: AuthenticationOk begins with R, "the database system is starting up" with E."""
-        names = b"user\0postgres\0database\0postgres\0\0"
-        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1) as connection:
-            connection.sendall(struct.pack("!ii", 8 + len(names), 196_608) + names)
-            ready = connection.recv(1) == b"R"
-            connection.sendall(b"X\0\0\0\4")
-            return ready
-        return False
+        return _logs_in(self.port)
+
+
+class PgBouncer(Server):
+    """PgBouncer before a `Postgres`: transactions share its connections, and all else is as it is installed."""
+
+    name = "pgbouncer"
+
+    def __init__(self, postgres: Postgres) -> None:
+        super().__init__()
+        self.binary = find_pgbouncer()
+        self.postgres = postgres
+        self.process.user = postgres.user
+        self.file = self.directory / "pgbouncer.ini"
+
+    @property
+    def url(self) -> str:
+        return self.url_of("postgres")
+
+    def url_of(self, database: str) -> str:
+        return f"postgresql://postgres@{HOST}:{self.port}/{database}"
+
+    def _prepare(self) -> None:
+        users = self.directory / "users.txt"
+        users.write_text('"postgres" ""\n')
+        settings = {
+            "listen_addr": HOST,
+            "listen_port": self.port,
+            "unix_socket_dir": "",
+            "auth_type": "trust",
+            "auth_file": users,
+            "pool_mode": "transaction",
+        }
+        lines = [f"{name} = {value}" for name, value in settings.items()]
+        servers = f"* = host={HOST} port={self.postgres.port}"
+        self.file.write_text("\n".join(["[databases]", servers, "[pgbouncer]", *lines, ""]))
+        if self.postgres.user is not None:
+            for path in (self.directory, users, self.file):
+                os.chown(path, self.postgres.user, self.postgres.user)
+
+    def _command(self) -> list[str]:
+        return [str(self.binary), str(self.file)]
+
+    def _ready(self) -> bool:
+        return _logs_in(self.port)
+
+
+def find_pgbouncer() -> str | None:
+    return shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+
+
+def _logs_in(port: int) -> bool:
+    """Log in as the protocol says: AuthenticationOk begins with R, "the database system is starting up" with E."""
+    names = b"user\0postgres\0database\0postgres\0\0"
+    with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1) as connection:
+        connection.sendall(struct.pack("!ii", 8 + len(names), 196_608) + names)
+        ready = connection.recv(1) == b"R"
+        connection.sendall(b"X\0\0\0\4")
+        return ready
+    return False
 
 
 def find_postgres(source: str | None = None) -> Path:
