@@ -11,23 +11,31 @@ T = TypeVar("T")
 
 
 class Cached(Generic[T]):
-    """Who finds it older than `seconds` finds it out again; who asks meanwhile waits for that one answer."""
+    """Who finds the value older than `seconds` has it found out again; who asks meanwhile gets the same outcome."""
 
     def __init__(self, seconds: float, find_out: Callable[[], Awaitable[T]]) -> None:
         self._seconds = seconds
         self._find_out = find_out
         self._found: tuple[float, T] | None = None  # monotonic: when finding out began
-        self._turn = asyncio.Lock()
+        self._finding: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """Raises what finding out raises; the next who asks tries again."""
-        asked = time.monotonic()
-        if (found := self._fresh(asked)) is None:
-            async with self._turn:
-                if (found := self._fresh(asked)) is None:
-                    began = time.monotonic()
-                    found = self._found = began, await self._find_out()
-        return found[1]
+        """Raises what finding out raises, for all who wait; the next who asks tries again."""
+        if self._found is not None and time.monotonic() - self._found[0] < self._seconds:
+            return self._found[1]
+        if self._finding is None:
+            # A task of its own: were it the first caller's, that one's leaving would end it for the others.
+            self._finding = asyncio.create_task(self._find())
+            self._finding.add_done_callback(self._done)
+        return await asyncio.shield(self._finding)
 
-    def _fresh(self, asked: float) -> tuple[float, T] | None:
-        return self._found if self._found is not None and asked - self._found[0] < self._seconds else None
+    async def _find(self) -> T:
+        began = time.monotonic()
+        value = await self._find_out()
+        self._found = began, value
+        return value
+
+    def _done(self, finding: asyncio.Task[T]) -> None:
+        self._finding = None
+        if not finding.cancelled():
+            finding.exception()  # read it: everybody who waited may have left
