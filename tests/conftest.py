@@ -30,11 +30,22 @@ def seeded(scenario: int) -> random.Random:
     return random.Random(f"{SEED} {scenario}")
 
 
+NOT_TESTED = "NOT TESTED HERE: "
+
+
 def absent(what: str) -> NoReturn:
     """Skip a module this machine has no tool for; with PARLEY_TEST_NO_SKIP=1, as in `.ci/run`, that is a failure."""
     if os.environ.get("PARLEY_TEST_NO_SKIP") == "1":
         pytest.fail(f"{what}, and nothing may be skipped", pytrace=False)
-    pytest.skip(f"NOT TESTED HERE: {what}", allow_module_level=True)
+    pytest.skip(NOT_TESTED + what, allow_module_level=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One loud line at the very end: a skip among a thousand dots looks like a pass."""
+    skipped = {str(each.longrepr[2]) for each in terminalreporter.stats.get("skipped", [])}
+    missing = {reason.partition(NOT_TESTED)[2] for reason in skipped if NOT_TESTED in reason}
+    if missing:
+        terminalreporter.write_line(f"!!! {NOT_TESTED}{'; '.join(sorted(missing))}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,13 @@ from typing import Any, ClassVar, Self
 CANARY = "sk-CANARY-0123456789abcdef0123456789abcdef"  # in every error body: it must not turn up anywhere else
 HUGE = 5_000_000  # characters of the one event of `huge`
 DIRECTIVE = re.compile(r"\[\[([^\]]*)\]\]")
+BROKEN = (  # pieces, and what can be made of each: a pair of halves is one character wherever it was cut
+    [("\0 ", "\ufffd ")],
+    [("\ud83d", ""), ("\ude00 ", "😀 ")],
+    [("\ud83d x ", "\ufffd x ")],
+    [("\ude00\ud83d ", "\ufffd\ufffd ")],
+    [("é \u0085\u2028\ufffe\U0010ffff ", "é \u0085\u2028\ufffe\U0010ffff ")],
+)
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST instead of FIN
 
 
@@ -101,7 +108,8 @@ class OpenAI:
         return {**frame, "model": call.model, "service_tier": "default", "system_fingerprint": None}
 
     def _event(self, data: dict[str, Any]) -> bytes:
-        return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+        text = json.dumps(data, ensure_ascii=False)
+        return b"data: " + text.encode(errors="backslashreplace") + b"\n\n"  # half a pair as JSON has it: \ud83d
 
 
 class Anthropic:
@@ -145,7 +153,7 @@ class Anthropic:
 
     def _event(self, name: str, **data: Any) -> bytes:
         text = json.dumps({"type": name, **data}, ensure_ascii=False)
-        return f"event: {name}\ndata: {text}\n\n".encode()
+        return f"event: {name}\ndata: {text}\n\n".encode(errors="backslashreplace")
 
 
 @dataclass
@@ -238,6 +246,18 @@ async def answer_uncounted(reply: Reply) -> None:
     await reply.start()
     await reply.speak(reply.call.tokens)
     await reply.finish(usage=False)
+
+
+@mode("broken")
+async def answer_in_broken_text(reply: Reply) -> None:
+    """Each token beside something no text may hold; `sent` is what can be made of it."""
+    await reply.start()
+    for n in range(reply.call.tokens):
+        await reply.speak(1)
+        for piece, made in BROKEN[n % len(BROKEN)]:
+            reply.call.sent[-1] += made
+            await reply.chunk(reply.api.text(reply.call, piece))
+    await reply.finish()
 
 
 @mode("length")

@@ -32,7 +32,7 @@ from chat.metrics import COUNTED
 from tests.vendors import CANARY, Vendors
 
 from .api import Guest, call, guest, new_session
-from .checker import INVARIANTS, Violations, counts, i9_no_leak
+from .checker import INVARIANTS, NUMBER, Violations, counts, i9_no_leak
 from .client import SocketReader, SSEReader
 from .evidence import Allowed, Evidence, Rows, gather, read_rows
 from .journal import Journal
@@ -43,7 +43,7 @@ from .service import ROOT, Service
 from .view import TERMINAL, difference
 
 KEY = "sk-CANARY-the-key-of-the-service-itself"
-GOOD = ("ok", "slow", "length", "reasoning", "no-usage", "finish-stall")  # modes that end in an answer
+GOOD = ("ok", "slow", "length", "reasoning", "no-usage", "finish-stall", "broken")  # modes that end in an answer
 BAD = ("stall", "rst", "cut", "clean-eof", "garbage", "non-utf8", "error-event", "429", "500", "529", "no-header")
 BAD += ("rst-first", "html200", "empty200", "429-retry-after", "ping-stall", "refuse", "odd-finish", "quota")
 QUIET = 40.0  # seconds after the last fault in which everything has to have ended: 25 s are an ending's to be stored
@@ -51,6 +51,8 @@ EXIT = 25.0  # seconds from SIGTERM to the end
 FRESH = 1.0  # seconds after Redis is back in which what it forgot may not have been said again
 STALE = 2.0  # seconds a worker may be frozen before its turns are taken: the lease of the tests
 CLOSES = (1006, 1011, 4408)  # killed; frozen longer than a ping may take; on hold
+TURNED_AWAY = (4403, 4404)  # what a reader is told whose right has ended, and nobody else
+EARLY = 0.02  # seconds after a message in which a stop is early: the turn is being written, launched, announced
 
 
 def models(vendors: Vendors) -> list[dict[str, Any]]:
@@ -113,17 +115,31 @@ class Report:
 
     def story(self) -> str:
         """What happened, of all sessions or of those in which something was violated."""
-        struck = set(re.findall(r"\bs\d+(?=[rt]\d)", " ".join(self.violations)))
-        others = re.compile(rf"(?!({'|'.join(struck)})[rt])s\d+[rt]\d") if struck else None
+        struck = set(re.findall(r"\bs\d+(?=l\d)", " ".join(self.violations)))
+        others = re.compile(rf"(?!({'|'.join(struck)})l)s\d+l\d") if struck else None
         told = self.journal.story(20_000, lambda text: others is None or not others.match(text))
         return "\n".join([str(self), *self.violations[:50], "", told, "", self.log[-8000:]])
+
+
+@dataclass(eq=False)
+class Life:
+    """A session from its making to its deletion; the next of the same id is another account's.
+
+    `name` begins the id of every message said in it and of every token of its answers.
+    """
+
+    name: str
+    session: str
+    owner: Guest
+    over: bool = False
+    readers: list[Reader] = field(default_factory=list)
 
 
 class Chaos:
     """One run: sessions that talk, readers that come and go, faults, then quiet and the invariants.
 
     Seconds, shortest and longest: `every` between two strokes of faults, `pace` between two tokens, `rest` between two
-    deeds of a watcher. `chunks=False` keeps no chunk in the journal: hours of them fill a machine.
+    deeds of a watcher, `life` of a session before it is deleted. `chunks=False` keeps no chunk in the journal: hours of them fill a machine.
     """
 
     def __init__(
@@ -138,16 +154,19 @@ class Chaos:
         every: tuple[float, float] = (0.3, 2.0),
         pace: tuple[float, float] = (0.002, 0.03),
         rest: tuple[float, float] = (0.2, 2.0),
+        life: tuple[float, float] = (2.0, 20.0),
         chunks: bool = True,
     ) -> None:
         self.world, self.service, self.seed, self.seconds = world, service, seed, seconds
         self.sessions, self.watchers, self.every, self.pace, self.rest = sessions, readers, every, pace, rest
+        self.life = life
         self.database_url = str(service.processes[0].env["DATABASE_URL"])  # type: ignore[index]
         self.journal = Journal(chunks=chunks)
         self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()  # what workers counted before they died
-        self.readers: list[Reader] = []
+        self.lives: list[Life] = []
+        self.turned_away: set[Reader] = set()  # whose right to read has ended
         self.violations: Violations = []
         self._busy: set[str] = set()  # what a fault has in its hands
         self._redis_away: list[list[float]] = []  # spans, monotonic
@@ -157,11 +176,11 @@ class Chaos:
     async def run(self) -> Report:
         self._until = time.monotonic() + self.seconds
         before = await self._holdings()
-        someone = await guest(self.service.url)
+        people = [await guest(self.service.url), await guest(self.service.url)]
         async with asyncio.TaskGroup() as group:
             group.create_task(self._faults())
             for n in range(self.sessions):
-                group.create_task(self._session(n, someone))
+                group.create_task(self._session(n, people))
         self.journal.note("quiet")
         await self._settle()
         for reader in self.readers:
@@ -174,11 +193,12 @@ class Chaos:
             calls=list(self.world.vendors.calls),
             logs=self.service.log(),
             canaries=[CANARY, KEY, OPERATOR],
-            allowed=Allowed(lost=self._may_lose(), codes=CLOSES, log=LOUD),
+            allowed=Allowed(lost=self._may_lose(), codes=CLOSES + TURNED_AWAY, log=LOUD, forgotten=self._deleted()),
         )
         self.violations += [violation for invariant in INVARIANTS for violation in invariant(evidence)]
         self.violations += _success_of_nothing(evidence)
         self.violations += _positions(evidence.rows)
+        self.violations += [wrong for life in self.lives for wrong in self._of_another_life(life)]
         report = Report(self.seed, self.violations, self.journal, evidence.logs, self.counts)
         report.counts["readers"] = len(self.readers)
         report.faults, report.repairs, report.before, report.after = self.faults, self.repairs, before, after
@@ -194,24 +214,57 @@ class Chaos:
     def _running(self) -> bool:
         return time.monotonic() < self._until
 
+    @property
+    def readers(self) -> list[Reader]:
+        return [reader for life in self.lives for reader in life.readers]
+
     # -- sessions
 
-    async def _session(self, n: int, someone: Guest) -> None:
-        """Turn after turn in one session, each asked for until it is there and waited for until it has ended."""
+    async def _session(self, n: int, people: list[Guest]) -> None:
+        """One id, life after life: each ends with a deletion, and the next is somebody else's."""
         dice = self._dice(f"session {n}")
+        async with asyncio.TaskGroup() as group:
+            number = 0
+            while self._running():
+                life = Life(f"s{n}l{number}", f"chaos-{self.seed}-{n}", people[(n + number) % 2])
+                await self._begin(dice, life)
+                for m in range(self.watchers):
+                    group.create_task(self._watcher(f"{life.name}r{m}", life))
+                group.create_task(self._shared(f"{life.name}x", life))
+                await self._live(dice, life)
+                number += 1
+
+    async def _begin(self, dice: random.Random, life: Life) -> None:
         wish: dict[str, Any] = {"mode": "direct", "model_a_id": dice.choice(["alpha", "beta"])}
         if dice.random() < 0.4:
             wish = {"mode": "compare", "model_a_id": "alpha", "model_b_id": "beta"}
-        session = (await self._patiently(lambda: new_session(self.service.url, someone.access, **wish)))["id"]
-        async with asyncio.TaskGroup() as group:
-            for m in range(self.watchers):
-                group.create_task(self._watcher(f"s{n}r{m}", session, someone))
-            turn = 0
-            while self._running():
-                await self._turn(dice, f"s{n}t{turn}", session, someone)
-                turn += 1
+        await self._patiently(lambda: new_session(self.service.url, life.owner.access, id=life.session, **wish))
+        self.lives.append(life)
 
-    async def _turn(self, dice: random.Random, name: str, session: str, someone: Guest) -> None:
+    async def _live(self, dice: random.Random, life: Life) -> None:
+        """Turn after turn, each asked for until it is there and waited for until it has ended; then perhaps the end."""
+        turn, ends = 0, time.monotonic() + dice.uniform(*self.life)
+        while self._running() and time.monotonic() < ends:
+            await self._turn(dice, f"{life.name}t{turn}", life)
+            turn += 1
+        if not self._running():
+            return
+        last = asyncio.create_task(self._turn(dice, f"{life.name}t{turn}", life))
+        await asyncio.sleep(dice.choice([0.0, dice.uniform(0, EARLY), dice.uniform(0, 1.0)]))
+        self.journal.note(f"{life.name}: deleted")
+        await self._patiently(lambda: self._asked("DELETE", life, "", 404))
+        self.counts["deletions"] += 1
+        life.over = True
+        await last
+
+    async def _asked(self, method: str, life: Life, path: str = "", *also: int) -> httpx.Response | None:
+        """The answer to a request about a session, when it is a success or one of `also`."""
+        url = self.service.urls[len(self.readers) % len(self.service.urls)]
+        answer = await call(url, method, f"/api/sessions/{life.session}/{path}", life.owner.access)
+        return answer if answer.status_code < 300 or answer.status_code in also else None
+
+    async def _turn(self, dice: random.Random, name: str, life: Life) -> None:
+        session, someone = life.session, life.owner
         mode = dice.choice(GOOD) if dice.random() < 0.6 else dice.choice(BAD)
         asked = {"mode": mode, "tokens": dice.randint(20, 150), "pace": round(dice.uniform(*self.pace), 3)}
         asked |= {"after": dice.randint(0, 40), "id": name, "times": dice.choice([1, 9])}
@@ -221,26 +274,33 @@ class Chaos:
         self.counts["turns"] += 1
         self.journal.note(f"{name} ({way}): {content}")
         if way == "socket":
-            await self._said_by_socket(session, content, name)
+            await self._said_by_socket(life, content, name)
         bases = self.service.urls[base:] + self.service.urls[:base]
         poster = SSEReader(self.journal, name, bases, session, token=someone.access, content=content, id=name)
-        self.readers.append(poster)
-        await poster.start()  # posts under the same id until there is an answer: one turn, whoever came first
+        life.readers.append(poster)
+        starting = asyncio.create_task(poster.start())  # until there is an answer: one turn, whoever came first
+        if dice.random() < 0.15:
+            self.counts["early stops"] += 1
+            await self._stop(bases[-1], name, life, dice.uniform(0, EARLY))
+        await starting
         if stop_after:
-            await asyncio.sleep(stop_after)
-            with contextlib.suppress(httpx.HTTPError):
-                self.journal.note(f"{name}: stop")
-                await call(bases[-1], "POST", f"/api/sessions/{session}/stop/", someone.access)
+            await self._stop(bases[-1], name, life, stop_after)
         await poster.ended(45.0)
         await self._patiently(lambda: self._turn_over(session))
         await asyncio.sleep(dice.uniform(0, 0.3))
+
+    async def _stop(self, base: str, name: str, life: Life, after: float) -> None:
+        await asyncio.sleep(after)
+        with contextlib.suppress(httpx.HTTPError):
+            self.journal.note(f"{name}: stop")
+            await call(base, "POST", f"/api/sessions/{life.session}/stop/", life.owner.access)
 
     async def _turn_over(self, session: str) -> bool:
         rows = await read_rows(self.database_url, session)
         return all(turn.status != "running" for turn in rows.turns)
 
-    async def _said_by_socket(self, session: str, content: str, id: str) -> None:
-        sockets = [r for r in self.readers if isinstance(r, SocketReader) and r.session_id == session]
+    async def _said_by_socket(self, life: Life, content: str, id: str) -> None:
+        sockets = [reader for reader in life.readers if isinstance(reader, SocketReader) and reader.token]
         for reader in sockets[::-1]:
             with contextlib.suppress(Exception):  # between two connections; the POST that follows says it again
                 await reader.say(content, id)
@@ -259,17 +319,41 @@ class Chaos:
 
     # -- readers
 
-    async def _watcher(self, name: str, session: str, someone: Guest) -> None:
+    async def _shared(self, name: str, life: Life) -> None:
+        """The session is shared, read by somebody without a token, and unshared, again and again."""
+        dice = self._dice(f"shared {name}")
+        number = 0
+        while self._running() and not life.over:
+            await asyncio.sleep(dice.uniform(*self.rest))
+            answer = await self._patiently(lambda: self._asked("POST", life, "share/", 404))
+            if answer.status_code == 404:
+                return  # deleted meanwhile
+            query = {"share_token": answer.json()["share_token"]}
+            bases = dice.sample(self.service.urls, len(self.service.urls))
+            reader = SocketReader(self.journal, f"{name}{number}", bases, life.session, query=query)
+            number += 1
+            life.readers.append(reader)
+            with contextlib.suppress(TimeoutError):
+                await reader.start()
+            await asyncio.sleep(dice.uniform(0.1, 3.0))
+            if not self._running():
+                return  # shared to the end
+            self.journal.note(f"{life.name}: unshared")
+            await self._patiently(lambda: self._asked("POST", life, "unshare/", 404))
+            self.counts["unshares"] += 1
+            self.turned_away.add(reader)
+
+    async def _watcher(self, name: str, life: Life) -> None:
         """One reader after another: each joins, drops its connection, holds, and leaves at moments of its own."""
         dice = self._dice(f"watcher {name}")
-        life = 0
-        while self._running():
+        number = 0
+        while self._running() and not life.over:
             await asyncio.sleep(dice.uniform(0, 1.5))
             bases = dice.sample(self.service.urls, len(self.service.urls))
             kind: type[SocketReader] | type[SSEReader] = SocketReader if dice.random() < 0.75 else SSEReader
-            reader = kind(self.journal, f"{name}.{life}", bases, session, token=someone.access)
-            life += 1
-            self.readers.append(reader)
+            reader = kind(self.journal, f"{name}.{number}", bases, life.session, token=life.owner.access)
+            number += 1
+            life.readers.append(reader)
             with contextlib.suppress(TimeoutError):  # nobody there to accept it: it goes on trying
                 await reader.start()
             leaves = time.monotonic() + dice.uniform(1.0, max(2.0, self.seconds))
@@ -284,9 +368,26 @@ class Chaos:
                     await asyncio.sleep(dice.uniform(0.1, 2.5))
                     reader.release()
                     self.counts["holds"] += 1
-            if self._running():  # at the end all stay: what they know is looked at then
+            if self._running() and not life.over:  # at the end all stay: what they know is looked at then
                 reader.view.left = True
                 await reader.leave()
+
+    def _deleted(self) -> set[str]:
+        """Ids of the messages of sessions that are no more."""
+        return {id for life in self.lives if life.over for reader in life.readers for id in reader.view.messages}
+
+    def _of_another_life(self, life: Life) -> Violations:
+        """What readers were told that was said under the same id, but not to them; who was turned away for nothing."""
+        found = []
+        for reader in life.readers:
+            known = reader.view.messages.values()
+            ids = {each.id for each in known if each.role == "user"}
+            ids |= {token[1] for each in known for token in NUMBER.finditer(each.text)}
+            found += [f"P13 {reader.name} was told {id}" for id in sorted(ids) if not id.startswith(f"{life.name}t")]
+            codes = reader.codes if isinstance(reader, SocketReader) else []
+            if not (life.over or reader in self.turned_away) and (away := set(codes) & set(TURNED_AWAY)):
+                found.append(f"P13 {reader.name} may read and was turned away with {away}")
+        return found
 
     # -- faults
 
@@ -442,9 +543,11 @@ class Chaos:
     # -- the end
 
     async def _settle(self) -> None:
-        """Nothing is being done to anything any more: every turn ends, every socket has all of its session."""
-        for reader in self.readers:
-            reader.release()
+        """Nothing is being done to anything any more: every turn ends, every socket has all of its session, or is closed."""
+        for life in self.lives:
+            for reader in life.readers:
+                reader.release()
+                reader.view.left = reader.view.left or life.over or reader in self.turned_away
         deadline = time.monotonic() + QUIET
         await self._patiently(self._all_over, QUIET)
         try:
@@ -463,8 +566,12 @@ class Chaos:
     async def _behind(self) -> list[str]:
         rows = await read_rows(self.database_url)
         found = []
+        unwelcome = self.turned_away.union(*[life.readers for life in self.lives if life.over])
         for reader in self.readers:
             if reader.finished:
+                continue
+            if reader in unwelcome:
+                found.append(f"{reader.name} goes on reading what it may not read any more")
                 continue
             for row in [row for row in rows.messages if row.session_id == reader.session_id][-2:]:
                 known = reader.view.messages.get(row.id)
