@@ -44,6 +44,11 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pace: float = 0.02
     personality: str = ""
 
+    @property
+    def free(self) -> bool:
+        """Whether an answer costs the operator nothing: budgets count what is paid for."""
+        return self.provider == "demo"
+
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What `settings.toml` says, section by section; units and reasons are in its comments."""

@@ -11,9 +11,10 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chat.arena import matches
 from chat.errors import ChatError, invalid
 from chat.state import State
-from chat.store import sessions, turns, votes
+from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
 from chat.store.sessions import Session
@@ -95,7 +96,7 @@ async def choose_models(chat: State, wish: Wish) -> tuple[str, str | None]:
     offered = chat.providers.models
     if wish.mode == "random":
         standings = await chat.leaderboard.standings("all_time", ("random",))
-        return votes.draw(list(offered), chat.generation.outages(), standings, chat.dice)
+        return matches.draw(list(offered), chat.generation.outages(), [each.rating for each in standings], chat.dice)
     first = wish.model_a_id or (next(iter(offered), None) if wish.mode == "direct" else None)
     wanted = {"model_a_id": first} | ({"model_b_id": wish.model_b_id} if wish.mode == "compare" else {})
     for field, id in wanted.items():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chat.arena.integrity import names_itself
+from chat.arena.matches import draw, pick
 from chat.arena.ratings import Rating
 from chat.errors import ChatError
-from chat.settings import HERE, Model
+from chat.settings import HERE
 from chat.store.database import Database
-from chat.store.votes import Leaderboard, Standing, draw, names_itself, pick
+from chat.store.votes import Leaderboard
 
 MODELS = ["ant", "bee", "cat", "dog"]
 DRAWS = 6000
@@ -73,7 +76,7 @@ def test_a_failing_model_is_not_drawn_while_two_others_are_well() -> None:
 
 def test_a_battle_needs_two_models() -> None:
     with pytest.raises(ChatError) as refused:
-        draw(["ant"], [], [Standing(rating("ant", 3), 0.0)], random.Random(7))
+        draw(["ant"], [], [rating("ant", 3)], random.Random(7))
     assert refused.value.code == "invalid"
 
 
@@ -91,8 +94,27 @@ def test_a_battle_needs_two_models() -> None:
     ],
 )
 def test_an_answer_that_names_its_model_or_maker_is_known(text: str, named: bool) -> None:
-    offered = Model(id="gnat", provider="openai_chat", vendor="Insectia", display_name="Gnat Prime", model_code="gp-1")
-    assert names_itself(text, offered) is named
+    assert names_itself(text, ["gnat", "Insectia", "Gnat Prime", "gp-1", ""]) is named
+
+
+PLAIN = "plain words, and so on to the end. " * 6000
+
+
+@pytest.mark.parametrize("text", ["as a ", "I'm ", "made by gp", "as a gp. ", "x"])
+def test_an_answer_full_of_claims_is_judged_as_fast_as_any(text: str) -> None:
+    """A vote is judged where every socket waits: a reply made to claim something at each word took twenty times as long."""
+    text = (text * 200_000)[: len(PLAIN)]
+    assert _cost(text) < 8 * _cost(PLAIN)
+
+
+def _cost(text: str) -> float:
+    """Processor seconds of this thread: what else the machine does is not in them."""
+    spent = []
+    for _ in range(5):
+        began = time.thread_time()
+        names_itself(text, ["gnat"])
+        spent.append(time.thread_time() - began)
+    return min(spent)
 
 
 class Counting(Database):

@@ -1,4 +1,4 @@
-"""Votes and who meets whom: facts in rows, everything else computed from them.
+"""Votes: facts in rows, everything else computed from them.
 
 A vote is one row per turn, written by one statement that checks everything a vote must satisfy and credits the models
 the server chose. Ratings are never stored.
@@ -7,15 +7,13 @@ the server chose. Ratings are never stored.
 from __future__ import annotations
 
 import asyncio
-import random
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 from ..arena import ratings
+from ..arena.integrity import names_itself
 from ..arena.ratings import Rating
 from ..cached import Cached
 from ..errors import ChatError, not_found
@@ -30,10 +28,6 @@ ELO_VOTES = 100_000  # the newest votes that `rating_change` looks at
 DAY = 86_400_000  # milliseconds
 FOREVER = 2**62
 Tally = tuple[str, str, str, int]  # model_a, model_b, preference, how often
-MAKERS = (
-    "openai", "chatgpt", "gpt", "anthropic", "claude", "google", "gemini", "gemma", "meta ai", "llama", "mistral",
-    "deepseek", "qwen", "alibaba", "xai", "grok", "microsoft", "cohere", "moonshot", "kimi",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,54 +134,16 @@ async def _refusal(query: Query, turn: list[Row]) -> ChatError:
 def _not_counted(session: Session, voted_at: int | None, turn: list[Row], models: Mapping[str, Model]) -> str | None:
     if session.mode == "random" and voted_at is not None:
         return "revealed"
-    if session.mode == "random" and any(names_itself(row["content"], models.get(row["model"])) for row in turn):
+    if session.mode == "random" and any(names_itself(row["content"], _names(models, row["model"])) for row in turn):
         return "named"
     return None
 
 
-def names_itself(text: str, model: Model | None) -> bool:
-    """Whether an answer says which model it is from or who made it. Errs on the side of not counting."""
-    known = [] if model is None or model.provider == "demo" else [model.vendor, model.model_code]
-    names = {*MAKERS, *known, *([model.display_name, model.id] if model is not None else [])} - {""}
-    pattern = r"(?<!\w)(" + "|".join(re.escape(name) for name in sorted(names)) + r")(?!\w)"
-    claims = r"\b(i am|i'm|my name is|made by|created by|developed by|trained by|built by|as an? )\b[^.\n]{0,60}?"
-    return re.search(claims + pattern, text, re.IGNORECASE) is not None
-
-
-# -- matchmaking
-
-
-def draw(
-    models: list[str], outages: Iterable[str], standings: list[Standing], dice: random.Random
-) -> tuple[str, str]:
-    """Two different models for a blind battle, none that is failing. Raises `invalid` when there are not two."""
-    if len(models) < 2:
-        raise ChatError("invalid", "A blind battle needs two models on offer.", fields={"mode": "needs two models"})
-    well = [model for model in models if model not in set(outages)]
-    return pick(well if len(well) > 1 else models, {each.rating.model: each.rating for each in standings}, dice)
-
-
-def pick(models: list[str], rated: Mapping[str, Rating], dice: random.Random) -> tuple[str, str]:
-    """One pair, sides shuffled after the draw.
-
-    A model's weight falls with its battles (1/√(1 + n)), so that new ones are learned about; a pair whose intervals
-    overlap, or are unknown, counts double: that is where a vote decides something.
-    """
-    pairs = list(combinations(sorted(models), 2))
-    weights = [_need(rated.get(a)) * _need(rated.get(b)) * _doubt(rated.get(a), rated.get(b)) for a, b in pairs]
-    pair = list(dice.choices(pairs, weights)[0])
-    dice.shuffle(pair)
-    return pair[0], pair[1]
-
-
-def _need(rating: Rating | None) -> float:
-    return float((1 + (rating.battles if rating is not None else 0)) ** -0.5)
-
-
-def _doubt(a: Rating | None, b: Rating | None) -> float:
-    if a is None or b is None or a.lower is None or b.lower is None or a.upper is None or b.upper is None:
-        return 2.0
-    return 2.0 if a.lower <= b.upper and b.lower <= a.upper else 1.0
+def _names(models: Mapping[str, Model], id: str) -> list[str]:
+    """What people call the model; a demo model's vendor is this service, which an answer may well speak of."""
+    model = models.get(id, Model(id=id, provider="unknown"))
+    known = [] if model.free else [model.vendor, model.model_code]
+    return [model.id, model.display_name, *known]
 
 
 # -- the leaderboard
