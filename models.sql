@@ -131,3 +131,9 @@ ALTER TABLE turns DROP COLUMN seq;
 ALTER TABLE messages DROP COLUMN seq;
 -- resumable: 0 for turns of earlier releases, whose readers hold cursors of another kind and are given a snapshot.
 ALTER TABLE turns ADD COLUMN resumable INTEGER NOT NULL DEFAULT 0;
+
+-- step 4
+
+-- A vote is shown on its turn's user message, too: votes cast before that was so are copied there.
+UPDATE messages SET feedback = (SELECT '"' || v.preference || '"' FROM votes v WHERE v.turn_id = messages.turn_id)
+ WHERE role = 'user' AND turn_id IN (SELECT turn_id FROM votes);

@@ -67,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     workers: int = 1
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    public_url: str = ""
     trusted_proxies: int = 0
     open_sessions: bool = True
     token_in_query: bool = True
@@ -131,6 +132,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def production(self) -> bool:
         return self.env == "production"
+
+    @property
+    def base_url(self) -> str:
+        """Where people meet this service, "" where nobody said: a Host header is its sender's word."""
+        named = next((host for host in self.allowed_hosts if "*" not in host), "") if self.production else ""
+        return self.public_url.rstrip("/") or (f"https://{named}" if named else "")
 
     @property
     def postgres(self) -> bool:

@@ -22,7 +22,7 @@ from .metrics import Metrics
 from .providers import Providers
 from .settings import HERE, Settings
 from .store.database import Database
-from .store.sessions import Mask
+from .store.mask import Mask
 from .store.votes import Leaderboard
 from .tokens import Tokens
 
@@ -74,7 +74,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     stack.push_async_callback(database.disconnect)
     await database.connect()
     await database.migrate((HERE / "models.sql").read_text())
-    mask = Mask({model.id: model for model in settings.models})
+    mask = Mask({model.id: model for model in settings.models}, settings.base_url)
     broadcast = Broadcast(backend=bus) if bus is not None else Broadcast("memory://")
     relay = Relay(settings, database, mask, broadcast, bus, worker)
     await relay.start()

@@ -43,6 +43,7 @@ table = [
     Route("/api/sessions/{session_id}/stop",          messages.stop,              methods=["POST"]),
 
     Route("/api/feedback",                            arena.feedback,             methods=["POST"]),
+    Route("/api/feedback",                            arena.given),
     Route("/api/leaderboard",                         arena.leaderboard),
     Route("/api/arena/votes.jsonl",                   arena.export),
 ]

@@ -17,7 +17,7 @@ from chat.state import State
 from chat.store import sessions, votes
 from chat.store.accounts import Account, iso
 from chat.store.database import new_id
-from chat.store.sessions import model_card
+from chat.store.mask import model_card
 from chat.store.votes import Standing
 
 from . import inputs
@@ -45,6 +45,21 @@ async def feedback(request: Request) -> Response:
     said = await inputs.body(request, Feedback)
     body = await (_vote if said.feedback_type == "preference" else _rate)(chat, account, said)
     return inputs.answer(body, 201)
+
+
+async def given(request: Request) -> Response:
+    """What its owner said of a session: the votes, and the likes and reports with their words."""
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)
+    found = await votes.select_feedback(chat.database, session.id, account.id)
+    return inputs.answer([_given(row) for row in found])
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    kept = msgspec.json.decode(row["feedback"])
+    vote = {"feedback_type": "preference", "preference": kept}
+    return {"message_id": row["id"]} | (kept if isinstance(kept, dict) else vote)
 
 
 async def _vote(chat: State, account: Account, said: Feedback) -> dict[str, Any]:
@@ -106,10 +121,10 @@ def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any
         "id": rating.model,
         "name": card["display_name"],
         "provider": card["provider"],
-        "elo_rating": rating.rating,
-        "ci_lower": rating.lower,
-        "ci_upper": rating.upper,
-        "rating_change": round(standing.change, 2),
+        "elo_rating": _rounded(rating.rating),
+        "ci_lower": _rounded(rating.lower),
+        "ci_upper": _rounded(rating.upper),
+        "rating_change": _rounded(standing.change),
         "battles": rating.battles,
         "wins": rating.wins,
         "losses": rating.losses,
@@ -118,6 +133,10 @@ def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any
         "win_rate": rating.win_rate,
         "preliminary": rating.preliminary,
     }
+
+
+def _rounded(points: float | None) -> float | None:
+    return None if points is None else round(points, 2)
 
 
 async def export(request: Request) -> Response:

@@ -152,6 +152,12 @@ def number(request: Request, name: str, default: int, least: int, most: int) -> 
     return int(text)
 
 
+def named_session(request: Request) -> str:
+    if not (id := request.query_params.get("session_id", "")):
+        raise invalid("session_id", "name the session")
+    return id
+
+
 def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:
     text = request.query_params.get(name) or None
     if text is not None and text not in allowed:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from chat.errors import ChatError, not_found
-from chat.store.sessions import model_card
+from chat.store.mask import model_card
 
 from . import inputs
 

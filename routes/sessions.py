@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chat.arena import matches
-from chat.errors import ChatError, invalid
+from chat.errors import ChatError, invalid, not_found
 from chat.state import State
 from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
+from chat.store.mask import Audience, audience
 from chat.store.sessions import Session
 
 from . import inputs
@@ -50,7 +51,7 @@ async def create(request: Request) -> Response:
     account = await inputs.account(request)
     wish = await inputs.body(request, Wish)
     session, made = await make(chat, account, wish)
-    return inputs.answer(chat.mask.session(session), 201 if made else 200)
+    return inputs.answer(chat.mask.session(session, audience(session, account.id)), 201 if made else 200)
 
 
 async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = False) -> tuple[Session, bool]:
@@ -78,7 +79,7 @@ async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = Fal
     )
     session = await _existing(chat, id, account)
     if session is None:
-        raise ChatError("conflict", "This session id is taken.")
+        raise not_found("session")  # somebody else's: no other word than for an id that nobody has
     return session, made
 
 
@@ -142,23 +143,24 @@ def _before(request: Request) -> tuple[int, str]:
 async def opened(request: Request) -> Response:
     chat = inputs.state(request)
     account = await inputs.optional_account(request)
-    id = request.path_params["session_id"]
-    session = await sessions.select_readable(chat.database, id, account.id if account else None)
-    return await _with_messages(request, session)
+    account_id = account.id if account else None
+    session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
+    return await _with_messages(request, session, audience(session, account_id))
 
 
 async def shared(request: Request) -> Response:
     chat = inputs.state(request)
-    return await _with_messages(request, await sessions.select_shared(chat.database, request.path_params["token"]))
+    session = await sessions.select_shared(chat.database, request.path_params["token"])
+    return await _with_messages(request, session, "share")
 
 
-async def _with_messages(request: Request, session: Session) -> Response:
+async def _with_messages(request: Request, session: Session, reader: Audience) -> Response:
     chat = inputs.state(request)
     before = inputs.number(request, "before", 2**31 - 1, 0, 2**31 - 1)
     limit = inputs.number(request, "limit", 50, 1, 200)
     rows = await turns.select_messages(chat.database, session.id, before=before, limit=limit)
-    messages = chat.mask.messages(session, rows)
-    return inputs.answer({"session": chat.mask.session(session), "messages": messages})
+    messages = chat.mask.messages(session, rows, reader)
+    return inputs.answer({"session": chat.mask.session(session, reader), "messages": messages})
 
 
 async def change(request: Request) -> Response:
@@ -200,7 +202,8 @@ async def _wait_for_end(chat: State, session_id: str) -> None:
 
 async def share(request: Request) -> Response:
     session = await _shared(request, True)
-    return inputs.answer({"share_token": session.share_token, "share_url": f"/shared/{session.share_token}"})
+    url = inputs.state(request).mask.share_url(session)
+    return inputs.answer({"share_token": session.share_token, "share_url": url})
 
 
 async def unshare(request: Request) -> Response:

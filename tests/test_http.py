@@ -127,6 +127,7 @@ CASES = {
     "GET /api/sessions/{session_id}/stream": Case(404, owned=True),
     "POST /api/sessions/{session_id}/stop": Case(owned=True),
     "POST /api/feedback": Case(owned=True, body={"session_id": "{session_id}", "message_id": "{message_id}"} | VOTE),
+    "GET /api/feedback": Case(owned=True, query="?session_id={session_id}"),
     "GET /api/leaderboard": Case(200),
     "GET /api/arena/votes.jsonl": Case(200),
 }
@@ -360,6 +361,7 @@ WRONG = [  # method, path, body, the path of the field that is wrong
     ("GET", "/api/sessions/{session_id}/?before=-1", None, "before"),
     ("GET", "/api/sessions/{session_id}/export/?format=pdf", None, "format"),
     ("GET", "/api/messages/", None, "session_id"),
+    ("GET", "/api/feedback/", None, "session_id"),
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}", "content": ""}, "content"),
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}", "content": " \n\t"}, "content"),
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}"}, "content"),
@@ -732,11 +734,11 @@ async def test_an_id_sent_ten_times_at_once_makes_one_session(service: Service, 
     assert len({response.text for response in answers}) == 1
 
 
-async def test_an_id_that_is_somebody_elses_is_taken(service: Service, ann: Owner) -> None:
+async def test_an_id_that_is_somebody_elses_reads_like_one_of_nobody(service: Service, ann: Owner) -> None:
     stranger = await guest(service.url)
     for base in service.urls:
         response = await call(base, "POST", "/api/sessions/", stranger.access, json={"id": ann.session_id})
-        refused(response, "conflict")
+        refused(response, "not_found")
 
 
 async def listed(base: str, token: str, query: str = "") -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ from ..formats.tellings import Dialect
 from ..settings import Settings
 from ..store import sessions, turns
 from ..store.database import Database
-from ..store.sessions import Mask, Session
+from ..store.mask import Mask
+from ..store.sessions import Session
 from ..tasks import Tasks
 from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
@@ -241,6 +242,7 @@ class Relay:
         rows = await turns.select_turn_messages(self.database, row["id"])
         if not rows:
             return None
+        rows = [each | {"feedback": None} for each in rows]  # a turn is told to all its readers alike
         return Answer(row["id"], row["position"], row["previous"] or "", self.mask.messages(session, rows))
 
     async def live_texts(self, answer: Answer) -> None:
@@ -297,7 +299,8 @@ class Relay:
         follower.cursor = placed(answer)
         running = answer is not None and not answer.over
         turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
-        return {"session": self.mask.state(session), "messages": messages[-50:], "turn": turn}
+        shown = messages[-50:] if follower.member else [self.mask.shared(each) for each in messages[-50:]]
+        return {"session": self.mask.state(session), "messages": shown, "turn": turn}
 
     # -- telling
 
@@ -320,10 +323,11 @@ class Relay:
 
     def notice_of(self, session: Session, action: str) -> SessionNotice:
         """Return the event that says how the session stands now."""
-        event = session_event(
-            "session_update", session=self.mask.session(session), action=action, version=session.version
+        member, reader = (
+            session_event("session_update", session=whole, action=action, version=session.version).decode()
+            for whole in (self.mask.session(session), self.mask.session(session, "share"))
         )
-        return SessionNotice(event.decode(), event.decode(), session.version)
+        return SessionNotice(member, reader, session.version)
 
     def tell(self, session: Session, notice: SessionNotice) -> None:
         """Send an event of the session itself to all its readers."""

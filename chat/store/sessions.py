@@ -1,22 +1,18 @@
-"""Sessions and the one mask between what is stored and what anyone is shown.
+"""Sessions: the statements that make, find, change and delete them.
 
-Every session and message that leaves the service is made here, by `Mask`. The models of a session are `Hidden`: they
-cannot be encoded, printed or compared with a string, so an output that forgets the mask fails instead of leaking.
+The models of a session are `Hidden`: they cannot be encoded, printed or compared with a string, so an output that
+forgets the mask (`mask.py`) fails instead of leaking.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from ..errors import not_found
-from ..settings import Model
-from .accounts import iso
 from .database import Database, new_id
 from .queries import Query, Row
 
@@ -81,120 +77,6 @@ class Session:
         hidden = self.model_a if side == "a" else self.model_b
         assert hidden is not None
         return hidden
-
-
-def model_card(model: Model) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "provider": model.vendor or model.provider,
-        "model_code": model.model_code or model.id,
-        "display_name": model.display_name or model.id,
-        "capabilities": ["text"],
-        "supported_languages": [],
-        "is_active": True,
-        "release_date": None,
-        "model_type": "LLM",
-        "is_thinking_model": False,
-        "url": None,
-        "random_only": False,
-    }
-
-
-class Mask:
-    """Turns sessions and messages into what a reader may see; `models` are those of the settings, offered or not."""
-
-    def __init__(self, models: Mapping[str, Model]) -> None:
-        self._cards = {id: model_card(model) for id, model in models.items()}
-
-    def card(self, session: Session, side: str | None) -> dict[str, Any] | None:
-        """The model on one side: its card, or in a blind battle a slot that says nothing about it."""
-        hidden = {"a": session.model_a, "b": session.model_b}.get(side or "")
-        if hidden is None:
-            return None
-        if session.blind:
-            slot = hashlib.sha256(f"{session.id}:{side}".encode()).hexdigest()[:32]
-            name = "Model A" if side == "a" else "Model B"
-            return {"id": slot, "display_name": name, "provider": "Random", "is_thinking_model": False}
-        id = hidden.for_server()
-        return self._cards.get(id) or model_card(Model(id=id, provider="unknown")) | {"is_active": False}
-
-    def session(self, session: Session) -> dict[str, Any]:
-        return {
-            "id": session.id,
-            "user": {"id": session.account_id, "display_name": session.display_name},
-            "mode": session.mode,
-            "title": session.title,
-            "model_a": self.card(session, "a"),
-            "model_b": self.card(session, "b"),
-            "is_public": session.is_public,
-            "share_token": session.share_token,
-            "share_url": f"/shared/{session.share_token}" if session.share_token else None,
-            "created_at": iso(session.created_at),
-            "updated_at": iso(session.updated_at),
-            "metadata": msgspec.json.decode(session.metadata),
-            "expires_at": None,
-            "message_count": session.message_count,
-            "last_message_at": iso(session.last_message_at),
-            "is_pinned": session.is_pinned,
-            "version": session.version,
-            "voted": session.voted_at is not None,
-        }
-
-    def state(self, session: Session) -> dict[str, Any]:
-        """The session as `session_state` carries it."""
-        cards = {side: self.card(session, side) for side in SIDES}
-        short = {
-            side: card and {"id": card["id"], "display_name": card["display_name"]} for side, card in cards.items()
-        }
-        whole = self.session(session)
-        kept = {name: whole[name] for name in ("id", "mode", "title", "version", "voted")}
-        return kept | {"model_a": short["a"], "model_b": short["b"]}
-
-    def summary(self, session: Session) -> dict[str, Any]:
-        """The session as a line of the list."""
-        whole = self.session(session)
-        names = ("id", "mode", "title", "created_at", "updated_at", "message_count", "is_pinned")
-        cards = {f"model_{side}_name": (whole[f"model_{side}"] or {}).get("display_name") for side in SIDES}
-        return {name: whole[name] for name in names} | cards | {"session_type": session.session_type}
-
-    def message(self, session: Session, row: Row) -> dict[str, Any]:
-        """A row of `messages` as a Message. What a blind battle's clocks would say about a model is left out."""
-        blind = session.blind and row["role"] == "assistant"
-        return {
-            "id": row["id"],
-            "session": session.id,
-            "role": row["role"],
-            "content": row["content"],
-            "model": self.card(session, row["participant"]) if row["role"] == "assistant" else None,
-            "parent_message_ids": msgspec.json.decode(row["parent_ids"]),
-            "child_ids": [],
-            "position": row["position"],
-            "participant": row["participant"],
-            "status": row["status"],
-            "failure_reason": _coarse(row["failure_reason"]) if blind else row["failure_reason"],
-            "attachments": [],
-            "metadata": {},
-            "feedback": None if row["feedback"] is None else msgspec.json.decode(row["feedback"]),
-            "created_at": iso(row["created_at"]),
-            "latency_ms": None if blind else row["latency_ms"],
-            "first_token_ms": None if blind else row["first_token_ms"],
-            "has_feedback": row["feedback"] is not None,
-        }
-
-    def messages(self, session: Session, rows: list[Row]) -> list[dict[str, Any]]:
-        """Messages with their children filled in from each other."""
-        messages = [self.message(session, row) for row in rows]
-        by_id = {message["id"]: message for message in messages}
-        for message in messages:
-            for parent in message["parent_message_ids"]:
-                if parent in by_id:
-                    by_id[parent]["child_ids"].append(message["id"])
-        return messages
-
-
-def _coarse(reason: str | None) -> str | None:
-    """How a blind battle's side failed: vendors fail in ways of their own."""
-    return "provider_unavailable" if reason and reason.startswith("provider_") else reason
 
 
 # -- statements. A session is its owner's; an open one (local start only) is everybody's; a public one may be read.
@@ -327,11 +209,16 @@ async def update_session(
     is_pinned: bool | None = None,
     is_public: bool | None = None,
 ) -> Session:
-    """Change what is given; None leaves it as it is. Only the owner may."""
+    """Change what is given; None leaves it as it is. Only the owner may.
+
+    A session made private again is nobody else's: the link it may have been shared by goes, too.
+    """
     row = await database.fetch_one(
         """UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
                   is_pinned = COALESCE(CAST(:is_pinned AS INTEGER), is_pinned),
                   is_public = COALESCE(CAST(:is_public AS INTEGER), is_public),
+                  share_token = CASE WHEN is_public = 1 AND CAST(:is_public AS INTEGER) = 0 THEN NULL
+                                     ELSE share_token END,
                   version = version + 1, updated_at = :now
             WHERE id = :id AND account_id = :account_id RETURNING id""",
         {

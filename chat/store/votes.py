@@ -84,6 +84,11 @@ async def insert_vote(
         if row is None:
             raise await _refusal(query, turn)
         await query.execute(
+            """UPDATE messages SET feedback = :feedback WHERE session_id = :session_id AND role = 'user' AND id =
+                      (SELECT user_message_id FROM turns WHERE id = :turn_id)""",
+            {"feedback": f'"{preference}"', "session_id": session.id, "turn_id": turn[0]["turn_id"]},
+        )
+        await query.execute(
             """UPDATE sessions SET voted_at = COALESCE(voted_at, :now), version = version + 1, updated_at = :now
                 WHERE id = :id""",
             {"id": session.id, "now": now},
@@ -236,3 +241,13 @@ async def update_feedback(
         {"session_id": session_id, "id": message_id, "account_id": account_id, "feedback": feedback},
     )
     return row is not None
+
+
+async def select_feedback(database: Database, session_id: str, account_id: str) -> list[Row]:
+    """All its owner said of a session, votes and the words of reports, as `{id, feedback}` in order of its messages."""
+    return await database.fetch_all(
+        """SELECT m.id, m.feedback FROM messages m JOIN sessions s ON s.id = m.session_id
+            WHERE m.session_id = :session_id AND s.account_id = :account_id AND m.feedback IS NOT NULL
+            ORDER BY m.position""",
+        {"session_id": session_id, "account_id": account_id},
+    )
