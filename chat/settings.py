@@ -43,11 +43,12 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_tokens: int = 0
     pace: float = 0.02
     personality: str = ""
+    paid: bool | None = None
 
     @property
     def free(self) -> bool:
-        """Whether an answer costs the operator nothing: budgets count what is paid for."""
-        return self.provider == "demo"
+        """Whether an answer costs the operator nothing, as a demo model's: budgets count what is paid for."""
+        return not (self.provider != "demo" if self.paid is None else self.paid)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,7 +111,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     turns_per_account: int = 3
     guests_per_hour: int = 10
     sessions_per_hour: int = 60
-    daily_tokens_account: int = 200_000
+    daily_tokens_account: int = 500_000
+    daily_tokens_address: int = 4_000_000
     daily_tokens_service: int = 20_000_000
     daily_messages: int = 0
     # [sockets]

@@ -1,0 +1,179 @@
+"""What a day may cost: tokens of an account, of an address and of the whole service, reserved before a model is asked.
+
+A turn reserves the most it can cost, in one statement inside its own transaction, so that parallel requests cannot
+pass a limit together; what it has not used is given back when it has ended. A token is the provider's where it tells
+its counts, else a byte: no tokenizer makes more tokens of a text than it has bytes, in whatever script. Models that
+cost nothing reserve nothing: silent ones could hold the whole budget of the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import ChatError
+from ..settings import Model
+from .database import Database, StorageUnavailable
+from .queries import Query
+
+FRAME = 8  # tokens a provider adds around one message: its role and what separates it; 3 to 5 with those we know
+KEPT = 35 * 86_400_000  # milliseconds a day's budgets are kept
+
+
+def tokens_of(text: str) -> int:
+    """The most tokens any model may make of a text: its bytes in UTF-8."""
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def prompt_tokens(messages: Iterable[str]) -> int:
+    """The most tokens one call with these messages' texts takes in, the frame around the whole included."""
+    return FRAME + sum(FRAME + tokens_of(text) for text in messages)
+
+
+class Meter:
+    """What one reply costs, counted where it arrives: what is shown of it, and whether it is shown, plays no part.
+
+    A call is charged its input from the moment it is begun, whatever becomes of it; one that is made again is charged
+    again. Where the provider tells its counts those are taken instead.
+    """
+
+    def __init__(self, prompt: int, max_tokens: int, *, free: bool = False) -> None:
+        """prompt: `prompt_tokens` of what is sent; max_tokens: as asked of the provider; free: it costs nothing."""
+        self._prompt = 0 if free else prompt
+        self._most = 0 if free else max_tokens
+        self._free = free
+        self._spent = 0  # of the calls before this one
+        self._input = self._output = 0  # of this call, as measured
+
+    @property
+    def most(self) -> int:
+        """What to reserve for one call."""
+        return self._prompt + self._most
+
+    @property
+    def spent(self) -> int:
+        return self._spent + self._input + self._output
+
+    def call(self) -> None:
+        """The provider is about to be asked, the first time or again."""
+        self._spent, self._input, self._output = self.spent, self._prompt, 0
+
+    def came(self, text: str) -> None:
+        """A piece of the answer has arrived, or of thinking that will not be shown."""
+        if not self._free:
+            self._output += tokens_of(text)
+
+    def cut(self) -> None:
+        """We have hung up. A call that had said nothing yet may have thought in silence, as much as it was allowed."""
+        self._output = self._output or (self._most if self._input else 0)
+
+    def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
+        """The provider's own counts of this call. One it leaves out, or says is nothing, stays as measured."""
+        if not self._free:
+            self._input, self._output = input_tokens or self._input, output_tokens or self._output
+
+
+def metered(model: Model, messages: Iterable[str], max_tokens: int) -> Meter:
+    """The meter of one reply of this model to these messages' texts."""
+    most = min(max_tokens, model.max_tokens or max_tokens)
+    return Meter(prompt_tokens(messages), most, free=model.free)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Somebody's tokens of a day, all of which are spent at `limit`; 0: counted without a limit."""
+
+    name: str
+    limit: int
+
+
+def budgets_of(account_id: str, address: str, limits: tuple[int, int, int]) -> tuple[Budget, ...]:
+    """The budgets a turn draws on. address: as nobody can read it back; limits: of account, address and service.
+
+    In the order of their names, in which every transaction takes the rows: two would wait for each other otherwise.
+    """
+    names = (f"account:{account_id}", f"address:{address}", "service")
+    return tuple(Budget(name, limit) for name, limit in zip(names, limits, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """So many tokens of these budgets and this UTC day."""
+
+    day: str
+    names: tuple[str, ...]
+    tokens: int
+
+
+async def reserve(
+    query: Query, now: int, budgets: Sequence[Budget], tokens: int, daily_messages: int = 0
+) -> Reservation:
+    """Take `tokens` from each of the budgets, and a message of the first one's `daily_messages` (0: any number).
+
+    Call it last inside a transaction, which an error here undoes: all turns write the service's row. Raises
+    `daily_limit_reached`, or `budget_exhausted` when any of them has too little left.
+    """
+    held = Reservation(_day(now), tuple(budget.name for budget in budgets), tokens)
+    places = ", ".join(f"(:name{n}, :day, :tokens, 1)" for n in range(len(budgets)))
+    rows = await query.fetch_all(
+        f"""INSERT INTO budgets (name, day, tokens, messages) VALUES {places}
+            ON CONFLICT (name, day) DO UPDATE
+                SET tokens = budgets.tokens + :tokens, messages = budgets.messages + 1
+            RETURNING name, tokens, messages""",
+        {"day": held.day, "tokens": tokens} | {f"name{n}": name for n, name in enumerate(held.names)},
+    )
+    spent = {row["name"]: row for row in rows}
+    if daily_messages and spent[held.names[0]]["messages"] > daily_messages:
+        raise ChatError("daily_limit_reached", f"You have reached today's limit of {daily_messages} messages.")
+    if tokens and any(each.limit and spent[each.name]["tokens"] > each.limit for each in budgets):
+        message = "Today's budget is used up. Please come back tomorrow."
+        raise ChatError("budget_exhausted", message, retry_after=3600)
+    return held
+
+
+class Unused:
+    """What turns that ended have not used of what they had reserved, until it is given back: all of it at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def settle(self, held: Reservation, meters: Iterable[Meter]) -> None:
+        """A turn has ended. What it spent beyond its reservation (a second call) is taken with the next writing."""
+        if unused := held.tokens - sum(meter.spent for meter in meters):
+            for name in held.names:
+                self._tokens[name, held.day] += unused
+
+    async def give_back(self) -> None:
+        """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""
+        tokens, self._tokens = self._tokens, Counter()
+        # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
+        values = [{"name": name, "day": day, "tokens": tokens[name, day]} for name, day in sorted(tokens)]
+
+        async def work(query: Query) -> None:
+            await query.execute_many(
+                "UPDATE budgets SET tokens = tokens - :tokens WHERE day = :day AND name = :name", values
+            )
+
+        try:
+            if values:
+                await self._database.transaction(work)
+        except StorageUnavailable as problem:
+            if not isinstance(problem.__cause__, TimeoutError):
+                for place in tokens:  # not `+=`, which forgets what is below nothing: a second call's cost
+                    self._tokens[place] += tokens[place]
+            raise
+
+
+async def delete_old_budgets(database: Database) -> None:
+    """Forget the budgets of days long over."""
+    await database.execute("DELETE FROM budgets WHERE day < :day", {"day": _day(database.now() - KEPT)})
+
+
+def _day(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(milliseconds / 1000))
