@@ -31,6 +31,9 @@ SESSION = set(
     "id user mode title model_a model_b is_public share_token share_url created_at updated_at metadata expires_at "
     "message_count last_message_at is_pinned version voted".split()
 )
+# To whoever reads without an account of the session's owner.
+SHARED = SESSION - set("user is_public share_token share_url metadata expires_at is_pinned".split())
+SAID = MESSAGE - set("metadata feedback has_feedback latency_ms first_token_ms".split())
 
 
 def odd(event: dict[str, Any]) -> str:
@@ -46,7 +49,7 @@ def odd(event: dict[str, Any]) -> str:
         "session_state": lambda: _is_state(event),
         "message_update": lambda: event["message"].keys() == MESSAGE and event["action"] == "created",
         "message_complete": lambda: event["message"].keys() == MESSAGE,
-        "session_update": lambda: event["session"].keys() == ({"id"} if event["action"] == "deleted" else SESSION),
+        "session_update": lambda: event["session"].keys() in ([{"id"}] if event["action"] == "deleted" else [SESSION, SHARED]),
         "error": lambda: event["code"] in STATUS,
     }
     return "" if parts.get(kind, lambda: True)() else "a part of it has other fields"
@@ -58,6 +61,6 @@ def _is_state(event: dict[str, Any]) -> bool:
     return (
         session.keys() == {"id", "mode", "title", "model_a", "model_b", "version", "voted"}
         and all(card is None or card.keys() == {"id", "display_name"} for card in cards)
-        and all(message.keys() == MESSAGE for message in event["messages"])
+        and (all(m.keys() == MESSAGE for m in event["messages"]) or all(m.keys() == SAID for m in event["messages"]))
         and (turn is None or turn.keys() == {"id", "cursor"})
     )
