@@ -36,6 +36,14 @@ def sentence(reply: Message) -> str:
     return REPLY_SENTENCES.get(reason, REPLY_SENTENCES["internal"])
 
 
+def problem_of(replies: tuple[Message, ...]) -> str:
+    """Return what a reader is told of a turn of which something did not end well, "" where all of it did."""
+    problems = [(f"Model {reply['participant'].upper()}: ", sentence(reply)) for reply in replies]
+    if len(problems) == 1:
+        return problems[0][1]
+    return " ".join([side + problem for side, problem in problems if problem])
+
+
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 

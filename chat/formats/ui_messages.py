@@ -1,0 +1,58 @@
+"""The AI SDK's UI message chunks: https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol
+
+A turn is one message whose text parts are the sides `a` and `b`. Its clients refuse a type they do not know, and the
+first of them a key they do not know: nothing of ours is in here. They cannot go on from the middle of a message, so
+that a resumed stream tells the turn from its start, under the same message id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import Format, one_line, problem_of
+from .events import encode
+from .tellings import Begun, Ended, Message, Over, Telling, Words
+
+Chunk = dict[str, Any]
+
+
+class UIMessages(Format):
+    content_type = "text/event-stream; charset=utf-8"
+    opening = b": ok\n\n"
+    closing = b"data: [DONE]\n\n"
+    ping = b": ping\n\n"
+
+    @staticmethod
+    def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
+        return [b"".join([b"data: %b\n\n" % one_line(chunk) for chunk in chunks_dialect(turn_id, tellings)])]
+
+
+def chunks_dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
+    """Speak to those who wrap the chunks themselves: each piece is the JSON of one."""
+    return [encode(chunk) for chunk in _chunks(tellings)]
+
+
+def _chunks(tellings: list[Telling]) -> Iterator[Chunk]:
+    started = False
+    for telling in tellings:
+        match telling:
+            case Begun(_, {"role": "assistant"} as reply):
+                if not started:
+                    yield {"type": "start", "messageId": reply["id"]}
+                started = True
+                yield {"type": "text-start", "id": reply["participant"]}
+            case Words(participant=side, text=text):
+                yield {"type": "text-delta", "id": side, "delta": text}
+            case Ended(participant=side):
+                yield {"type": "text-end", "id": side}
+            case Over(messages=replies):
+                yield _last(replies)
+
+
+def _last(replies: tuple[Message, ...]) -> Chunk:
+    """Say an error when the whole turn is over and not before: these clients stop reading at one."""
+    if problem := problem_of(replies):
+        return {"type": "error", "errorText": problem}
+    stopped = all(reply["status"] == "stopped" for reply in replies)
+    return {"type": "abort"} if stopped else {"type": "finish"}
