@@ -269,7 +269,7 @@ class Gate:
 
 async def refuse(problem: ChatError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer a request, or a socket's handshake, with an error and nothing else."""
-    answer = error_answer(problem)
+    answer = error_answer(problem, scope["path"])
     if scope["type"] == "http":
         await answer(scope, receive, send)
     elif "websocket.http.response" in scope.get("extensions", {}):
@@ -293,7 +293,7 @@ def _host_allowed(host: str, allowed: tuple[str, ...]) -> bool:
 
 async def _chat_error(connection: Any, problem: Exception) -> Response:
     assert isinstance(problem, ChatError)
-    return error_answer(problem)
+    return error_answer(problem, connection.scope["path"])
 
 
 async def _http_error(request: Request, problem: Exception) -> Response:
@@ -304,7 +304,7 @@ async def _http_error(request: Request, problem: Exception) -> Response:
         413: ("too_large", "The body is too large."),
     }
     code, sentence = sentences.get(problem.status_code, ("bad_request", "The request was not understood."))
-    answer = error_answer(ChatError(code, sentence))
+    answer = error_answer(ChatError(code, sentence), request.scope["path"])
     if problem.status_code == 405:  # Starlette names the methods of the first route of this path only
         found = [route for route in routes.table if route.matches(request.scope)[0] is not Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
@@ -313,7 +313,7 @@ async def _http_error(request: Request, problem: Exception) -> Response:
 
 async def _any_error(request: Request, problem: Exception) -> Response:
     log.error("%s %s failed", request.method, request.scope["path"], exc_info=problem)
-    return error_answer(ChatError("internal", "Something went wrong on our side."))
+    return error_answer(ChatError("internal", "Something went wrong on our side."), request.scope["path"])
 
 
 # -- starting from a command line

@@ -2,7 +2,7 @@
 
 from starlette.routing import Route
 
-from . import accounts, arena, messages, operations, sessions
+from . import accounts, arena, messages, openai, operations, sessions
 
 # fmt: off
 table = [
@@ -46,5 +46,9 @@ table = [
     Route("/api/feedback",                            arena.given),
     Route("/api/leaderboard",                         arena.leaderboard),
     Route("/api/arena/votes.jsonl",                   arena.export),
+
+    Route("/v1/models",                               openai.models),
+    Route("/v1/models/{model_id}",                    openai.model),
+    Route("/v1/chat/completions",                     openai.completions,         methods=["POST"]),
 ]
 # fmt: on

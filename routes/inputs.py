@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from chat.errors import ChatError, invalid
+from chat.formats.completions import failure
 from chat.limits import caller, is_loopback
 from chat.state import State
 from chat.store import accounts
@@ -33,18 +34,29 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
-def error_answer(problem: ChatError) -> Response:
-    body: dict[str, Any] = {"error": problem.code, "message": problem.message, "detail": problem.message}
+def error_answer(problem: ChatError, path: str = "") -> Response:
+    """Return an error as the clients of this path read it."""
     headers = {}
-    if problem.fields:
-        body["fields"] = problem.fields
-    if problem.retry_after is not None:
-        body["retry_after"] = problem.retry_after
     if problem.status in (429, 503):
         headers["Retry-After"] = str(max(1, round(problem.retry_after or 1)))
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return answer(body, problem.status, headers)
+    if path.startswith("/api/chat"):  # the AI SDK shows the whole body
+        return PlainTextResponse(problem.message, problem.status, headers)
+    return answer(_openai_error(problem) if path.startswith("/v1/") else _error(problem), problem.status, headers)
+
+
+def _error(problem: ChatError) -> dict[str, Any]:
+    body: dict[str, Any] = {"error": problem.code, "message": problem.message, "detail": problem.message}
+    if problem.fields:
+        body["fields"] = problem.fields
+    if problem.retry_after is not None:
+        body["retry_after"] = problem.retry_after
+    return body
+
+
+def _openai_error(problem: ChatError) -> dict[str, Any]:
+    return failure(problem.status, problem.code, problem.message, next(iter(problem.fields or ()), None))
 
 
 # -- who

@@ -95,6 +95,7 @@ class Case:
 
 
 VOTE = {"feedback_type": "preference", "preference": "tie"}
+SAID = {"role": "user", "content": "hello"}
 CASES = {
     "GET /api/health": Case(200),
     "GET /health": Case(200),
@@ -130,6 +131,9 @@ CASES = {
     "GET /api/feedback": Case(owned=True, query="?session_id={session_id}"),
     "GET /api/leaderboard": Case(200),
     "GET /api/arena/votes.jsonl": Case(200),
+    "GET /v1/models": Case(),
+    "GET /v1/models/{model_id}": Case(),
+    "POST /v1/chat/completions": Case(body={"model": "demo-scholar", "messages": [SAID], "max_tokens": 2}),
 }
 PRIVATE = [name for name, case in CASES.items() if case.without == 401 or case.owned]
 OWNED = [name for name, case in CASES.items() if case.owned]
@@ -203,15 +207,21 @@ def _filled(text: str, values: dict[str, str]) -> str:
 def refused(response: httpx.Response, code: str, field: str | None = None) -> dict[str, Any]:
     """The body of an error, after a look at everything an error promises."""
     assert response.status_code == STATUS[code], (response.status_code, response.text)
-    assert response.headers["content-type"] == "application/json"
     assert response.headers["x-content-type-options"] == "nosniff"
+    assert ("Retry-After" in response.headers) == (response.status_code in (429, 503))
+    assert (response.headers.get("WWW-Authenticate") == "Bearer") == (response.status_code == 401)
+    if response.url.path.startswith("/api/chat"):
+        assert response.headers["content-type"].startswith("text/plain") and response.text.endswith("."), response.text
+        return {}
+    assert response.headers["content-type"] == "application/json"
     body: dict[str, Any] = response.json()
+    if response.url.path.startswith("/v1/"):
+        assert body["error"].keys() == {"message", "type", "param", "code"} and body["error"]["code"] == code, body
+        return body
     assert body["error"] == code, body
     assert body.keys() - {"fields", "retry_after"} == {"error", "message", "detail"}
     assert body["message"] == body["detail"]
     assert body["message"].endswith(".") or "fields" in body, body
-    assert ("Retry-After" in response.headers) == (response.status_code in (429, 503))
-    assert (response.headers.get("WWW-Authenticate") == "Bearer") == (response.status_code == 401)
     assert ("fields" in body) == (code == "invalid"), body
     if field is not None:
         assert list(body["fields"]) == [field], body
