@@ -258,17 +258,17 @@ async def test_poison_on_the_session_channel(scene: Scene) -> None:
     poison = [
         *[dice.randbytes(dice.randrange(1, 400)) for _ in range(50)],
         *[b"", b"not json", b"[", b"{}", b"[]", b"null", b"1e999", b'{"type":"message_chunk"}', b"alive"],
-        *[b'["turn"]', b'["turn",5,[]]', b'["turn","none",[]]', b'["turn","none",[[7,7,"chunk","a","m","evil"]]]'],
-        *[b'["turn","none",[[0,0,"created"]]]', b'["turn","none",[[0,0,"created","a","m","",{"message":5}]]]'],
-        *[b'["turn","none",[[0,0,"end"]]]', b'["turn","none",[[0,0,"chunk","a","m","evil"]]]'],
-        *[b'["turn","none",[[0,0,"surprise"]]]', b'["notice",5]', b'["stop","none"]', b'["stop"]'],
-        *[b'["turn","%b",[[900000,900000,"chunk","a","m","evil"]]]' % turn.encode()],
-        *[b'["turn","%b",[[-5,-5,"chunk","a","m","evil"],[1,9,"chunk","a","m","evil"]]]' % turn.encode()],
+        *[b'["words"]', b'["words",5,[]]', b'["words","none",[]]', b'["words","none",[["a",7,"evil"]]]'],
+        *[b'["begun","none",0,"",[]]', b'["begun","none",0,"",[{"message":5}]]', b'["begun","none",-1,"",[null]]'],
+        *[b'["ended","none","a",{}]', b'["ended","none","a",{"id":"m","content":5}]', b'["ended","none"]'],
+        *[b'["surprise"]', b'["notice",5]', b'["stop","none"]', b'["stop"]', b'["again"]', b'["rights"]'],
+        *[b'["words","%b",[["a",900000,"evil"]]]' % turn.encode(), b'["words","%b",[["z",0,"evil"]]]' % turn.encode()],
         b"[" * 100_000,
     ]
     async with RedisClient.from_url(scene.stage.redis.url) as redis:
+        [channel] = await redis.pubsub_channels(f"*:session:{scene.id}:*")
         for payload in poison:
-            assert await redis.publish(f"parley:session:{scene.id}", payload) == 2
+            assert await redis.publish(channel, payload) == 2
         await asyncio.gather(near.turn_ended(), far.turn_ended())
         await far.say("/count 20")
         await asyncio.gather(near.turn_ended(2), far.turn_ended(2))

@@ -7,7 +7,6 @@ Each test is a row of the fault list: what is given, what is done to it, what is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import signal
@@ -15,7 +14,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from tests.harness import until
@@ -120,7 +118,7 @@ async def test_the_owner_is_killed_in_the_middle_of_an_answer(scene: Scene) -> N
     answer = await call(service.urls[1], "POST", f"/api/messages/{reply.id}/regenerate/", scene.someone.access)
     assert answer.status_code == 200, answer.text
     await ended([near, far], 2)
-    assert near.view.texts() == far.view.texts() == [reply.content, counted(120)]
+    assert near.view.texts() == far.view.texts() == [counted(120)], "made again under its own id"
     await scene.check(codes=KILLED, forgotten={reply.id})
 
 
@@ -217,7 +215,7 @@ async def test_redis_and_the_owner_are_killed_together(scene: Scene, watched: bo
     await scene.check(codes=KILLED, lost=True)
 
 
-@pytest.mark.parametrize("when", ["has the turn", "has stored the reply", "has stored the end"])
+@pytest.mark.parametrize("when", ["has the turn", "has stored the end"])
 async def test_the_taker_dies_as_well(scene: Scene, when: str) -> None:
     """Killed while it ends a dead worker's turn, wherever it is in that: the next one ends it, told once."""
     stage = scene.stage
@@ -225,19 +223,16 @@ async def test_the_taker_dies_as_well(scene: Scene, when: str) -> None:
     await near.say("/count 400")
     await far.chunks(30)
     rows = await read_rows(stage.database_url, scene.id)
-    turn, owner = rows.turns[0].id, rows.turns[0].owner
+    owner = rows.turns[0].owner
     scene.journal.fault("the owner is killed, redis frozen")
     stage.service.kill(0)
     stage.redis.pause()  # who takes the turn waits a second for what Redis has of it
     await until(lambda: _owner_is_not(scene, owner), TAKEN, "a new owner")
-    async with _locked(stage, turn) if when == "has stored the reply" else contextlib.nullcontext():
-        if when == "has stored the reply":
-            await until(lambda: _stored(scene, "interrupted", "running"), 5, "the reply's end")
-        elif when == "has stored the end":
-            await until(lambda: _stored(scene, "interrupted", "ended"), 5, "the turn's end")
-        scene.journal.fault("the taker is killed, redis goes on")
-        stage.service.kill(1)
-        stage.redis.resume()
+    if when == "has stored the end":
+        await until(lambda: _stored(scene, "interrupted", "ended"), 5, "the turn's end")
+    scene.journal.fault("the taker is killed, redis goes on")
+    stage.service.kill(1)
+    stage.redis.resume()
     await asyncio.gather(stage.service.launch(0), stage.service.launch(1))
     scene.journal.fault("both are started")
     await ended([near, far], within=TAKEN)
@@ -256,18 +251,6 @@ async def _owner_is_not(scene: Scene, owner: str) -> bool:
 async def _stored(scene: Scene, reply: str, turn: str) -> bool:
     rows = await read_rows(scene.stage.database_url, scene.id)
     return (rows.messages[-1].status, rows.turns[0].status) == (reply, turn)
-
-
-@contextlib.asynccontextmanager
-async def _locked(stage: Stage, turn_id: str) -> AsyncIterator[None]:
-    """Nobody can change the turn's row; what reads it goes on."""
-    connection = await asyncpg.connect(stage.database_url)
-    try:
-        async with connection.transaction():
-            await connection.execute("SELECT id FROM turns WHERE id = $1 FOR UPDATE", turn_id)
-            yield
-    finally:
-        await connection.close()
 
 
 async def test_the_only_worker_is_killed_without_redis(tmp_path: Path) -> None:
