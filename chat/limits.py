@@ -8,13 +8,13 @@ among the living. When Redis is away the process counts for itself: a limit that
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .errors import ChatError, RelayUnavailable
+from .settings import Settings
 
 ANSWER = 0.5  # seconds to wait for Redis before counting alone
 ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count
@@ -32,7 +32,7 @@ class Shared(Protocol):
         ...
 
 
-class Limits:
+class RateLimits:
     """Counters of this worker, shared over `bus` where there is one."""
 
     def __init__(self, worker: str, bus: Shared | None = None) -> None:
@@ -50,6 +50,12 @@ class Limits:
             count = self._local_hit(name, end)
         if count > limit:
             raise ChatError("rate_limited", message, retry_after=round(max(1.0, end - time.time())))
+
+    async def hit_guest(self, address: str, settings: Settings) -> None:
+        """Count one more guest made from this address. Raises `rate_limited`."""
+        if settings.production or not is_loopback(address):
+            message = "Too many new guests from this address."
+            await self.hit(f"guests:{address}", settings.guests_per_hour, 3600, message)
 
     def _local_hit(self, name: str, end: float) -> int:
         kept, count = self._windows.get(name, (end, 0))
@@ -127,30 +133,6 @@ class Limits:
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
 
 
-def caller(peer: str, forwarded: list[str], trusted: int) -> str:
-    """The caller's address as limits count it.
-
-    peer: who the connection comes from; forwarded: the X-Forwarded-For lines, of which only as many last entries
-    count as there are trusted proxies in front of us: what stands left of them the caller may have made up.
-    """
-    hops = [hop.strip() for line in forwarded for hop in line.split(",")]
-    return address_key(hops[-trusted] if trusted and len(hops) >= trusted else peer)
-
-
 def is_loopback(address: str) -> bool:
     """Whether the caller sits at this machine: a developer is not limited in guests."""
     return address in ("127.0.0.1", "::/64", "testclient")
-
-
-def address_key(address: str) -> str:
-    """The address as limits count it: one IPv6 customer has a whole /64 to pick from.
-
-    On a socket that listens on both an IPv4 caller shows as `::ffff:1.2.3.4`: as IPv6 all of them would be one.
-    """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address or "unknown"
-    if isinstance(ip, ipaddress.IPv4Address):
-        return str(ip)
-    return str(ip.ipv4_mapped or ipaddress.ip_network(f"{ip}/64", strict=False))

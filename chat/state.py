@@ -14,7 +14,7 @@ from broadcaster import Broadcast
 
 from .cached import Cached
 from .errors import ChatError, RelayUnavailable
-from .limits import Limits
+from .limits import RateLimits
 from .live.bus import RedisBus
 from .live.generation import Generation
 from .live.relay import Relay
@@ -37,7 +37,7 @@ class State:
     settings: Settings
     database: Database
     tokens: Tokens
-    limits: Limits
+    limits: RateLimits
     mask: Mask
     relay: Relay
     generation: Generation
@@ -79,7 +79,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     relay = Relay(settings, database, mask, broadcast, bus, worker)
     await relay.start()
     stack.push_async_callback(relay.stop)
-    limits = Limits(worker, bus)
+    limits = RateLimits(worker, bus)
     generation = Generation(settings, database, relay, providers, limits, worker)
     generation.start()
     stack.push_async_callback(generation.drain)

@@ -7,11 +7,10 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from chat import callers
 from chat.errors import ChatError, not_found
-from chat.limits import caller, is_loopback
 from chat.state import State
 from chat.store import accounts, sessions
 from chat.store.accounts import Account
@@ -125,36 +124,23 @@ async def _admit_by_share(
 
 async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:
     """Return the account behind the first credential present and when that expires; None without any."""
-    found = credential(socket, chat.settings.token_in_query)
+    found = callers.credential(
+        socket.headers,
+        socket.query_params,
+        socket.scope["subprotocols"],
+        token_in_query=chat.settings.token_in_query,
+    )
     return (None, 0.0) if found is None else await accounts.verified_until(chat.database, chat.tokens, *found)
 
 
-def credential(connection: HTTPConnection, in_query: bool) -> tuple[str, str] | None:
-    """Its kind and text: header, subprotocol, ticket, query."""
-    scheme, _, text = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return "access", text.strip()
-    for offered in connection.scope.get("subprotocols", ()):
-        if offered.startswith("t."):
-            return "access", offered[2:]
-    names = [("ticket", "ticket")] + ([("token", "access"), ("anonymous_token", "anonymous")] if in_query else [])
-    for name, kind in names:
-        if name in connection.query_params:
-            return kind, connection.query_params[name]
-    return None
-
-
 async def _guest(socket: WebSocket, chat: State) -> Account:
-    address = _address(socket, chat)
-    if chat.settings.production or not is_loopback(address):
-        limit = chat.settings.guests_per_hour
-        await chat.limits.hit(f"guests:{address}", limit, 3600, "Too many new guests from this address.")
+    await chat.limits.hit_guest(_address(socket, chat), chat.settings)
     return await accounts.insert_guest(chat.database, None)
 
 
 def _address(socket: WebSocket, chat: State) -> str:
-    peer = socket.client.host if socket.client else ""
-    return caller(peer, socket.headers.getlist("x-forwarded-for"), chat.settings.trusted_proxies)
+    forwarded = socket.headers.getlist("x-forwarded-for")
+    return callers.address(socket.scope.get("client"), forwarded, chat.settings.trusted_proxies)
 
 
 async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:

@@ -25,7 +25,7 @@ class Refresh(msgspec.Struct):
     refresh: str
 
 
-class Change(msgspec.Struct):
+class AccountChange(msgspec.Struct):
     display_name: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
     preferences: dict[str, Any] | None = None
 
@@ -73,7 +73,7 @@ async def me(request: Request) -> Response:
 
 async def change_me(request: Request) -> Response:
     account = await inputs.account(request)
-    change = await inputs.body(request, Change)
+    change = await inputs.body(request, AccountChange)
     inputs.check_object("preferences", change.preferences)
     changed = await accounts.update_account(
         inputs.state(request).database, account.id, change.display_name, change.preferences

@@ -9,9 +9,9 @@ import msgspec
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 
+from chat import callers
 from chat.errors import ChatError, invalid
 from chat.formats.completions import failure
-from chat.limits import caller, is_loopback
 from chat.state import State
 from chat.store import accounts
 from chat.store.accounts import Account
@@ -63,26 +63,19 @@ def _openai_error(problem: ChatError) -> dict[str, Any]:
 
 
 def address(connection: HTTPConnection) -> str:
-    peer = connection.client.host if connection.client else ""
-    return caller(peer, connection.headers.getlist("x-forwarded-for"), state(connection).settings.trusted_proxies)
+    forwarded = connection.headers.getlist("x-forwarded-for")
+    return callers.address(connection.scope.get("client"), forwarded, state(connection).settings.trusted_proxies)
 
 
 def credential(connection: HTTPConnection) -> tuple[str, str] | None:
-    """The first credential present in the headers: its kind and text."""
-    scheme, _, text = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return "access", text.strip()
-    if "x-anonymous-token" in connection.headers:
-        return "anonymous", connection.headers["x-anonymous-token"]
-    return None
+    """The first credential in the headers: its kind and text."""
+    return callers.credential(connection.headers)
 
 
 async def optional_account(connection: HTTPConnection) -> Account | None:
     """The caller, or None without any credential. A present but bad one is refused."""
     chat = state(connection)
-    found = credential(connection)
-    if found is None and (ticket := connection.query_params.get("ticket")):
-        found = "ticket", ticket
+    found = callers.credential(connection.headers, connection.query_params)
     return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
 
 
@@ -96,10 +89,7 @@ async def account(connection: HTTPConnection) -> Account:
 
 async def new_guest(connection: HTTPConnection, display_name: str | None = None) -> Account:
     chat = state(connection)
-    place = address(connection)
-    if chat.settings.production or not is_loopback(place):
-        limit = chat.settings.guests_per_hour
-        await chat.limits.hit(f"guests:{place}", limit, 3600, "Too many new guests from this address.")
+    await chat.limits.hit_guest(address(connection), chat.settings)
     return await accounts.insert_guest(chat.database, display_name)
 
 

@@ -40,7 +40,7 @@ class Wish(msgspec.Struct):
     id: Id | None = None
 
 
-class Change(msgspec.Struct, forbid_unknown_fields=True):
+class SessionChange(msgspec.Struct, forbid_unknown_fields=True):
     title: Title | None = None
     is_pinned: bool | None = None
     is_public: bool | None = None
@@ -166,7 +166,7 @@ async def _with_messages(request: Request, session: Session, reader: Audience) -
 async def change(request: Request) -> Response:
     chat = inputs.state(request)
     account = await inputs.account(request)
-    wish = await inputs.body(request, Change)
+    wish = await inputs.body(request, SessionChange)
     session = await sessions.update_session(
         chat.database,
         request.path_params["session_id"],

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ChatError
-from ..limits import Limits as RateLimits
+from ..limits import RateLimits
 from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
 from ..settings import Settings
 from ..store import accounts, sessions, turns
