@@ -163,12 +163,35 @@ ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "sec
 def read_settings(path: Path = HERE / "settings.toml", environ: Mapping[str, str] | None = None) -> Settings:
     """Return the settings of this process. Raises `StartupError` with one line that says what to change."""
     environ = os.environ if environ is None else environ
+    return _checked(_completed(_as_set(path, environ), environ))
+
+
+def origins(
+    settings: Settings, path: Path = HERE / "settings.toml", environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return where each of these settings has its value from: a variable, the file, the code, or what it implies."""
+    environ = os.environ if environ is None else environ
+    as_set, in_file = _as_set(path, environ), _from_file(path)
+    variables = {_field(name): name for name, text in environ.items() if text}
+    return {
+        field: "implied by other settings"
+        if getattr(as_set, field) != getattr(settings, field)
+        else variables.get(field) or (path.name if field in in_file else "default")
+        for field in Settings.__struct_fields__
+    }
+
+
+def _as_set(path: Path, environ: Mapping[str, str]) -> Settings:
     values = _from_file(path) | _from_environment(environ)
     try:
-        settings = msgspec.convert(values, Settings, strict=False, dec_hook=lambda kind, value: kind(value))
+        return msgspec.convert(values, Settings, strict=False, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as problem:
         raise StartupError(f"settings: {problem}") from None
-    return _checked(_completed(settings, environ))
+
+
+def _field(variable: str) -> str | None:
+    """Return the setting a variable of the environment is about, if it is about one."""
+    return ENVIRONMENT.get(variable) or (variable[7:].lower() if variable.startswith("PARLEY_") else None)
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -197,7 +220,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in environ.items():
-        field = ENVIRONMENT.get(name) or (name[7:].lower() if name.startswith("PARLEY_") else None)
+        field = _field(name)
         if field is None or (text == "" and name in ENVIRONMENT):
             continue
         if field not in Settings.__struct_fields__:

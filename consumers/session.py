@@ -12,8 +12,11 @@ import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from chat.direct import Direct, direct_of
 from chat.errors import ChatError, not_found
-from chat.formats.events import resumed_json, socket_dialect
+from chat.formats.events import event_json, resumed_json, socket_dialect
+from chat.formats.frames import framed
+from chat.formats.tellings import Telling
 from chat.live.answers import Cursor, parse_cursor, start_of
 from chat.live.events import SessionNotice, error_event, session_event
 from chat.live.rooms import Follower
@@ -25,7 +28,6 @@ from chat.store.turns import Ask
 
 from . import admission, frames
 from .admission import Admitted, Closed
-from .direct import DirectProtocol, direct_of, framed, socket_frames
 
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
@@ -101,7 +103,7 @@ class Conversation:
         self.account = admitted.account
         self.session = admitted.session
         self.follower = follower
-        self.direct: DirectProtocol | None = direct_of(socket.scope)
+        self.direct: Direct | None = direct_of(socket.scope)
         if self.direct is not None:
             follower.direct, follower.wrap = self.direct, framed
         self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
@@ -306,3 +308,8 @@ def _times(when: list[float], seconds: float) -> int:
     when[:] = [each for each in when if now - each < seconds]
     when.append(now)
     return len(when)
+
+
+def socket_frames(turn_id: str, tellings: list[Telling]) -> list[bytes]:
+    """Speak to direct sockets: all events as finished frames, in one piece."""
+    return [b"".join([framed(event_json(turn_id, telling)) for telling in tellings])]

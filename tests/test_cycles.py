@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from chat.live.writer import Writer
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from chat.live.events import TurnLog
 from chat.live.rooms import Follower, Room
-from chat.live.writer import Writer
 from chat.settings import read_settings
-from consumers.direct import DirectProtocol
-from routes.head import HeadProtocol
+from servers import DirectProtocol, HeadProtocol
 from tests.conftest import CLOSED
 from tests.harness.api import guest, http, new_session, post_turn
 from tests.harness.processes import HOST, Port
