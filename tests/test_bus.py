@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from broadcaster import Broadcast
 
 from chat.errors import RelayRefused, RelayUnavailable, StartupError
 from chat.live.bus import BURST, GAP, Gather, RedisBus
+from chat.live.wire import Address, Wire
+from tests.harness.proxy import Proxy
 from tests.harness.servers import Redis, make_certificate
 
 
@@ -80,6 +82,137 @@ async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
             assert (await here.get()).message == "for all"
         assert await bus.command("LRANGE", "parley:turn:echo", 0, -1) == [b'["turn"]']
         assert 0 < await bus.command("TTL", "parley:turn:echo") <= 60
+
+
+async def until(true: Callable[[], bool], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries so close together that each of a fault's moments meets one."""
+    monkeypatch.setattr("chat.live.bus.BACKOFF", (0.01, 0.05))
+
+
+async def comes_back(bus: RedisBus, broadcast: Broadcast, channel: str, subscriber: Any) -> None:
+    """Both connections work again, and none of those that failed was left open."""
+    async with asyncio.timeout(15):
+        while (await subscriber.get()).message != GAP:
+            pass
+        await until(lambda: bus.connected)
+        await broadcast.publish(channel, "back")
+        assert await said(subscriber) == "back"
+        while (await bus.command("CLIENT", "LIST")).count(b" name= ") != 2:
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def admin(server: Redis) -> AsyncIterator[Callable[..., Any]]:
+    """Commands over one connection of its own, opened before the fault."""
+    wire = await Wire.open(Address(server.url))
+    await wire.send("CLIENT", "SETNAME", "admin")
+    try:
+        yield wire.send
+    finally:
+        wire.close()
+
+
+KILL_ALL = ("NORMAL", "PUBSUB")
+
+
+async def test_a_password_that_changes_and_comes_back(hasty: None, caplog: pytest.LogCaptureFixture) -> None:
+    """The refused greeting used to end both keepers for ever, and left its connections open."""
+    with Redis(password="first") as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("room") as room, admin(server) as ask:
+            await ask("CONFIG", "SET", "requirepass", "second")
+            for kind in KILL_ALL:
+                await ask("CLIENT", "KILL", "TYPE", kind)
+            await until(lambda: bus.failures >= 6)
+            assert caplog.text.count("WRONGPASS") == 1
+            assert "first" not in caplog.text
+            await ask("CONFIG", "SET", "requirepass", "first")
+            await comes_back(bus, broadcast, "room", room)
+
+
+async def test_a_redis_with_no_room_for_another_client(hasty: None, caplog: pytest.LogCaptureFixture) -> None:
+    with Redis() as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("room") as room, admin(server) as ask:
+            await ask("CONFIG", "SET", "maxclients", "1")
+            for kind in KILL_ALL:
+                await ask("CLIENT", "KILL", "TYPE", kind)
+            await until(lambda: bus.failures >= 6)
+            await ask("CONFIG", "SET", "maxclients", "100")
+            await comes_back(bus, broadcast, "room", room)
+
+
+async def test_a_redis_that_loads_its_data(hasty: None, caplog: pytest.LogCaptureFixture) -> None:
+    """After a restart Redis accepts, and answers `LOADING` until it has read all of its data."""
+    slow = ["--key-load-delay", "200"]  # microseconds; every 1024 keys Redis looks at its connections
+    with Redis(appendonly=True, options=slow) as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("room") as room:
+            await asyncio.gather(*[bus.command("SET", f"key-{n}", "x") for n in range(5_000)])
+            await server.stop()
+            await server.start()
+            await comes_back(bus, broadcast, "room", room)
+            assert "LOADING" in caplog.text
+
+
+async def test_a_redis_that_hangs_and_is_killed(hasty: None) -> None:
+    """Connections wait for the answer to their greeting when they are reset."""
+    with Redis() as server:
+        async with Proxy.before(server.url) as proxy, opened(proxy.through(server.url)) as (bus, broadcast):
+            async with broadcast.subscribe("room") as room:
+                server.pause()
+                proxy.rst()
+                await until(lambda: not bus.connected and proxy.open == 2)
+                failures = bus.failures
+                server.kill()
+                await until(lambda: bus.failures >= failures + 2)
+                await server.start()
+                await comes_back(bus, broadcast, "room", room)
+
+
+async def test_a_redis_that_hangs_while_a_worker_starts() -> None:
+    with Redis() as server:
+        server.pause()
+        asyncio.get_running_loop().call_later(1.2, server.resume)
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("room") as room:
+            assert not bus.connected
+            await comes_back(bus, broadcast, "room", room)
+
+
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR go away\r\n", b"$-7\r\n"])
+async def test_something_that_is_no_redis(greeting: bytes, hasty: None) -> None:
+    """A proxy accepts and closes, or answers in its own language, and is Redis again after that."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
+        writer.close()
+
+    with Redis() as server:
+        async with (
+            Proxy("127.0.0.1", server.port) as proxy,
+            await asyncio.start_server(answer, "127.0.0.1", 0) as other,
+        ):
+            async with opened(proxy.through(server.url)) as (bus, broadcast), broadcast.subscribe("room") as room:
+                proxy.target_port = other.sockets[0].getsockname()[1]
+                proxy.rst()
+                await until(lambda: bus.failures >= 6)
+                proxy.target_port = server.port
+                await comes_back(bus, broadcast, "room", room)
+
+
+async def test_a_listening_connection_that_is_silent(monkeypatch: pytest.MonkeyPatch, redis_server: Redis) -> None:
+    """Our own PING does not count as a sign of life."""
+    monkeypatch.setattr("chat.live.bus.IDLE_PING", 0.1)
+    async with Proxy.before(redis_server.url) as proxy:
+        async with opened(proxy.through(redis_server.url)) as (bus, broadcast), broadcast.subscribe("room") as room:
+            proxy.stall(to="open")
+            async with asyncio.timeout(5):
+                assert (await room.get()).message == GAP
+            assert bus.failures >= 1
 
 
 async def grown(bus: RedisBus, texts: list[tuple[str, bytes]], channel: str, payload: bytes) -> list[int] | Exception:

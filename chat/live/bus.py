@@ -1,13 +1,13 @@
 """Redis as a bus: pub/sub that comes back by itself, and a few pipelined commands beside it.
 
 `RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which goes deaf for ever after one
-dropped connection. One connection listens, one commands. Both reconnect with backoff (50 ms → 2 s); a new listening
-connection subscribes again to everything wanted and then puts one gap marker on every channel, upon which every room
-reads its logs again. `next_published` never raises and `subscribe` never fails: a Redis that is away is a state.
+dropped connection. One connection listens, one commands. Both come back with backoff (50 ms → 2 s) after any failure; a
+new listening connection subscribes again to everything wanted and then puts one gap marker on every channel, upon which
+the room reads again. `next_published` never raises and `subscribe` never fails: a Redis that is
+away is a state.
 
 Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
-one round trip and one wake-up carry many of them. RESP is parsed and packed by hiredis.
-Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2).
+one round trip and one wake-up carry many of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,9 @@ GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 
+BURST = 4  # gathered runs one after the other before they are spread out
 
-BURST = 4  # runs one after the other before they are spread out
+Serve = Callable[[], Awaitable[None]]
 
 
 class Gather:
@@ -70,7 +71,7 @@ class Gather:
         calls, self._calls = self._calls, []
         for call in calls:
             guarded(call)
-        self._then()
+        guarded(self._then)
         self._waits = False
         if self._calls:
             self.wake()
@@ -90,16 +91,18 @@ class RedisBus(BroadcastBackend):
         self._origin = origin.encode()
         self.connected = False  # the command connection answers
         self.gaps = 0
+        self.failures = 0  # connections that were lost or could not be made
         self.foreign = 0  # payloads that are not ours
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
         self._wanted: set[str] = set()
         self._confirmed: dict[str, asyncio.Future[None]] = {}
         self._published: asyncio.Queue[Event] = asyncio.Queue()
-        self._commands: list[bytes] = []
-        self._waiting: list[Answered] = []  # theirs
+        self._said: set[str] = set()  # problems in the log since a connection last worked
+        self._commands: list[bytes] = []  # gathered ones
+        self._waiting: list[Answered] = []  # the callers of these
         self._listener: Wire | None = None
         self._wire: Wire | None = None
-        self._tried = {self._listen: asyncio.Event(), self._command: asyncio.Event()}  # its first try is over
+        self._tried: dict[Serve, asyncio.Event] = {serve: asyncio.Event() for serve in (self._listen, self._command)}
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- what broadcaster calls
@@ -213,54 +216,67 @@ class RedisBus(BroadcastBackend):
 
     # -- the two connections
 
-    async def _keep(self, serve: Callable[[], Any]) -> None:
+    async def _keep(self, serve: Serve) -> None:
         """Run one connection again and again until cancelled."""
         wait = BACKOFF[0]
         while True:
             started = asyncio.get_running_loop().time()
             try:
                 await serve()
-            except (OSError, TimeoutError, hiredis.HiredisError) as problem:
-                log.debug("redis %r: %s", self.address, problem)
+            except Exception as problem:  # any: without its keepers the worker would be deaf until it is restarted
+                self._fail(problem)
             self._tried[serve].set()
-            if asyncio.get_running_loop().time() - started > wait:  # it had served, or took its time to fail
+            if asyncio.get_running_loop().time() - started > BACKOFF[1]:  # it had served, or took its time to fail
                 wait = BACKOFF[0]
             await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
             wait = min(wait * 2, BACKOFF[1])
 
+    def _fail(self, problem: Exception) -> None:
+        """Count, and log in one line what has not been said yet: a Redis that is away is tried all the time."""
+        self.failures += 1
+        said = f"{type(problem).__name__}: {problem}"
+        if said not in self._said:
+            self._said.add(said)
+            expected = isinstance(problem, OSError | RelayUnavailable)
+            log.warning("redis %r: %s", self.address, said, exc_info=None if expected else problem)
+
     async def _command(self) -> None:
+        """Serve commands over one connection. Ends only by an exception."""
         wire = await Wire.open(self.address)
-        self._wire = wire
-        self._set_connected(True)
         try:
-            while not wire.lost.done():
-                await asyncio.wait({wire.lost}, timeout=1.0)
+            self._wire = wire
+            self._set_connected(True)
+            while True:
+                await wire.last(1.0)
                 if wire.busy and asyncio.get_running_loop().time() - wire.heard_at > ANSWER_TIMEOUT:
                     raise TimeoutError("no answer")
         finally:
             self._wire = None
             wire.close()
             self._set_connected(False)
+            self._flush()
 
     def _set_connected(self, connected: bool) -> None:
         if connected != self.connected:
             self.connected = connected
             log.warning("redis %r is %s", self.address, "connected" if connected else "away")
             if connected:
+                self._said.clear()
                 self._tried[self._command].set()
-                self.on_return()
+                guarded(self.on_return)
 
     async def _listen(self) -> None:
+        """Listen over one connection. Ends only by an exception."""
         wire = await Wire.open(self.address, self._read)
         try:
             self._listener = wire
-            self._tried[self._listen].set()
             for channel in self._wanted:
                 wire.send("SUBSCRIBE", channel)
                 self._published.put_nowait(Event(channel, GAP))
             self.gaps += 1
-            while not wire.lost.done():
-                await asyncio.wait({wire.lost}, timeout=IDLE_PING)
+            self._tried[self._listen].set()
+            while True:
+                await wire.last(IDLE_PING / 2)
                 silent = asyncio.get_running_loop().time() - wire.heard_at
                 if silent > 2 * IDLE_PING:
                     raise TimeoutError("the listening connection is silent")
@@ -270,24 +286,31 @@ class RedisBus(BroadcastBackend):
             self._listener = None
             wire.close()
             for confirmed in self._confirmed.values():
-                if not confirmed.done():
-                    confirmed.set_result(None)
+                settle(confirmed, None)
             self._confirmed.clear()
 
     def _read(self, pushed: list[Any]) -> None:
-        origin = self._origin
+        """Take what Redis pushed: messages, and confirmations among them."""
         for push in pushed:
+            if isinstance(push, Exception) and self._listener is not None:
+                self._fail(push)  # a SUBSCRIBE that this user may not say; nothing tells of which channels
+                self._listener.close()
             if not isinstance(push, list) or len(push) != 3:
                 continue  # the answer to our PING
             kind, channel, payload = push
             if kind == b"message":
-                if origin and payload.startswith(origin):
-                    continue
-                try:
-                    self._published.put_nowait(Event(channel.decode(), payload.decode()))
-                except UnicodeDecodeError:
-                    self.foreign += 1
+                self._hear(channel, payload)
             elif kind == b"subscribe":
-                confirmed = self._confirmed.pop(channel.decode(), None)
-                if confirmed is not None and not confirmed.done():
-                    confirmed.set_result(None)
+                self._confirm(channel.decode())
+
+    def _hear(self, channel: bytes, payload: bytes) -> None:
+        if self._origin and payload.startswith(self._origin):
+            return
+        try:
+            self._published.put_nowait(Event(channel.decode(), payload.decode()))
+        except UnicodeDecodeError:
+            self.foreign += 1
+
+    def _confirm(self, channel: str) -> None:
+        self._said.clear()
+        settle(self._confirmed.pop(channel, None), None)

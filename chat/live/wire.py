@@ -81,24 +81,27 @@ class Wire(asyncio.Protocol):
 
     @classmethod
     async def open(cls, address: Address, pushed: Callable[[list[Any]], None] | None = None) -> Wire:
-        """Connect and greet. Raises `OSError` or `TimeoutError`; a refused greeting is an `OSError` too."""
+        """Connect and greet. Raises `OSError` or `RelayUnavailable`; nothing stays open then."""
         loop = asyncio.get_running_loop()
         wire = cls()
-        async with asyncio.timeout(ANSWER_TIMEOUT):
-            if address.path:
-                await loop.create_unix_connection(lambda: wire, address.path)
-            else:
-                await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
-            try:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                if address.path:
+                    await loop.create_unix_connection(lambda: wire, address.path)
+                else:
+                    await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
                 await asyncio.gather(*[wire.send(*command) for command in address.greeting()])
-            except RelayUnavailable as refusal:
-                wire.close()
-                raise OSError(str(refusal)) from None
-            except asyncio.CancelledError:
-                wire.close()
-                raise
+        except BaseException:
+            wire.close()
+            raise
         wire._pushed = pushed
         return wire
+
+    async def last(self, seconds: float) -> None:
+        """Let so many seconds pass. Raises `ConnectionResetError` as soon as the connection is lost."""
+        await asyncio.wait({self.lost}, timeout=seconds)
+        if self.lost.done():
+            raise ConnectionResetError("the connection was lost")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
@@ -143,9 +146,9 @@ class Wire(asyncio.Protocol):
             for answered in waiting:
                 guarded(answered, RelayUnavailable("not connected to Redis"))
             return
-        if not self.busy:
-            self.heard_at = asyncio.get_running_loop().time()  # the wait for an answer starts now
         if self._pushed is None:
+            if not self._waiting:
+                self.heard_at = asyncio.get_running_loop().time()  # the wait for an answer starts now
             self._waiting.extend(waiting)
         self._transport.write(data)
 
@@ -158,8 +161,8 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
 
 
-def settle(future: asyncio.Future[Any], answer: Any) -> None:
-    if future.done():
+def settle(future: asyncio.Future[Any] | None, answer: Any) -> None:
+    if future is None or future.done():
         return
     if isinstance(answer, Exception):
         future.set_exception(answer)
