@@ -147,6 +147,17 @@ async def test_a_redis_with_no_room_for_another_client(hasty: None, caplog: pyte
             await comes_back(bus, broadcast, "room", room)
 
 
+async def test_a_user_who_may_not_listen(hasty: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Redis refuses SUBSCRIBE and says nothing of which channels; all are asked for again once they are allowed."""
+    with Redis() as server:
+        async with opened(server.url) as (bus, broadcast), broadcast.subscribe("room") as room, admin(server) as ask:
+            await ask("ACL", "SETUSER", "default", "resetchannels")
+            await until(lambda: bus.failures >= 6)
+            assert caplog.text.count("NOPERM") == 1
+            await ask("ACL", "SETUSER", "default", "allchannels")
+            await comes_back(bus, broadcast, "room", room)
+
+
 async def test_a_redis_that_loads_its_data(hasty: None, caplog: pytest.LogCaptureFixture) -> None:
     """After a restart Redis accepts, and answers `LOADING` until it has read all of its data."""
     slow = ["--key-load-delay", "200"]  # microseconds; every 1024 keys Redis looks at its connections
@@ -213,6 +224,76 @@ async def test_a_listening_connection_that_is_silent(monkeypatch: pytest.MonkeyP
             async with asyncio.timeout(5):
                 assert (await room.get()).message == GAP
             assert bus.failures >= 1
+
+
+async def test_a_gap_is_said_once_and_after_the_subscription(redis_server: Redis) -> None:
+    """The room that reads upon the marker must not miss what is published right after: Redis sends already."""
+    async with (
+        Proxy.before(redis_server.url) as proxy,
+        opened(proxy.through(redis_server.url)) as (bus, broadcast),
+        broadcast.subscribe("a-gap") as a,
+        broadcast.subscribe("b-gap") as b,
+        admin(redis_server) as ask,
+    ):
+        assert bus.gaps == 0
+        proxy.delay(0.1, to="new")  # whoever says the marker before the confirmation is early by this much
+        proxy.rst()
+        for channel, subscriber in (("a-gap", a), ("b-gap", b)):
+            async with asyncio.timeout(10):
+                assert (await subscriber.get()).message == GAP
+            assert await ask("PUBSUB", "NUMSUB", channel) == [channel.encode(), 1]
+            await ask("PUBLISH", channel, "next")
+            async with asyncio.timeout(10):
+                assert (await subscriber.get()).message == "next"
+        assert bus.gaps == 2
+
+
+async def test_a_reader_who_did_not_wait_is_told_of_the_gap(
+    monkeypatch: pytest.MonkeyPatch, redis_server: Redis
+) -> None:
+    """Redis stalls while someone joins: what was said between then and the confirmation is read again."""
+    monkeypatch.setattr("chat.live.bus.SUBSCRIBE_TIMEOUT", 0.05)
+    async with Proxy.before(redis_server.url) as proxy, admin(redis_server) as ask:
+        async with opened(proxy.through(redis_server.url)) as (_, broadcast):
+            proxy.stall()
+            async with broadcast.subscribe("late") as late:
+                await ask("PUBLISH", "late", "unheard")
+                proxy.ok()
+                async with asyncio.timeout(5):
+                    assert (await late.get()).message == GAP
+                    await ask("PUBLISH", "late", "heard")
+                    assert (await late.get()).message == "heard"
+
+
+async def test_a_join_that_is_cancelled_leaves_no_subscription(
+    monkeypatch: pytest.MonkeyPatch, redis_server: Redis
+) -> None:
+    """And the next join of the channel waits for its own confirmation, not for that of the one before."""
+    monkeypatch.setattr("chat.live.bus.SUBSCRIBE_TIMEOUT", 60)
+
+    async def subscribed(number: int) -> None:
+        async with asyncio.timeout(5):
+            while await ask("PUBSUB", "NUMSUB", "fickle") != [b"fickle", number]:
+                await asyncio.sleep(0.005)
+
+    async with Proxy.before(redis_server.url) as proxy, admin(redis_server) as ask:
+        bus = RedisBus(proxy.through(redis_server.url))
+        await bus.connect()
+        proxy.stall("to_client")
+        first = asyncio.create_task(bus.subscribe("fickle"))
+        await subscribed(1)
+        first.cancel()
+        await subscribed(0)
+        proxy.stall()
+        second = asyncio.create_task(bus.subscribe("fickle"))
+        proxy.stall("to_server")
+        done, _ = await asyncio.wait([first, second], timeout=0.1)
+        assert done == {first}
+        proxy.ok()
+        async with asyncio.timeout(5):
+            await second
+        await subscribed(1)
+        await bus.disconnect()
 
 
 async def grown(bus: RedisBus, texts: list[tuple[str, bytes]], channel: str, payload: bytes) -> list[int] | Exception:

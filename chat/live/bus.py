@@ -2,8 +2,8 @@
 
 `RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which goes deaf for ever after one
 dropped connection. One connection listens, one commands. Both come back with backoff (50 ms → 2 s) after any failure; a
-new listening connection subscribes again to everything wanted and then puts one gap marker on every channel, upon which
-the room reads again. `next_published` never raises and `subscribe` never fails: a Redis that is
+new listening connection subscribes again to everything wanted and puts one gap marker on every channel as soon as Redis
+confirms it, upon which the room reads again. `next_published` never raises and `subscribe` never fails: a Redis that is
 away is a state.
 
 Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ log = logging.getLogger("parley.bus")
 GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
+SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 
 BURST = 4  # gathered runs one after the other before they are spread out
 
@@ -95,8 +97,10 @@ class RedisBus(BroadcastBackend):
         self.foreign = 0  # payloads that are not ours
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
         self._wanted: set[str] = set()
+        self._unconfirmed: Counter[str] = Counter()  # SUBSCRIBEs of a channel that Redis has not confirmed
         self._confirmed: dict[str, asyncio.Future[None]] = {}
         self._published: asyncio.Queue[Event] = asyncio.Queue()
+        self._late: set[str] = set()  # channels whose subscriber did not wait: a gap marker follows the confirmation
         self._said: set[str] = set()  # problems in the log since a connection last worked
         self._commands: list[bytes] = []  # gathered ones
         self._waiting: list[Answered] = []  # the callers of these
@@ -121,18 +125,24 @@ class RedisBus(BroadcastBackend):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def subscribe(self, group: str) -> None:
-        """Wish for a channel; returns when Redis confirmed it, or at once while Redis is away."""
+        """Wish for a channel. Returns when Redis confirmed it; soon anyway, and then a gap marker comes once it has."""
         self._wanted.add(group)
         if self._listener is None:
             return
         confirmed = self._confirmed.setdefault(group, asyncio.get_running_loop().create_future())
-        self._listener.send("SUBSCRIBE", group)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):  # a Redis that stalls: the gap marker comes when it is back
+        self._ask_for(self._listener, group)
+        try:
+            async with asyncio.timeout(SUBSCRIBE_TIMEOUT):
                 await asyncio.shield(confirmed)
+        except TimeoutError:
+            self._late.add(group)
+        except asyncio.CancelledError:
+            await self.unsubscribe(group)  # broadcaster would not
+            raise
 
     async def unsubscribe(self, group: str) -> None:
         self._wanted.discard(group)
+        self._late.discard(group)
         if self._listener is not None:
             self._listener.send("UNSUBSCRIBE", group)
 
@@ -270,10 +280,9 @@ class RedisBus(BroadcastBackend):
         wire = await Wire.open(self.address, self._read)
         try:
             self._listener = wire
-            for channel in self._wanted:
-                wire.send("SUBSCRIBE", channel)
-                self._published.put_nowait(Event(channel, GAP))
-            self.gaps += 1
+            self._late |= self._wanted
+            if self._wanted:
+                self._ask_for(wire, *self._wanted)
             self._tried[self._listen].set()
             while True:
                 await wire.last(IDLE_PING / 2)
@@ -285,9 +294,14 @@ class RedisBus(BroadcastBackend):
         finally:
             self._listener = None
             wire.close()
+            self._unconfirmed.clear()
             for confirmed in self._confirmed.values():
                 settle(confirmed, None)
             self._confirmed.clear()
+
+    def _ask_for(self, wire: Wire, *channels: str) -> None:
+        self._unconfirmed.update(channels)
+        wire.send("SUBSCRIBE", *channels)
 
     def _read(self, pushed: list[Any]) -> None:
         """Take what Redis pushed: messages, and confirmations among them."""
@@ -312,5 +326,18 @@ class RedisBus(BroadcastBackend):
             self.foreign += 1
 
     def _confirm(self, channel: str) -> None:
+        """Let the subscriber go on, once the last SUBSCRIBE is confirmed: there may have been an UNSUBSCRIBE between.
+
+        A gap marker said any earlier would have the room read before Redis sends: what is published between the two
+        would be lost unnoticed.
+        """
+        self._unconfirmed[channel] -= 1
+        if self._unconfirmed[channel] > 0:
+            return
+        del self._unconfirmed[channel]
         self._said.clear()
         settle(self._confirmed.pop(channel, None), None)
+        if channel in self._late:
+            self._late.discard(channel)
+            self.gaps += 1
+            self._published.put_nowait(Event(channel, GAP))
