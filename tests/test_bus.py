@@ -296,6 +296,30 @@ async def test_a_join_that_is_cancelled_leaves_no_subscription(
         await bus.disconnect()
 
 
+@pytest.mark.parametrize("bound, kept", [((10, 10_000), 10), ((1_000, 50), 10)])
+async def test_a_full_inbox_costs_a_gap_and_no_memory(
+    bound: tuple[int, int], kept: int, monkeypatch: pytest.MonkeyPatch, redis_server: Redis
+) -> None:
+    """A worker that does not keep up drops messages and says so, once for each channel that lost any."""
+    monkeypatch.setattr("chat.live.bus.INBOX", bound)
+    bus = RedisBus(redis_server.url)
+    await bus.connect()
+    for channel in ("busy", "quiet", "idle"):
+        await bus.subscribe(channel)
+    for n in range(30):
+        await bus.command("PUBLISH", "busy", f"{n:05}")
+    await bus.command("PUBLISH", "quiet", "a question")
+    await until(lambda: bus.inbox.dropped == 30 - kept + 1)
+    async with asyncio.timeout(5):
+        events = [await bus.next_published() for _ in range(kept + 2)]
+        assert [event.message for event in events] == [*(f"{n:05}" for n in range(kept)), GAP, GAP]
+        assert [event.channel for event in events[-2:]] == ["busy", "quiet"]
+        await bus.command("PUBLISH", "busy", "heard again")
+        assert (await bus.next_published()).message == "heard again"
+    assert bus.gaps == 2
+    await bus.disconnect()
+
+
 async def grown(bus: RedisBus, texts: list[tuple[str, bytes]], channel: str, payload: bytes) -> list[int] | Exception:
     done: asyncio.Future[list[int] | Exception] = asyncio.get_running_loop().create_future()
     bus.grow(texts, channel, payload, done.set_result)  # a second call would raise, and be logged

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
+INBOX = 10_000, 8_000_000  # messages and characters between Redis and rooms; a room reads again what it is not given
 
 BURST = 4  # gathered runs one after the other before they are spread out
 
@@ -79,6 +80,47 @@ class Gather:
             self.wake()
 
 
+class Inbox:
+    """Events that Redis sent and broadcaster has not taken yet, bounded: a gap marker stands for those left out."""
+
+    def __init__(self) -> None:
+        self.gaps = 0  # markers so far
+        self.dropped = 0  # messages so far
+        self._events: deque[Event] = deque()
+        self._size = 0  # characters
+        self._marked: set[str] = set()  # channels with a marker among the events
+        self._news = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        if len(self._events) >= INBOX[0] or self._size + len(event.message) > INBOX[1]:
+            self.dropped += 1
+            self.mark(event.channel)
+        else:
+            self._append(event)
+
+    def mark(self, channel: str) -> None:
+        """Have the room of this channel read again. One marker is enough for all that is lost before it is taken."""
+        if channel not in self._marked:
+            self._marked.add(channel)
+            self.gaps += 1
+            self._append(Event(channel, GAP))
+
+    def _append(self, event: Event) -> None:
+        self._events.append(event)
+        self._size += len(event.message)
+        self._news.set()
+
+    async def take(self) -> Event:
+        while not self._events:
+            self._news.clear()
+            await self._news.wait()
+        event = self._events.popleft()
+        self._size -= len(event.message)
+        if event.message == GAP:
+            self._marked.discard(event.channel)
+        return event
+
+
 class RedisBus(BroadcastBackend):
     """Broadcaster's backend over Redis, and the commands the relay and the limits need."""
 
@@ -91,15 +133,14 @@ class RedisBus(BroadcastBackend):
         self.gather = Gather(every, self._flush)
         self.origin = origin  # messages that start with it are our own echo
         self._origin = origin.encode()
+        self.inbox = Inbox()
         self.connected = False  # the command connection answers
-        self.gaps = 0
         self.failures = 0  # connections that were lost or could not be made
         self.foreign = 0  # payloads that are not ours
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
         self._wanted: set[str] = set()
         self._unconfirmed: Counter[str] = Counter()  # SUBSCRIBEs of a channel that Redis has not confirmed
         self._confirmed: dict[str, asyncio.Future[None]] = {}
-        self._published: asyncio.Queue[Event] = asyncio.Queue()
         self._late: set[str] = set()  # channels whose subscriber did not wait: a gap marker follows the confirmation
         self._said: set[str] = set()  # problems in the log since a connection last worked
         self._commands: list[bytes] = []  # gathered ones
@@ -150,7 +191,11 @@ class RedisBus(BroadcastBackend):
         await self.command("PUBLISH", channel, message)
 
     async def next_published(self) -> Event:
-        return await self._published.get()
+        return await self.inbox.take()
+
+    @property
+    def gaps(self) -> int:
+        return self.inbox.gaps
 
     # -- what the relay and the limits call
 
@@ -321,7 +366,7 @@ class RedisBus(BroadcastBackend):
         if self._origin and payload.startswith(self._origin):
             return
         try:
-            self._published.put_nowait(Event(channel.decode(), payload.decode()))
+            self.inbox.put(Event(channel.decode(), payload.decode()))
         except UnicodeDecodeError:
             self.foreign += 1
 
@@ -339,5 +384,4 @@ class RedisBus(BroadcastBackend):
         settle(self._confirmed.pop(channel, None), None)
         if channel in self._late:
             self._late.discard(channel)
-            self.gaps += 1
-            self._published.put_nowait(Event(channel, GAP))
+            self.inbox.mark(channel)
