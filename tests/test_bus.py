@@ -65,25 +65,6 @@ async def test_it_comes_back_and_says_that_it_was_away() -> None:
                     assert await said(subscriber) == "two"
 
 
-async def test_its_own_batches_are_not_heard_again(redis_server: Redis) -> None:
-    """What this worker appended it has shown already; another worker hears it with the origin in front."""
-    async with (
-        opened(redis_server.url, origin="aaaaaaaa") as (bus, ours),
-        opened(redis_server.url, origin="bbbbbbbb") as (_, theirs),
-        ours.subscribe("echo") as here,
-        theirs.subscribe("echo") as there,
-    ):
-        done = asyncio.get_running_loop().create_future()
-        bus.append("parley:turn:echo", "echo", b'["turn"]', 60, done.set_result)
-        await done
-        await ours.publish("echo", "for all")
-        async with asyncio.timeout(2):
-            assert [(await there.get()).message for _ in range(2)] == ['aaaaaaaa["turn"]', "for all"]
-            assert (await here.get()).message == "for all"
-        assert await bus.command("LRANGE", "parley:turn:echo", 0, -1) == [b'["turn"]']
-        assert 0 < await bus.command("TTL", "parley:turn:echo") <= 60
-
-
 async def until(true: Callable[[], bool], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not true():
@@ -373,6 +354,31 @@ async def test_a_redis_that_is_full_refuses_and_still_tells() -> None:
 @pytest.mark.parametrize("address, name", [("/0", "parley:0:session:x"), ("/3", "parley:3:session:x")])
 def test_names_carry_the_database_number(address: str, name: str) -> None:
     assert RedisBus(f"redis://localhost{address}").name("session", "x") == name
+
+
+@pytest.mark.parametrize("address, options", [("/3", {}), ("/0", {"prefix": "other"})])
+async def test_deployments_that_share_a_redis_do_not_hear_each_other(
+    address: str, options: dict[str, str], redis_server: Redis
+) -> None:
+    """Of another database, although pub/sub ignores SELECT, or of the same with another prefix."""
+    async with (
+        opened(redis_server.url) as (ours, our_broadcast),
+        opened(redis_server.url.removesuffix("/0") + address, **options) as (theirs, their_broadcast),
+        our_broadcast.subscribe(ours.name("session", "same")) as here,
+        their_broadcast.subscribe(theirs.name("session", "same")) as there,
+    ):
+        assert await grown(ours, [(ours.name("text", "same"), b"ours")], ours.name("session", "same"), b"ours") == [4]
+        assert await grown(
+            theirs, [(theirs.name("text", "same"), b"their")], theirs.name("session", "same"), b"their"
+        ) == [5]
+        await our_broadcast.publish(ours.name("session", "same"), "end")
+        await their_broadcast.publish(theirs.name("session", "same"), "end")
+        async with asyncio.timeout(2):
+            assert [(await here.get()).message for _ in range(2)] == ["ours", "end"]
+            assert [(await there.get()).message for _ in range(2)] == ["their", "end"]
+        assert await ours.command("DEL", ours.name("text", "same")) == 1
+        assert await theirs.command("GET", theirs.name("text", "same")) == b"their"
+        await theirs.command("DEL", theirs.name("text", "same"))
 
 
 async def test_a_payload_that_is_no_text_is_dropped_and_counted(redis_server: Redis) -> None:

@@ -240,16 +240,6 @@ class RedisBus(BroadcastBackend):
         """Publish to other workers: this one does not hear it. `answered` may be called before this returns."""
         self._ask(answered, ("PUBLISH", channel, self._origin + payload))
 
-    def append(self, key: str, channel: str, payload: bytes, lifetime: int, answered: Answered) -> None:
-        """Add `payload` to the list `key` and tell `channel`, in one round trip; called back when the list has it.
-
-        lifetime: seconds from now after which Redis forgets the list; 0 leaves that as it is.
-        """
-        self._ask(answered, ("RPUSH", key, payload))
-        if lifetime:
-            self._ask(None, ("EXPIRE", key, lifetime))
-        self.tell(channel, payload)
-
     def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
         if self._wire is None or not self._wire.writable:
             guarded(answered, RelayUnavailable("Redis is away"))
