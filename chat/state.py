@@ -65,7 +65,11 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     stack.push_async_callback(providers.close)
     bus = (
         RedisBus(
-            settings.redis_url, verify=settings.relay_tls_verify, origin=worker, every=settings.publish_every
+            settings.redis_url,
+            verify=settings.relay_tls_verify,
+            origin=worker,
+            every=settings.publish_every,
+            prefix=settings.relay_prefix,
         )
         if settings.redis_url
         else None

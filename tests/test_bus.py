@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from broadcaster import Broadcast
 
@@ -18,6 +19,7 @@ from chat.live.bus import BURST, GAP, Gather, RedisBus
 from chat.live.wire import Address, Wire
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Redis, make_certificate
+from tests.harness.service import Service
 
 
 @asynccontextmanager
@@ -379,6 +381,29 @@ async def test_deployments_that_share_a_redis_do_not_hear_each_other(
         assert await ours.command("DEL", ours.name("text", "same")) == 1
         assert await theirs.command("GET", theirs.name("text", "same")) == b"their"
         await theirs.command("DEL", theirs.name("text", "same"))
+
+
+async def test_a_service_names_nothing_past_the_bus(tmp_path: Path) -> None:
+    """All keys and channels of a service that answers carry its prefix and its database number."""
+    with Redis() as server:
+        environment = {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "REDIS_URL": f"{server.url[:-1]}2"}
+        async with (
+            Service(environment | {"PARLEY_RELAY_PREFIX": "blue"}) as service,
+            admin(server) as ask,
+            httpx.AsyncClient() as client,
+            client.stream(
+                "POST", f"{service.url}/api/messages/stream/?format=text", json={"content": "/slow 5"}
+            ) as answer,
+        ):
+            assert answer.status_code == 200
+            await ask("SELECT", 2)
+            names: list[bytes] = []
+            async with asyncio.timeout(10):
+                while not any(b":text:" in name for name in names):
+                    names = await ask("PUBSUB", "CHANNELS") + await ask("KEYS", "*")
+            assert {name.split(b":")[2] for name in names} >= {b"session", b"text", b"rate", b"worker", b"workers"}
+            assert [name for name in names if not name.startswith(b"blue:2:")] == []
+            assert (await ask("INFO", "keyspace")).count(b"\ndb") == 1
 
 
 async def test_a_payload_that_is_no_text_is_dropped_and_counted(redis_server: Redis) -> None:
