@@ -74,6 +74,8 @@ class SocketReader(Reader):
         if self.socket is None:
             raise ConnectionError(f"{self.name} is not connected")
         self.journal.add(self.name, "sent", frame if isinstance(frame, dict) else {"raw": frame[:100]})
+        if isinstance(frame, dict) and frame.get("type") == "message" and "id" in frame:
+            self.view.says_ids = True
         await self.socket.send(json.dumps(frame) if isinstance(frame, dict) else frame)
 
     async def say(self, content: str, id: str | None = None) -> None:

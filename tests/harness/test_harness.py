@@ -199,6 +199,19 @@ def test_a_snapshot_says_where_it_stands() -> None:
             assert not journal.violations()
 
 
+def test_a_message_said_again_is_answered_by_its_turn_from_the_start() -> None:
+    """And nobody else is told a turn again."""
+    resumed = {"type": "resumed", "turn_id": TURN, "cursor": f"{TURN}.start", "requestId": "session"}
+    for says_ids in (True, False):
+        journal = Journal()
+        view = View(journal, "ann", greeted=True)
+        view.says_ids = says_ids
+        for event in [*turn_log(), resumed, *turn_log()]:
+            view.apply(event)
+        assert rules(journal) == (set() if says_ids else {"resumed", "late"})
+        assert view.texts() == [TEXT]
+
+
 async def test_a_beginning_that_was_cut_may_be_told_again(tiny: Tiny, journal: Journal) -> None:
     ann = await watched(tiny, journal, "cut")
     assert [entry.data["cursor"] for entry in journal.of("ann", "connect")] == [None, f"{TURN}.start"]
@@ -598,9 +611,10 @@ ROWS = (
     "INSERT INTO accounts VALUES ('g1', 'Ann', '{}', 0, 0, 0, 0)",
     "INSERT INTO sessions (id, account_id, mode, is_public, is_open, is_pinned, metadata, next_position, version, "
     "created_at, updated_at) VALUES ('s1', 'g1', 'direct', 0, 0, 0, '{}', 2, 1, 0, 0)",
-    "INSERT INTO turns VALUES ('t1', 's1', 'g1', 'm1', 0, 'running', 'w1', 99999999999999, 0, 5, 0, NULL)",
-    "INSERT INTO messages (session_id, id, turn_id, role, content, status, position, parent_ids, seq, created_at, "
-    "updated_at) VALUES ('s1', 'm1', 't1', 'user', 'hello', 'success', 0, '[]', 0, 0, 0)",
+    "INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until, "
+    "stop_requested, created_at) VALUES ('t1', 's1', 'g1', 'm1', 0, 'running', 'w1', 99999999999999, 0, 0)",
+    "INSERT INTO messages (session_id, id, turn_id, role, content, status, position, parent_ids, created_at, "
+    "updated_at) VALUES ('s1', 'm1', 't1', 'user', 'hello', 'success', 0, '[]', 0, 0)",
 )
 
 

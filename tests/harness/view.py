@@ -105,6 +105,7 @@ class View:
         self.turn: TurnView | None = None  # the one the cursor is in
         self.snapshots = 0
         self.resumptions = 0
+        self.says_ids = False  # a message it says again is answered by its turn from the start
         self.left = False  # before the end: what it has heard is right, and not all
         self._greeted = greeted
 
@@ -284,7 +285,13 @@ class View:
         self.resumptions += 1
         told = (event.get("turn_id"), event.get("cursor"))
         expected = (self.turn.id, self.cursor) if self.turn else (None, None)
-        if told != expected:
+        if told == expected:
+            return
+        place = read_cursor(told[1])
+        if self.says_ids and place is not None and (place.turn_id, place.stage) == (told[0], "start"):
+            self.turn = self.turns[place.turn_id] = TurnView(place.turn_id, place)
+            self.cursor = told[1]
+        else:
             self.violation("resumed", f"expected to resume at {expected[1]}, got {told[1]} of turn {told[0]}")
 
     def _snapshot(self, event: dict[str, Any]) -> None:
