@@ -17,6 +17,7 @@ from .errors import ChatError, RelayUnavailable
 from .limits import RateLimits
 from .live.bus import RedisBus
 from .live.generation import Generation
+from .live.leases import Leases
 from .live.relay import Relay
 from .metrics import Metrics
 from .providers import Providers
@@ -86,6 +87,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     limits = RateLimits(worker, bus)
     generation = Generation(settings, database, relay, providers, limits, worker)
     generation.start()
+    Leases(settings, database, relay, generation).start()
     stack.push_async_callback(generation.drain)
     tokens = Tokens(settings.secret_keys)
     metrics = _metrics(relay, generation)

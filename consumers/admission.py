@@ -134,11 +134,11 @@ async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, floa
 
 
 async def _guest(socket: WebSocket, chat: State) -> Account:
-    await chat.limits.hit_guest(_address(socket, chat), chat.settings)
+    await chat.limits.hit_guest(address(socket, chat), chat.settings)
     return await accounts.insert_guest(chat.database, None)
 
 
-def _address(socket: WebSocket, chat: State) -> str:
+def address(socket: WebSocket, chat: State) -> str:
     forwarded = socket.headers.getlist("x-forwarded-for")
     return callers.address(socket.scope.get("client"), forwarded, chat.settings.trusted_proxies)
 
@@ -178,7 +178,7 @@ async def _session(chat: State, id: str, account: Account, guest: bool) -> Sessi
 
 def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
     """What limits a socket before anyone knows who it is: one that waits silently costs memory, too."""
-    return [(f"address:{_address(socket, chat)}", chat.settings.sockets_per_address)]
+    return [(f"address:{address(socket, chat)}", chat.settings.sockets_per_address)]
 
 
 def inside(chat: State, admitted: Admitted) -> list[tuple[str, int]]:

@@ -271,7 +271,8 @@ class Conversation:
     async def _message(self, content: str, id: str | None) -> None:
         account = self._writer()
         current = await self._session()
-        turn = await self.chat.generation.begin(current, account, Ask(id or new_id(), content, {}))
+        ask, address = Ask(id or new_id(), content, {}), admission.address(self.socket, self.chat)
+        turn = await self.chat.generation.begin(current, account, ask, address=address)
         reading = self.follower.cursor.turn_id == turn.id and not self.follower.cursor.over
         if not turn.fresh and not reading:  # a message that was sent again gets the turn it began, as over HTTP
             self._ask(start_of(turn.id))

@@ -70,7 +70,12 @@ async def stream(request: Request) -> Response:
     session = await _session(chat, account, post, guest)
     _check_models(session, post)
     turn = await chat.generation.begin(
-        session, account, ask, max_tokens=post.max_tokens or 0, temperature=post.temperature
+        session,
+        account,
+        ask,
+        address=inputs.address(request),
+        max_tokens=post.max_tokens or 0,
+        temperature=post.temperature,
     )
     headers = {"X-Session-Id": session.id}
     if guest:
@@ -298,7 +303,7 @@ async def regenerate(request: Request) -> Response:
     message_id = request.path_params["message_id"]
     session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
     session = await sessions.select_session(chat.database, session_id, account.id)
-    turn = await chat.generation.again(session, account, message_id)
+    turn = await chat.generation.again(session, account, message_id, address=inputs.address(request))
     return await follow(request, session, _again(turn), account=account)
 
 

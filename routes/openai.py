@@ -19,7 +19,7 @@ from chat.direct import direct_of
 from chat.errors import REPLY_SENTENCES, ChatError, invalid
 from chat.formats import completions as spoken
 from chat.live.completions import PEOPLE, Caller, Completion
-from chat.live.generation import CHARS_PER_TOKEN
+from chat.live.streams import CHARS_PER_TOKEN
 from chat.providers import ChatMessage, Limits, ProviderError
 from chat.settings import Settings
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from ..errors import ChatError
 from ..providers import ChatMessage, Finish, Limits, ProviderError
-from ..store import accounts
-from ..store.database import StorageUnavailable
+from ..store.budgets import Reservation, budgets_of, metered, reserve
 from ..store.queries import Query
-from .generation import CHARS_PER_TOKEN, Generation, Result
+from .generation import Generation
+from .streams import CHARS_PER_TOKEN
+from .turn import Result
 
 PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is a server's, with people behind it
 
@@ -38,9 +39,11 @@ class Completion:
         self._messages = messages
         self._limits = limits
         self._asked = sum(len(message.content) for message in messages) // CHARS_PER_TOKEN
+        texts = [message.content for message in messages]
+        self._meter = metered(generation.providers.models[model], texts, limits.max_tokens)
         self._said = 0  # characters
         self._place: list[str] = []
-        self._reserved_at = 0  # 0: nothing is reserved
+        self._held: Reservation | None = None
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -65,16 +68,15 @@ class Completion:
 
     async def _reserve(self) -> None:
         database, settings = self._generation.database, self._generation.settings
-        own = settings.daily_tokens_account if self._caller.people == 1 else 0
-        budgets = (own, settings.daily_tokens_service)
-        daily_messages = settings.daily_messages if self._caller.people == 1 else 0
-        now, tokens = database.now(), self._asked + self._limits.max_tokens
+        person = self._caller.people == 1
+        daily = (settings.daily_tokens_account if person else 0, 0, settings.daily_tokens_service)
+        budgets = budgets_of(self._caller.name, "", daily)
+        daily_messages = settings.daily_messages if person else 0
 
-        async def work(query: Query) -> None:
-            await accounts.reserve(query, now, self._caller.name, tokens, budgets, daily_messages)
+        async def work(query: Query) -> Reservation:
+            return await reserve(query, database.now(), budgets, self._meter.most, daily_messages)
 
-        await database.transaction(work)
-        self._reserved_at = now
+        self._held = await database.transaction(work)
 
     async def run(self, say: Callable[[str], None]) -> None:
         """Say the answer's text piece by piece; `finish` tells afterwards how it ended. Raises `ProviderError`."""
@@ -93,15 +95,18 @@ class Completion:
             self._generation.observe(self.model, result, time.monotonic() - started)
 
     async def _stream(self, say: Callable[[str], None], result: Result, started: float) -> None:
+        self._meter.call()
         pieces = self._generation.providers.stream(self.model, self._messages, self._limits)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if isinstance(piece, Finish):
                     self.finish = piece
+                    self._meter.told(piece.input_tokens, piece.output_tokens)
                     return
                 if result.first_token is None:
                     result.first_token = time.monotonic() - started
                 self._said += len(piece.text)
+                self._meter.came(piece.text)
                 if self._said > self._generation.settings.reply_max:
                     raise ProviderError("too_long")
                 say(piece.text)
@@ -111,9 +116,8 @@ class Completion:
         """Leave the place, and give back what was reserved and not used. Harmless when done again."""
         place, self._place = self._place, []
         self._generation.limits.leave(place)
-        reserved_at, self._reserved_at = self._reserved_at, 0
-        if reserved_at:
-            unused = accounts.Unused(self._generation.database)
-            unused.add(self._caller.name, reserved_at, self._asked + self._limits.max_tokens - sum(self.tokens))
-            with contextlib.suppress(StorageUnavailable):
-                await unused.give_back()
+        held, self._held = self._held, None
+        if held is not None:
+            if self.finish is None:
+                self._meter.cut()
+            self._generation.unused.settle(held, [self._meter])

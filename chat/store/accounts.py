@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ import msgspec
 
 from ..errors import ChatError
 from ..tokens import SKEW, Tokens
-from .database import Database, StorageUnavailable, new_id
-from .queries import Query, Row
+from .database import Database, new_id
+from .queries import Row
 
 GUEST_LIFETIME = 30 * 86400 * 1000  # milliseconds
 
@@ -142,78 +141,5 @@ async def insert_used_token(database: Database, jti: str, expires_at: int) -> No
 
 
 async def delete_expired(database: Database) -> None:
-    """Forget used tokens that could not be used again anyway, and budgets of days long over."""
+    """Forget used tokens that could not be used again anyway."""
     await database.execute("DELETE FROM used_tokens WHERE expires_at < :then", {"then": database.now() - 3_600_000})
-    await database.execute("DELETE FROM budgets WHERE day < :day", {"day": _day(database.now() - 35 * 86_400_000)})
-
-
-# -- budgets: tokens are reserved before the call in one statement, so that parallel requests cannot pass the limit
-
-
-def _day(milliseconds: int) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(milliseconds / 1000))
-
-
-def budgets_of(account_id: str) -> tuple[str, str]:
-    return f"account:{account_id}", "service"
-
-
-async def reserve(
-    query: Query, now: int, account_id: str, tokens: int, limits: tuple[int, int], daily_messages: int
-) -> None:
-    """Take `tokens` from the account's day and the service's. Raises when one is used up; call inside a transaction.
-
-    limits: tokens a day of the account and of the service, 0 for none.
-    """
-    own, service = budgets_of(account_id)
-    rows = await query.fetch_all(
-        """INSERT INTO budgets (name, day, tokens, messages)
-           VALUES (:own, :day, :tokens, 1), (:service, :day, :tokens, 1)
-           ON CONFLICT (name, day) DO UPDATE
-               SET tokens = budgets.tokens + :tokens, messages = budgets.messages + 1
-           RETURNING name, tokens, messages""",
-        {"own": own, "service": service, "day": _day(now), "tokens": tokens},
-    )
-    spent = {row["name"]: row for row in rows}
-    if daily_messages and spent[own]["messages"] > daily_messages:
-        raise ChatError("daily_limit_reached", f"You have reached today's limit of {daily_messages} messages.")
-    if any(limit and spent[name]["tokens"] > limit for name, limit in zip((own, service), limits, strict=True)):
-        message = "Today's budget is used up. Please come back tomorrow."
-        raise ChatError("budget_exhausted", message, retry_after=3600)
-
-
-class Unused:
-    """What turns that ended have not used of what they had reserved, until it is given back: all of it at once."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    def add(self, account_id: str, reserved_at: int, tokens: int) -> None:
-        """reserved_at: the `now` of `reserve`, whose day this belongs to."""
-        if tokens > 0:
-            day = _day(reserved_at)
-            for name in budgets_of(account_id):
-                self._tokens[name, day] += tokens
-
-    async def give_back(self) -> None:
-        """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""
-        tokens, self._tokens = self._tokens, Counter()
-        # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
-        values = [{"name": name, "day": day, "tokens": tokens[name, day]} for name, day in sorted(tokens)]
-
-        async def work(query: Query) -> None:
-            await query.execute_many(
-                "UPDATE budgets SET tokens = tokens - :tokens WHERE day = :day AND name = :name", values
-            )
-
-        try:
-            if values:
-                await self._database.transaction(work)
-        except StorageUnavailable as problem:
-            if not isinstance(problem.__cause__, TimeoutError):
-                self._tokens += tokens
-            raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import ChatError, invalid, not_found
-from .accounts import reserve
+from .budgets import Budget, Reservation, reserve
 from .database import Database, new_id
 from .queries import Query, Row, Values
 from .sessions import Session
@@ -28,6 +28,7 @@ class StoredTurn:
     previous: str  # the turn before this one, "" before the first; of a turn that was made again, its old id
     rows: tuple[Row, ...]
     fresh: bool  # False: this message id made a turn before; nothing was written
+    held: Reservation | None = None  # tokens the turn may use, of a new one
 
     @property
     def user(self) -> Row:
@@ -49,12 +50,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Terms:
-    """Who runs a new turn and what it may cost. lease: milliseconds; limits: tokens a day, account's and service's."""
+    """Which worker runs a new turn and what it may cost. lease: milliseconds; tokens: the most, of all `budgets`."""
 
     owner: str
     lease: int
     tokens: int
-    limits: tuple[int, int]
+    budgets: tuple[Budget, ...]
     daily_messages: int
     turns_per_account: int
 
@@ -95,8 +96,8 @@ async def insert_turn(
         await _insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, terms, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
         # last: the service's budget is one row that all turns write
-        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
-        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True)
+        held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
+        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, held)
 
     try:
         return await database.transaction(work, timeout=INSERT_TIMEOUT)
@@ -134,7 +135,7 @@ async def insert_regeneration(
             raise ChatError("conflict", "Only the last answer can be made again.")
         if last["vote_id"] is not None:
             raise ChatError("already_voted", "This answer has been voted on and stays as it is.")
-        await reserve(query, now, account_id, terms.tokens, terms.limits, terms.daily_messages)
+        held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
         await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
         user_id = last["user_message_id"]
         await _insert_turn_row(query, turn_id, session.id, account_id, user_id, position, terms, now)
@@ -150,7 +151,7 @@ async def insert_regeneration(
             {"session_id": session.id, "turn_id": turn_id, "id": message_id, "user_id": user_id, "now": now},
         )
         rows = await _select_turn_rows(query, session.id, turn_id)
-        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True)
+        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True, held)
 
     return await database.transaction(work, timeout=INSERT_TIMEOUT)
 
@@ -306,6 +307,16 @@ async def select_messages(
         {"id": session_id, "before": before, "limit": limit},
     )
     return rows[::-1]
+
+
+async def select_content(database: Database, session_id: str, message_id: str) -> str:
+    """Return the text of the user message that a message of the session is or answers; "" when there is none."""
+    row = await database.fetch_one(
+        """SELECT u.content FROM messages m JOIN messages u ON u.session_id = m.session_id AND u.turn_id = m.turn_id
+            WHERE m.session_id = :session_id AND m.id = :id AND u.role = 'user'""",
+        {"session_id": session_id, "id": message_id},
+    )
+    return "" if row is None else str(row["content"])
 
 
 async def select_first_message(database: Database, session_id: str) -> str | None:

@@ -1,0 +1,183 @@
+"""Whose turn a turn is: leases renewed, turns lost and taken over. The database's word decides, by its own clock.
+
+A worker that was frozen for longer than its lease asks before it says another word; a turn whose worker died is taken
+by whoever sees its lease run out, and ended with the longest text known.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..providers import Limits
+from ..settings import Settings
+from ..store import accounts, budgets, sessions, turns
+from ..store.database import Database, StorageUnavailable
+from ..store.queries import Row
+from ..store.turns import StoredTurn
+from ..tasks import Tasks
+from .answers import ENDED, Answer
+from .generation import Generation
+from .relay import Relay
+from .rooms import Room
+from .turn import Result, Turn
+
+log = logging.getLogger("parley.generation")
+
+LOOK_FOR_STOPS = 0.5  # seconds between two looks for stops that Redis did not carry
+
+
+class Leases:
+    """The leases of this worker's turns."""
+
+    def __init__(self, settings: Settings, database: Database, relay: Relay, generation: Generation) -> None:
+        self.settings = settings
+        self.database = database
+        self.relay = relay
+        self.generation = generation
+        self.worker = generation.worker
+        self.turns = generation.turns
+        self.tasks: Tasks = generation.tasks
+        self._awake_at = self._renewed_at = time.monotonic()
+        self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
+        self._strangers: set[str] = set()  # turns of ours in the database that were not in `turns` at the last renewal
+        generation.surely_owned = self.surely_owned
+        generation.adopt = self.adopt
+
+    def start(self) -> None:
+        beat = self.tasks.beat
+        beat(self._renew, self.settings.lease_renew)
+        beat(self._sweep, self.settings.sweep_every)
+        beat(self._watch, self.settings.lease_renew / 2)
+        if self.relay.bus is not None:
+            beat(self._look_for_stops, LOOK_FOR_STOPS)
+
+    def surely_owned(self, turn: Turn) -> bool:
+        """Whether the turn is ours without asking. After a freeze longer than the lease the database is asked."""
+        if turn.state == "lost":
+            return False
+        if not self._awake():
+            self.tasks.spawn(self._make_sure(turn))
+            return False
+        return True
+
+    async def _make_sure(self, turn: Turn) -> None:
+        while self._slept and turn.state != "lost":
+            try:
+                await self._renew()
+            except StorageUnavailable:  # then nobody else can have taken it either
+                self._slept = False
+        if turn.state != "lost" and turn.voice is not None:
+            turn.voice.go_on()
+
+    async def _watch(self) -> None:
+        self._awake()
+
+    def _awake(self) -> bool:
+        """Notice a freeze in which the lease ran out: it does from the last renewal, not from when we fell asleep."""
+        now = time.monotonic()
+        frozen = now - self._awake_at > self.settings.lease_renew
+        self._slept = self._slept or (frozen and now - self._renewed_at > self.settings.lease)
+        self._awake_at = now
+        return not self._slept
+
+    async def _renew(self) -> None:
+        """Renew the leases of this worker's turns, and learn which of them it lost."""
+        before = set(self.turns)
+        await self.database.set_clock()
+        asked = time.monotonic()
+        owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
+        self._renewed_at = asked
+        self._slept = time.monotonic() - asked > self.settings.lease  # frozen before we read this, say
+        for turn_id in before & self.turns.keys():
+            turn = self.turns[turn_id]
+            if turn_id in owned and owned[turn_id]["stop_requested"]:
+                turn.end_early("stopped")
+            elif turn_id not in owned and turn.state == "answering" and not turn.lock.locked():
+                self.generation.lose(turn)
+        for turn in list(self.turns.values()):
+            if turn.unsaved and turn.task is not None and turn.task.done():
+                await self._save(turn)
+        # A turn whose insertion was given up and arrived all the same is ours, and nobody answers it yet.
+        strangers = owned.keys() - before - self.turns.keys()
+        for turn_id in strangers & self._strangers:
+            self.tasks.spawn(self.adopt(owned[turn_id]))
+        self._strangers = strangers
+
+    async def _save(self, turn: Turn) -> None:
+        """Write endings that were told while the database was away."""
+        await turns.update_endings(self.database, self.worker, turn.unsaved, last=True)
+        turn.unsaved = []
+        self.generation.forget(turn)
+
+    async def adopt(self, row: Row) -> None:
+        """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
+        turn = await self._from_row(row)
+        if turn is None or turn.stored is None:
+            return
+        if row["stop_requested"] or any(each["content"] for each in turn.replies.values()):
+            turn.early = "stopped" if row["stop_requested"] else "interrupted"
+        self.generation.launch(turn, turn.stored, Limits(self.settings.max_tokens))
+
+    async def _from_row(self, row: Row) -> Turn | None:
+        """Return the turn of a row that is ours and that nobody here knows, entered into `turns`."""
+        if row["id"] in self.turns:
+            return None
+        session = await sessions.select_unchecked(self.database, row["session_id"])
+        rows = tuple(await turns.select_turn_messages(self.database, row["id"]))
+        if row["id"] in self.turns or not rows:
+            return None
+        turn = self.turns[row["id"]] = Turn(row["id"], session, row["account_id"])
+        turn.stored = StoredTurn(turn.id, session, turn.account_id, row["position"], "", rows, True)
+        return turn
+
+    async def _look_for_stops(self) -> None:
+        """Find the stops that other workers asked for while Redis did not carry them."""
+        if any(turn.runs for turn in self.turns.values()):
+            for turn_id in await turns.select_stops(self.database, self.worker):
+                self.generation.stop_here(turn_id)
+
+    async def _sweep(self) -> None:
+        """Take over turns whose worker died and end them with the longest text known."""
+        # After an outage owners renew as soon as they can; a sweep at that moment would take turns from the living.
+        if self.generation.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
+            return
+        for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
+            if row["id"] not in self.turns:  # else it is our own and was not renewed in time: now it is
+                self.relay.count("taken_over")
+                log.warning("turn %s: its worker is gone, ending it", row["id"])
+                self.tasks.spawn(self._take_over(row))
+        await accounts.delete_expired(self.database)
+        await budgets.delete_old_budgets(self.database)
+
+    async def _take_over(self, row: Row) -> None:
+        """End a turn whose worker died. Where the database goes away meanwhile, the next renewal finds it ours."""
+        turn = await self._from_row(row)
+        if turn is None:
+            return
+        turn.early = "stopped" if row["stop_requested"] else "interrupted"
+        room = await self.relay.enter(turn.session)
+        try:
+            await self._inherit(turn, room)
+        except Exception:
+            log.exception("turn %s could not be taken over", turn.id)
+        finally:
+            await self.generation.conclude(turn, room)
+
+    async def _inherit(self, turn: Turn, room: Room) -> None:
+        """Learn the longest text known of a turn: from the checkpoint, Redis, and the room here."""
+        stored = turn.stored
+        assert stored is not None
+        turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
+        messages = self.relay.mask.messages(turn.session, list(stored.rows))
+        answer = Answer(turn.id, stored.position, stored.previous, messages)
+        await self.relay.live_texts(answer)
+        answer = room.begin(answer)
+        turn.voice = self.relay.voice(room, answer)
+        turn.voice.begin()
+        if not turn.open:  # only the turn itself was left to end
+            await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
+        for side in sorted(turn.open):
+            ending = answer.replies[side].ending
+            if ending is not None:  # readers were told so, and that stays true
+                await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]), 0.0)

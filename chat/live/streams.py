@@ -1,0 +1,180 @@
+"""What a model is shown and what it says: one provider stream per reply, with one retry, clocks, and a battle's pace.
+
+A stream ends when all of its text is shown. How it ended is an exception, or else in the turn's `results`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
+from ..settings import Settings
+from ..store import turns
+from ..store.budgets import metered
+from ..store.database import Database
+from ..store.queries import Row
+from ..store.sessions import Session
+from .pace import pieces
+from .turn import Turn
+
+log = logging.getLogger("parley.generation")
+
+CHARS_PER_TOKEN = 4  # a rough count by which history is cut
+HISTORY_MESSAGES = 60
+
+
+class Streams:
+    """Asks the models of this worker's turns."""
+
+    def __init__(self, settings: Settings, database: Database, providers: Providers) -> None:
+        self.settings = settings
+        self.database = database
+        self.providers = providers
+
+    # -- what a model is shown
+
+    async def history(self, session: Session, before: int) -> list[Row]:
+        """Return the newest messages below a position, newest first, cut to the token budget of the settings.
+
+        Raises `StorageUnavailable`: a model that is not shown the conversation would answer something else.
+        """
+        if not before:
+            return []
+        rows = await turns.select_messages(self.database, session.id, limit=HISTORY_MESSAGES, before=before)
+        budget = self.settings.history_tokens * CHARS_PER_TOKEN
+        history: list[Row] = []
+        for row in rows[::-1]:
+            budget -= len(row["content"])
+            if budget < 0:
+                break
+            if row["content"] and row["status"] in ("success", "stopped", "interrupted"):
+                history.append(row)
+        return history
+
+    def prompt(self, model_id: str, side: str, history: list[Row], content: str) -> list[ChatMessage]:
+        """Return what one model is shown: its own side of the conversation, oldest first, and the user's message."""
+        model = self.providers.models.get(model_id)
+        system = [ChatMessage("system", model.system)] if model is not None and model.system else []
+        seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == side]
+        return [*system, *(ChatMessage(row["role"], row["content"]) for row in seen), ChatMessage("user", content)]
+
+    def begin(self, turn: Turn, history: list[Row], limits: Limits) -> None:
+        """Begin the stream of every reply. Waits for nothing: a stop finds either no stream or all of them."""
+        assert turn.stored is not None
+        started, content = time.monotonic(), turn.stored.rows[0]["content"]
+        for side in sorted(turn.open):
+            model_id = turn.replies[side]["model"]
+            prompt = self.prompt(model_id, side, history, content)
+            if (model := self.providers.models.get(model_id)) is not None:
+                turn.meters[side] = metered(model, [message.content for message in prompt], limits.max_tokens)
+            turn.streams[side] = asyncio.create_task(self._stream(turn, side, prompt, limits, started))
+
+    async def _stream(
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
+    ) -> None:
+        """Stream one reply until all of its text is shown. Raises `ProviderError`, `TimeoutError`."""
+        try:
+            async with asyncio.timeout(self.settings.reply_timeout):
+                await self._stream_with_retry(turn, side, prompt, limits, started)
+        except asyncio.CancelledError:
+            if side in turn.meters:
+                turn.meters[side].cut()
+            raise
+        finally:
+            turn.finished.add(side)
+            turn.moved.set()
+        await self.shown(turn, side)
+
+    async def _stream_with_retry(
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
+    ) -> None:
+        try:
+            await self._stream_once(turn, side, prompt, limits, started)
+        except ProviderError as problem:
+            wait = problem.retry_after or 0.5
+            began = turn.results[side].first_token is not None
+            if began or not problem.retryable or wait > self.settings.retry_after_max:
+                raise
+            log.info("model %s: one retry after %s", turn.replies[side]["model"], problem.code)
+            await asyncio.sleep(wait)
+            await self._stream_once(turn, side, prompt, limits, started)
+
+    async def _stream_once(
+        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
+    ) -> None:
+        settings, result, said = self.settings, turn.results[side], 0
+        limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
+        stream = self.providers.stream(turn.replies[side]["model"], prompt, limits)
+        say = self._hold if turn.rhythm is not None else self._say
+        if (meter := turn.meters.get(side)) is not None:
+            meter.call()
+        async with contextlib.aclosing(stream):
+            async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
+                if isinstance(piece, Finish):
+                    result.finish = piece
+                    if meter is not None:
+                        meter.told(piece.input_tokens, piece.output_tokens)
+                    return
+                if result.first_token is None:
+                    result.first_token = time.monotonic() - started
+                said += len(piece.text)
+                if meter is not None:
+                    meter.came(piece.text)
+                if said > settings.reply_max:
+                    result.status, result.reason = "failed", "too_long"
+                    return
+                say(turn, side, piece.text)
+        raise ProviderError("provider_truncated")
+
+    def _say(self, turn: Turn, side: str, text: str) -> None:
+        turn.out.say(side, text)
+
+    def _hold(self, turn: Turn, side: str, text: str) -> None:
+        turn.held[side] += text
+        turn.moved.set()
+
+    async def shown(self, turn: Turn, side: str) -> None:
+        """Wait until all text of a reply is shown; in a blind battle its pace decides when."""
+        while turn.rhythm is not None and side in turn.held:
+            waiter = turn.waiters.setdefault(side, asyncio.get_running_loop().create_future())
+            await asyncio.shield(waiter)
+        await turn.out.settled(side)
+
+    async def keep_pace(self, turn: Turn) -> None:
+        """Show a blind battle's text in equal pieces, both sides in step, until both sides are out."""
+        rhythm, chars = turn.rhythm, self.settings.pace_chars
+        assert rhythm is not None
+        while turn.held:
+            moves = pieces({side: len(text) for side, text in turn.held.items()}, turn.finished, chars)
+            if not moves:
+                turn.moved.clear()
+                await turn.moved.wait()
+                continue
+            if (wait := rhythm.due() - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+                continue
+            if not any(turn.results[side].status == "failed" for side in turn.results):
+                rhythm.moved(time.monotonic())
+            self._move(turn, moves)
+
+    def _move(self, turn: Turn, moves: dict[str, int]) -> None:
+        for side, count in sorted(moves.items()):
+            text = turn.held[side]
+            if count:
+                turn.out.say(side, text[:count])
+            turn.held[side] = text[count:]
+        for side in sorted(moves):
+            if not turn.held[side] and side in turn.finished:
+                self.release(turn, side)
+
+    def release(self, turn: Turn, side: str) -> None:
+        """The side's last piece has left: its end may be told."""
+        if turn.held.pop(side, None) is not None and turn.rhythm is not None:
+            turn.rhythm.side_ended()
+            waiter = turn.waiters.pop(side, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+            turn.moved.set()
