@@ -255,11 +255,13 @@ async def test_poison_on_the_session_channel(scene: Scene) -> None:
     await near.say("/count 150")
     await far.chunks(5)
     turn = far.view.turn.id
+    no_side = b'{"id":"m","role":"assistant","content":"","status":"pending","participant":[]}'
     poison = [
         *[dice.randbytes(dice.randrange(1, 400)) for _ in range(50)],
         *[b"", b"not json", b"[", b"{}", b"[]", b"null", b"1e999", b'{"type":"message_chunk"}', b"alive"],
         *[b'["words"]', b'["words",5,[]]', b'["words","none",[]]', b'["words","none",[["a",7,"evil"]]]'],
         *[b'["begun","none",0,"",[]]', b'["begun","none",0,"",[{"message":5}]]', b'["begun","none",-1,"",[null]]'],
+        b'["begun","none",0,"",[%b,%b]]' % (no_side, no_side),
         *[b'["ended","none","a",{}]', b'["ended","none","a",{"id":"m","content":5}]', b'["ended","none"]'],
         *[b'["surprise"]', b'["notice",5]', b'["stop","none"]', b'["stop"]', b'["again"]', b'["rights"]'],
         *[b'["words","%b",[["a",900000,"evil"]]]' % turn.encode(), b'["words","%b",[["z",0,"evil"]]]' % turn.encode()],

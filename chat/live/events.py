@@ -80,7 +80,8 @@ def decode_bus(payload: str | bytes) -> BusMessage:
 
 def _sound(message: Message) -> bool:
     names = ("id", "role", "content", "status")
-    return all(isinstance(message.get(name), str) for name in names) and "participant" in message
+    known = isinstance(message.get("participant", 0), str | None)  # a key of the answer's replies
+    return known and all(isinstance(message.get(name), str) for name in names)
 
 
 def session_event(kind: str, **fields: Any) -> bytes:
