@@ -90,7 +90,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     Leases(settings, database, relay, generation).start()
     stack.push_async_callback(generation.drain)
     tokens = Tokens(settings.secret_keys)
-    metrics = _metrics(relay, generation)
+    metrics = _metrics(relay, generation, bus)
     leaderboard = Leaderboard(database, settings.leaderboard_cache)
     dice = random.Random(settings.draw_seed) if settings.draw_seed else random.SystemRandom()
     return State(
@@ -111,7 +111,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     )
 
 
-def _metrics(relay: Relay, generation: Generation) -> Metrics:
+def _metrics(relay: Relay, generation: Generation, bus: RedisBus | None) -> Metrics:
     def followers() -> float:
         return sum(len(room.followers) for room in relay.rooms.values())
 
@@ -122,6 +122,9 @@ def _metrics(relay: Relay, generation: Generation) -> Metrics:
             "chat_rooms": ("Sessions somebody follows or writes here", lambda: len(relay.rooms)),
             "chat_turns_running": ("Turns this worker answers", lambda: len(generation.turns)),
             "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
+            "chat_bus_failures": ("Connections to Redis that were lost or refused", lambda: bus.failures if bus else 0),
+            "chat_bus_gaps": ("Gap markers: channels on which messages may be missing", lambda: bus.gaps if bus else 0),
+            "chat_bus_dropped": ("Messages that rooms were too slow for", lambda: bus.inbox.dropped if bus else 0),
             "asyncio_tasks": ("Tasks of the event loop", lambda: len(asyncio.all_tasks())),
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),
         },

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -63,7 +63,8 @@ def parse_cursor(text: str | None) -> Cursor | None:
     return Cursor(turn_id, tuple(TOLD if part == "e" else int(part) for part in rest.split(".")))
 
 
-Piece = tuple[str, int, str]  # participant, offset into the reply in characters, text
+Offset = Annotated[int, msgspec.Meta(ge=0)]  # characters
+Piece = tuple[str, Offset, str]  # participant, offset into the reply, text
 
 
 class Reply:

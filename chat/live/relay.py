@@ -122,7 +122,8 @@ class Relay:
 
     def _hear_everyone(self, payload: str) -> None:
         if payload == GAP:
-            return  # each room's own channel has the same gap
+            self._check_account("")  # the news that a right has ended may have been lost
+            return
         with contextlib.suppress(ValueError):
             message = decode_bus(payload[payload.find("[") :])
             if isinstance(message, RightsChanged):
@@ -204,10 +205,19 @@ class Relay:
     async def _room(self, session: Session) -> Room:
         """Return the session's room, open. Call under its lock."""
         room = self.rooms.get(session.key)
-        if room is None:
-            room = Room(self, session, self._channel("session", session.key))
-            await room.open(self.broadcast)
-            self.rooms[session.key] = room
+        if room is not None:
+            return room
+        # Shielded: a join that is cancelled inside broadcaster's subscribe would leave half a subscription.
+        opening = self.tasks.spawn(self._open(session))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda opened: self.spawn(self._close_empty(opened.result())))
+            raise
+
+    async def _open(self, session: Session) -> Room:
+        room = self.rooms[session.key] = Room(self, session, self._channel("session", session.key))
+        await room.open(self.broadcast)
         return room
 
     async def _close_empty(self, room: Room) -> None:

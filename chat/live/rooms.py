@@ -9,6 +9,7 @@ the database. A room knows nothing of sockets: its followers turn tellings into 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -34,6 +35,8 @@ from .events import (
     TurnWords,
     decode_bus,
 )
+
+log = logging.getLogger("parley.rooms")
 
 NOTICES_MAX = 32  # session events waiting for one reader; the oldest typing indicator is dropped first
 AHEAD_MAX = 1_000  # messages with words that begin beyond the room's text, waiting for what lies between
@@ -268,7 +271,13 @@ class Room:
 
     async def _listen(self, subscriber: Any) -> None:
         while True:
-            self.hear((await subscriber.get()).message)
+            event = await subscriber.get()
+            try:
+                self.hear(event.message)
+            except Exception:  # one message that no worker sends must not leave the room deaf
+                log.exception("a message of the bus could not be learned from")
+                self._source.count("foreign")
+                self.learn_again()
 
     def hear(self, payload: str) -> None:
         """Learn from one message of the bus."""
