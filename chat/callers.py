@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+IN_SUBPROTOCOLS = {"t.": "access", "a.": "anonymous"}  # prefix, kind of token
 IN_QUERY = (("ticket", "ticket"), ("token", "access"), ("anonymous_token", "anonymous"))  # parameter, kind of token
 
 
@@ -31,8 +32,8 @@ def credential(
     if "x-anonymous-token" in headers:
         return "anonymous", headers["x-anonymous-token"]
     for offered in subprotocols:
-        if offered.startswith("t."):
-            return "access", offered[2:]
+        if offered[:2] in IN_SUBPROTOCOLS:
+            return IN_SUBPROTOCOLS[offered[:2]], offered[2:]
     allowed = IN_QUERY if token_in_query else IN_QUERY[:1]
     return next(((kind, query[name]) for name, kind in allowed if name in query), None)
 

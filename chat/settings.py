@@ -128,6 +128,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     draw_seed: int = 0
     pace: float = 0.05
     pace_chars: int = 24
+    # [widget]
+    greeting: str = ""
+    suggestions: tuple[str, ...] = ()
     # [[models]]
     models: tuple[Model, ...] = ()
 
@@ -231,11 +234,11 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _parsed(field: str, text: str) -> Any:
     """Text of the environment as what the field wants: lists by comma, models as JSON, the rest is converted later."""
-    if field == "models":
+    if field in ("models", "suggestions"):  # sentences have commas
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as problem:
-            raise StartupError(f"settings: PARLEY_MODELS is not JSON: {problem}") from None
+            raise StartupError(f"settings: PARLEY_{field.upper()} is not JSON: {problem}") from None
     if field in ("allowed_hosts", "allowed_origins", "api_keys", "secret_keys"):
         return [part.strip() for part in text.split(",") if part.strip()]
     return text

@@ -2,10 +2,19 @@
 
 from starlette.routing import Route
 
-from . import accounts, arena, messages, openai, operations, sessions
+from . import accounts, arena, messages, openai, operations, pages, sessions
 
 # fmt: off
 table = [
+    Route("/",                                        pages.index),
+    Route("/arena",                                   pages.arena),
+    Route("/leaderboard",                             pages.leaderboard),
+    Route("/shared/{token}",                          pages.shared),
+    Route("/debug",                                   pages.debug),
+    Route("/widget.js",                               pages.widget),
+    Route("/widget/{name}",                           pages.asset),
+    Route("/api/widget",                              pages.widget_settings),
+
     Route("/api/health",                              operations.health),
     Route("/health",                                  operations.health),
     Route("/livez",                                   operations.live),
@@ -45,6 +54,7 @@ table = [
     Route("/api/feedback",                            arena.feedback,             methods=["POST"]),
     Route("/api/feedback",                            arena.given),
     Route("/api/leaderboard",                         arena.leaderboard),
+    Route("/api/leaderboard/details",                 arena.details),
     Route("/api/arena/votes.jsonl",                   arena.export),
 
     Route("/v1/models",                               openai.models),

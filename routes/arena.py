@@ -102,13 +102,17 @@ async def _rate(chat: State, account: Account, said: Feedback) -> dict[str, Any]
     return kept | {"session_update": chat.mask.session(session)}
 
 
-async def leaderboard(request: Request) -> Response:
-    chat = inputs.state(request)
+def _which(request: Request) -> tuple[str, tuple[str, ...]]:
+    """The period and the modes of the votes that are asked about."""
     period = inputs.choice(request, "period", tuple(votes.PERIODS)) or "all_time"
     mode = inputs.choice(request, "mode", ("random", "compare", "all")) or "random"
+    return period, ("random", "compare") if mode == "all" else (mode,)
+
+
+async def leaderboard(request: Request) -> Response:
+    chat = inputs.state(request)
     limit = inputs.number(request, "limit", 100, 1, 1000)
-    modes = ("random", "compare") if mode == "all" else (mode,)
-    standings = await chat.leaderboard.standings(period, modes)
+    standings = await chat.leaderboard.standings(*_which(request))
     cards = {model.id: model_card(model) for model in chat.settings.models}
     return inputs.answer([_line(each, cards) for each in standings[:limit]], headers={"Cache-Control": "no-store"})
 
@@ -137,6 +141,18 @@ def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any
 
 def _rounded(points: float | None) -> float | None:
     return None if points is None else round(points, 2)
+
+
+async def details(request: Request) -> Response:
+    """What the leaderboard is computed from: who met whom, and which votes were left out and why."""
+    found = await inputs.state(request).leaderboard.details(*_which(request))
+    names = ("model_a", "model_b", "preference", "votes")
+    body = {
+        "counted": sum(count for *_, count in found.tally),
+        "pairs": [dict(zip(names, line, strict=True)) for line in found.tally],
+        "left_out": [{"reason": reason, "votes": count} for reason, count in found.left_out],
+    }
+    return inputs.answer(body, headers={"Cache-Control": "no-store"})
 
 
 async def export(request: Request) -> Response:

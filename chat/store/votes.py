@@ -50,6 +50,14 @@ class Standing:
     change: float
 
 
+@dataclass(frozen=True)
+class Details:
+    """What a leaderboard is computed from: how each pair met and ended, and what was left out, by reason."""
+
+    tally: list[Tally]
+    left_out: list[tuple[str, int]]
+
+
 # -- casting
 
 
@@ -161,11 +169,22 @@ class Leaderboard:
         self._database = database
         self._kept = kept
         self._standings: dict[tuple[str, tuple[str, ...]], Cached[list[Standing]]] = {}
+        self._details: dict[tuple[str, tuple[str, ...]], Cached[Details]] = {}
 
     async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         """Best first; models without a rating last."""
         computed = partial(self._computed, period, modes)
         return await self._standings.setdefault((period, modes), Cached(self._kept, computed)).get()
+
+    async def details(self, period: str, modes: tuple[str, ...]) -> Details:
+        found = partial(self._found, period, modes)
+        return await self._details.setdefault((period, modes), Cached(self._kept, found)).get()
+
+    async def _found(self, period: str, modes: tuple[str, ...]) -> Details:
+        days = PERIODS[period]
+        since = 0 if days is None else self._database.now() - days * DAY
+        tally = await _select_tally(self._database, since, FOREVER, modes)
+        return Details(tally, await _select_left_out(self._database, since, modes))
 
     async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
         now, days = self._database.now(), PERIODS[period]
@@ -203,6 +222,17 @@ async def _select_tally(
         _modes(modes) | {"since": since, "before": before},
     )
     return [(row["model_a"], row["model_b"], row["preference"], row["battles"]) for row in rows]
+
+
+async def _select_left_out(database: Database, since: int, modes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """How many votes were stored and not counted, by reason, the most frequent first."""
+    rows = await database.fetch_all(
+        """SELECT COALESCE(reason, 'other') AS why, COUNT(*) AS votes FROM votes
+            WHERE counted = 0 AND mode IN (:mode, :other) AND created_at >= :since
+            GROUP BY why ORDER BY votes DESC, why""",
+        _modes(modes) | {"since": since},
+    )
+    return [(row["why"], row["votes"]) for row in rows]
 
 
 async def _select_recent(database: Database, since: int, modes: tuple[str, ...]) -> list[tuple[str, str, str]]:

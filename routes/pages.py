@@ -1,0 +1,106 @@
+"""The pages and the widget: files of `widget/` as they are, compressed once; their headers let nothing else run."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat.errors import not_found
+from chat.settings import HERE
+
+from . import inputs
+
+FOLDER = HERE / "widget"
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",  # the address of a shared session is what lets somebody read it
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+ANYWHERE = {"Cross-Origin-Resource-Policy": "cross-origin"}  # pages that isolate themselves embed the widget, too
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it is sent: whole, and compressed."""
+
+    plain: bytes
+    packed: bytes
+    tag: str
+    media: str
+
+
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, changed: int) -> File:
+    """The file as it was at that moment (nanoseconds): who works on a page sees it after a reload."""
+    plain = path.read_bytes()
+    media = f"{TYPES[path.suffix]}; charset=utf-8"
+    return File(plain, gzip.compress(plain, 9, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"', media)
+
+
+def _send(request: Request, name: str, more: dict[str, str]) -> Response:
+    path = FOLDER / name
+    file = _read(path, path.stat().st_mtime_ns)
+    headers = {"ETag": file.tag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **more}
+    if file.tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(file.packed, headers=headers | {"Content-Encoding": "gzip"}, media_type=file.media)
+    return Response(file.plain, headers=headers, media_type=file.media)
+
+
+async def index(request: Request) -> Response:
+    return _send(request, "index.html", PAGE)
+
+
+async def arena(request: Request) -> Response:
+    return _send(request, "arena.html", PAGE)
+
+
+async def leaderboard(request: Request) -> Response:
+    return _send(request, "leaderboard.html", PAGE)
+
+
+async def shared(request: Request) -> Response:
+    """The page is the same for every token: its script asks whether there is such a session."""
+    return _send(request, "shared.html", PAGE | {"X-Robots-Tag": "noindex"})
+
+
+async def debug(request: Request) -> Response:
+    """What a session says, event by event; on a local start only."""
+    if inputs.state(request).settings.production:
+        raise not_found("page")
+    return _send(request, "debug.html", PAGE)
+
+
+async def widget(request: Request) -> Response:
+    return _send(request, "widget.js", ANYWHERE)
+
+
+async def asset(request: Request) -> Response:
+    """What the pages are made of. Only names that were there at the start: no path can lead elsewhere."""
+    name = request.path_params["name"]
+    if name not in ASSETS:
+        raise not_found("file")
+    return _send(request, name, {})
+
+
+ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css", ".svg")} - {"widget.js"}
+
+
+async def widget_settings(request: Request) -> Response:
+    """What the operator wants a widget to say first; asked when it is first opened."""
+    settings = inputs.state(request).settings
+    wishes = {"title": settings.name, "greeting": settings.greeting, "suggestions": settings.suggestions}
+    return inputs.answer(wishes, headers={"Cache-Control": "max-age=60"})

@@ -1,0 +1,826 @@
+"""The chat widget and the pages as visitors meet them: in a real Chromium, on a page of another origin under a strict
+Content-Security-Policy, against a real service.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.browser import chromium, website
+from tests.conftest import CLOSED, absent, store
+from tests.harness import until
+from tests.harness.proxy import Proxy
+from tests.harness.service import ROOT, Service
+
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
+
+WIDGET = ROOT / "widget" / "widget.js"
+BUDGET = 10_240  # bytes, gzipped
+MODELS = [
+    {"id": "calm", "provider": "demo", "personality": "scholar", "display_name": "Calm Owl", "pace": 0.01},
+    {"id": "wild", "provider": "demo", "personality": "poet", "display_name": "Wild Fox", "pace": 0.01},
+]
+POLICY = (
+    "default-src 'none'; script-src {base}; connect-src {base} {socket}; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def counted(number: int) -> str:
+    return " ".join(f"⟨{n}⟩" for n in range(number))
+
+
+# -- a page of somebody else
+
+
+class Pages:
+    """What `good.example` serves. A test sets how the widget stands in it; `hostile` adds the worst of stylesheets."""
+
+    def __init__(self) -> None:
+        self.base = ""
+        self.attributes = ""
+        self.body = "<h1>A shop</h1><p>Buy something.</p>"
+        self.language = 'lang="en"'
+        self.hostile = False
+
+    def answer(self, path: str) -> tuple[dict[str, str], str]:
+        policy = POLICY.format(base=self.base, socket=self.base.replace("http", "ws"))
+        style = "<style>*, *::before { all: unset !important; color: red !important } parley-chat { display: none !important }</style>"
+        if self.hostile:
+            policy += "; style-src 'unsafe-inline'"
+        script = f'<script src="{self.base}/widget.js" async {self.attributes}></script>'
+        head = f'<meta name="viewport" content="width=device-width"><title>Shop</title>{style * self.hostile}'
+        html = f"<!doctype html><html {self.language}><head>{head}{script}</head><body><main>{self.body}</main></body></html>"
+        return {"Content-Security-Policy": policy, "Cross-Origin-Embedder-Policy": "require-corp"}, html
+
+
+class Visit:
+    """A tab with a widget in it."""
+
+    def __init__(self, tab: Any) -> None:
+        self.tab = tab
+        self.requests: list[str] = []
+        self.problems: list[str] = []
+        tab.on("pageerror", lambda problem: self.problems.append(str(problem)))
+        tab.on("console", self._listen)
+        tab.on("request", lambda request: self.requests.append(request.url))
+        tab.on("websocket", lambda socket: self.requests.append(socket.url))
+
+    def _listen(self, message: Any) -> None:
+        if re.search(r"Content Security|Trusted", message.text):
+            self.problems.append(message.text)
+
+    async def ask(self, script: str, given: Any = None) -> Any:
+        """Run a function's body in the page: `chat` is the widget, `talk` its conversation, `$` finds inside it."""
+        names = "const chat = document.querySelector('parley-chat'), talk = chat?.talk; const $ = (s) => chat.root.querySelector(s);"
+        return await self.tab.evaluate(f"(given) => {{ {names} {script} }}", given)
+
+    async def see(self, condition: str, within: float = 15.0, given: Any = None) -> Any:
+        async def look() -> Any:
+            return await self.ask(f"return {condition}", given)
+
+        return await until(look, within, condition, lambda: str(self.problems))
+
+    async def there(self) -> Visit:
+        await self.see("!!chat?.root")
+        return self
+
+    async def open(self) -> Visit:
+        await self.button("Open chat").click()
+        return self
+
+    def button(self, name: str) -> Any:
+        return self.tab.get_by_role("button", name=name, exact=True)
+
+    @property
+    def box(self) -> Any:
+        return self.tab.locator("parley-chat textarea")
+
+    async def say(self, text: str) -> None:
+        await self.box.fill(text)
+        await self.box.press("Enter")
+
+    async def answered(self, replies: int = 1) -> str:
+        """Wait until all is answered; the last answer's text as it is shown."""
+        await self.see(
+            "talk.list.filter(({role}) => role !== 'user').length >= given && !talk.running && !talk.unsent.length"
+            " && !chat.frame", given=replies)  # fmt: skip
+        return await self.shown()
+
+    async def shown(self) -> str:
+        return await self.ask("return [...chat.root.querySelectorAll('.prose')].at(-1)?.textContent ?? ''")
+
+    async def reload(self) -> Visit:
+        await self.tab.reload()
+        return await self.there()
+
+
+# -- fixtures
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Any]:
+    async with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[tuple[Pages, int]]:
+    pages = Pages()
+    with website(pages.answer) as port:
+        yield pages, port
+
+
+def environment(request: pytest.FixtureRequest, folder: Path, port: int, **more: str) -> dict[str, str]:
+    wishes = {
+        "ALLOWED_ORIGINS": f"http://good.example:{port}",
+        "PARLEY_MODELS": json.dumps(MODELS),
+        "PARLEY_SUGGESTIONS": '["Hello", "Is it raining?"]',
+        "PARLEY_GREETING": "What is it?",
+        "PARLEY_LEADERBOARD_CACHE": "0",
+    }
+    return CLOSED | store("sqlite", request, folder) | wishes | more
+
+
+@pytest.fixture(scope="module")
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, site: tuple[Pages, int], browser: Any
+) -> Iterator[Service]:
+    with Service(environment(request, tmp_path_factory.mktemp("widget"), site[1]), server="serve") as running:
+        yield running
+        log = running.log()
+    assert "Traceback" not in log, log[-6000:]
+
+
+@pytest.fixture
+def pages(site: tuple[Pages, int], service: Service) -> Pages:
+    """The foreign page, as it is without wishes."""
+    site[0].__init__()  # type: ignore[misc]
+    site[0].base = service.url
+    return site[0]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def context(browser: Any) -> AsyncIterator[Any]:
+    made = await browser.new_context(viewport={"width": 1000, "height": 800})
+    yield made
+    await made.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def visit(context: Any, pages: Pages, site: tuple[Pages, int]) -> AsyncIterator[Any]:
+    """Opens the foreign page, or a page of the service by its path. At the end nothing has gone wrong in any of them."""
+    made: list[Visit] = []
+
+    async def go(path: str = "") -> Visit:
+        made.append(Visit(await context.new_page()))
+        await made[-1].tab.goto(f"{pages.base}{path}" if path else f"http://good.example:{site[1]}/")
+        return made[-1]
+
+    yield go
+    assert [problem for each in made for problem in each.problems] == []
+
+
+# -- what is sent
+
+
+async def test_the_widget_keeps_its_budget() -> None:
+    packed = len(gzip.compress(WIDGET.read_bytes(), 9, mtime=0))
+    assert packed <= BUDGET, f"{packed} bytes gzipped, {packed - BUDGET} too many"
+
+
+async def test_the_widget_uses_nothing_a_policy_forbids() -> None:
+    """A policy would stop it only where a page has one."""
+    text = WIDGET.read_text()
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", ".style", "'style'"):
+        assert word not in text, word
+
+
+# -- a visit
+
+
+async def test_nothing_is_asked_or_kept_before_it_is_opened(visit: Any, context: Any) -> None:
+    """Opening asks for the settings; the first message makes a guest, a session and a socket."""
+    shop = await (await visit()).there()
+    kept = "return [localStorage.length, sessionStorage.length, document.cookie]"
+    assert [url.rpartition("/")[2] for url in shop.requests if "favicon" not in url] == ["", "widget.js"]
+    assert await shop.ask(kept) == [0, 0, ""]
+    await shop.open()
+    await shop.see("$('.empty button')?.textContent === 'Hello'")
+    assert await shop.ask("return $('.empty h3').textContent") == "What is it?"
+    assert [url.rpartition("/api/")[2] for url in shop.requests if "/api/" in url] == ["widget/"]
+    assert await shop.ask(kept) == [0, 0, ""]
+    await shop.button("Is it raining?").click()
+    assert "raining" in await shop.answered()
+    asked = [url.rpartition("/api/")[2] for url in shop.requests if "/api/" in url]
+    assert asked == ["widget/", "auth/anonymous/", "sessions/"]
+    assert len([url for url in shop.requests if url.startswith("ws")]) == 1
+    text = await shop.ask("return JSON.stringify(localStorage)")
+    assert "raining" not in text and await context.cookies() == []
+
+
+async def test_what_is_not_to_be_remembered_is_not(visit: Any, pages: Pages) -> None:
+    pages.attributes = 'data-remember="no"'
+    shop = await (await (await visit()).there()).open()
+    await shop.say("Hello")
+    await shop.answered()
+    assert await shop.ask("return [localStorage.length, sessionStorage.length]") == [0, 0]
+    await (await shop.reload()).open()
+    await shop.see("$('.empty button')")
+
+
+async def test_an_answer_has_its_table_list_and_code(visit: Any) -> None:
+    shop = await (await (await visit()).there()).open()
+    await shop.say("Tell me about rivers")
+    await shop.answered()
+    assert await shop.ask("return [...$('.prose').children].map((each) => each.tagName)") == ["H3", "P", "OL", "DIV", "DIV", "P"]
+    assert await shop.ask("return [...chat.root.querySelectorAll('td.end')].length") == 3
+    assert "def weigh" in await shop.ask("return $('pre').textContent")
+    assert await shop.ask("return $('.code > div').firstChild.data") == "python"
+
+
+async def test_stopping_stops_it_on_the_server(visit: Any) -> None:
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/long 2000")
+    await shop.see("$('.prose')?.textContent.length > 100")
+    await shop.button("Stop").click()
+    await shop.answered()
+    assert await shop.ask("return talk.list.at(-1).status") == "stopped"
+    await shop.see("$('.acts .note').textContent === 'Stopped' && $('[title=Send]')")
+
+
+async def test_a_reload_in_the_middle_loses_nothing(visit: Any) -> None:
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 250")
+    await shop.see("talk.list.at(-1).text.length > 200")
+    await (await shop.reload()).open()
+    await shop.see("talk.running")
+    assert await shop.answered() == counted(250)
+
+
+async def test_tabs_share_a_session(visit: Any) -> None:
+    """What is said in one is seen in all, each with a socket of its own; a new chat in one is one in all."""
+    first = await (await (await visit()).there()).open()
+    second = await (await (await visit()).there()).open()
+    await first.say("/count 150")
+    await second.see("talk.list.at(-1)?.text.length > 50")
+    third = await (await (await visit()).there()).open()
+    for tab in (first, second, third):
+        assert await tab.answered() == counted(150)
+    await third.say("/count 3")
+    await first.answered(2)
+    assert await first.shown() == counted(3)
+    await second.button("New chat").click()
+    await first.see("talk.list.length === 0")
+    await second.say("/count 4")
+    await first.see("chat.root.querySelector('.prose')?.textContent === given", given=counted(4))
+
+
+async def test_a_lost_connection_goes_on_where_it_was(visit: Any, pages: Pages) -> None:
+    """The socket is cut three times in one answer: no word is lost or doubled, and what stood there stays as it was."""
+    async with Proxy.before(pages.base) as proxy:
+        pages.base = proxy.through(pages.base)
+        shop = await (await (await visit()).there()).open()
+        await shop.say("/count 300")
+        await shop.see("talk.list.at(-1).text.length > 50")
+        await shop.ask("chat.first = $('.prose').firstChild.firstChild")
+        for _ in range(3):
+            known = await shop.ask("return talk.list.at(-1).text.length")
+            proxy.close_all()
+            await shop.see("talk.list.at(-1).text.length > given", given=known + 60)
+        assert await shop.answered() == counted(300)
+        assert await shop.ask("return chat.first === $('.prose').firstChild.firstChild")
+    sockets = [url for url in shop.requests if url.startswith("ws")]
+    assert len(sockets) >= 4 and all("cursor=" in url for url in sockets[1:])
+
+
+async def test_offline_is_said_and_ends(visit: Any, context: Any) -> None:
+    """What is written meanwhile waits and is sent once."""
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 200")
+    await shop.see("talk.list.at(-1).text.length > 50")
+    await context.set_offline(True)
+    await shop.see("$('.state')?.textContent === 'Offline, trying again'")
+    await context.set_offline(False)
+    assert await shop.answered() == counted(200)
+    await context.set_offline(True)
+    await shop.see("talk.state === 'offline'")
+    await shop.say("/count 5")
+    await shop.see("$('.note')?.textContent === 'Waiting for the connection'")
+    await context.set_offline(False)
+    await shop.answered(2)
+    assert await shop.shown() == counted(5)
+    assert await shop.ask("return talk.list.length") == 4
+
+
+async def test_a_restart_interrupts_and_one_click_goes_on(
+    visit: Any, pages: Pages, request: pytest.FixtureRequest, tmp_path: Path, site: tuple[Pages, int]
+) -> None:
+    async with Service(environment(request, tmp_path, site[1]), server="serve") as running:
+        pages.base = running.url
+        shop = await (await (await visit()).there()).open()
+        await shop.say("/slow 0.1 a long story")
+        await shop.see("talk.list.at(-1).text.length > 50")
+        await running.restart()
+        await shop.answered()
+        assert await shop.ask("return [talk.list.at(-1).status, talk.state]") == ["interrupted", "live"]
+        await shop.button("Continue").click()
+        await shop.answered(2)
+        assert await shop.ask("return talk.list.at(-1).status") == "success"
+
+
+# -- the arena
+
+
+async def test_a_battle_is_voted_on_once_and_revealed(visit: Any, pages: Pages) -> None:
+    """Another tab that has not heard of the vote yet is told, and sees the names."""
+    pages.attributes = 'data-mode="arena" data-open'
+    one, other = await (await visit()).there(), await (await visit()).there()
+    await one.say("Which of you is right?")
+    await one.answered(2)
+    await other.answered(2)
+    names = "return [...chat.root.querySelectorAll('.by')].map((each) => each.firstChild.data)"
+    assert await one.ask(names) == ["Model A", "Model B"]
+    assert not re.search(r"\b(owl|fox|calm|wild)\b", await one.ask("return $('section').textContent"), re.IGNORECASE)
+    await other.ask("talk.hear = () => {}")  # its news are late
+    votes = await one.ask("chat.votes = []; chat.addEventListener('chat:vote', ({detail}) => chat.votes.push(detail.preference))")
+    await one.button("A is better").click()
+    await one.see("chat.votes.length === 1")
+    await one.see("!$('.votes')")
+    assert set(await one.ask(names)) == {"Calm Owl", "Wild Fox"}
+    assert votes is None and await one.ask("return $('.won em').textContent") == "✓ Your pick"
+    await other.ask("delete talk.hear")
+    await other.button("B is better").click()
+    await other.see("$('.alert')?.textContent.includes('voted')")
+    await other.see("!$('.votes')")
+    assert set(await other.ask(names)) == {"Calm Owl", "Wild Fox"}
+
+
+async def test_a_failed_battle_cannot_be_voted_on_but_asked_again(visit: Any, pages: Pages) -> None:
+    pages.attributes = 'data-mode="arena" data-open'
+    shop = await (await visit()).there()
+    await shop.say("/fail 3 poet")
+    await shop.answered(2)
+    assert await shop.ask("return [...chat.root.querySelectorAll('.note')].map((each) => each.textContent)") == ["No answer came"]
+    assert await shop.ask("return $('.votes')") is None
+    await shop.button("Try again").click()
+    await shop.see("talk.running")
+    await shop.answered(2)
+
+
+# -- what goes wrong
+
+
+async def test_limits_are_said_and_can_be_tried_again(
+    visit: Any, pages: Pages, request: pytest.FixtureRequest, tmp_path: Path, site: tuple[Pages, int]
+) -> None:
+    with Service(environment(request, tmp_path, site[1], PARLEY_MESSAGES_PER_MINUTE="1"), server="serve") as running:
+        pages.base = running.url
+        shop = await (await (await visit()).there()).open()
+        await shop.ask("chat.heard = []; chat.addEventListener('chat:error', ({detail}) => chat.heard.push(detail.code))")
+        await shop.say("Hello")
+        await shop.answered()
+        await shop.say("Hello again")
+        await shop.see("$('.bad[role=alert]')?.textContent.includes('Possible again in')")
+        assert await shop.ask("return chat.heard") == ["rate_limited"]
+        assert await shop.ask("return talk.list.length") == 3
+        await shop.button("Try again").click()
+        await shop.see("chat.heard.length === 2")
+        assert await shop.ask("return talk.list.length") == 3
+
+
+async def test_a_service_that_is_away_is_said(visit: Any, pages: Pages) -> None:
+    async with Proxy.before(pages.base) as proxy:
+        pages.base = proxy.through(pages.base)
+        shop = await (await (await visit()).there()).open()
+        await shop.see("$('.empty button')")
+        proxy.refuse()
+        proxy.close_all()
+        await shop.say("/count 3")
+        await shop.see("$('.bad')?.textContent.includes('No connection just now.')")
+        proxy.ok()
+        await shop.button("Try again").click()
+        assert await shop.answered() == counted(3)
+
+
+async def test_a_chat_that_is_gone_makes_room_for_another(visit: Any, pages: Pages) -> None:
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 3")
+    await shop.answered()
+    await shop.ask("return talk.api(`sessions/${talk.id}/`, null, 'DELETE').catch(() => 0)")
+    await shop.see("$('.alert')?.textContent.includes('This chat has ended.')")
+    await shop.say("/count 4")
+    await shop.see("talk.list.length === 2")
+    assert await shop.answered() == counted(4)
+
+
+# -- what a page may do
+
+
+async def test_a_page_hears_and_speaks(visit: Any) -> None:
+    """`chat:send` may be refused; `send`, `stop`, `reset` and `toggle` do what the buttons do."""
+    shop = await (await visit()).there()
+    await shop.ask("""
+        window.heard = [];
+        for (const name of ['open', 'send', 'message', 'vote', 'error'])
+            document.addEventListener(`chat:${name}`, (event) => {
+                heard.push(name);
+                if (event.detail?.text === 'secret') event.preventDefault();
+            });
+        chat.toggle();
+    """)
+    assert await shop.ask("return [chat.send('secret'), chat.send('/count 3')]") == [False, True]
+    await shop.answered()
+    assert await shop.ask("return heard") == ["open", "send", "send", "message"]
+    await shop.ask("chat.reset()")
+    await shop.see("$('.empty')")
+    await shop.ask("chat.toggle(false)")
+    await shop.see("!$('dialog').open")
+
+
+# -- the wire
+
+
+UPDATE = """
+    const begin = (id, role = 'assistant') => talk.hear({type: 'message_update', turn_id: 't', cursor: 't.0',
+        message: {id, role, content: '', status: role === 'user' ? 'success' : 'pending', position: role === 'user' ? 0 : 1, participant: 'a'}});
+    const chunk = (text, offset, cursor = 't.1') => talk.hear({type: 'message_chunk', turn_id: 't', message_id: 'r', chunk: text, offset, cursor});
+    const text = () => talk.messages.get('r').text;
+"""
+
+
+async def test_text_is_placed_by_code_points(visit: Any) -> None:
+    """What is there already is dropped; where something is missing the cursor is given back and nothing is shown."""
+    shop = await (await visit()).there()
+    said = await shop.ask(UPDATE + """
+        const sent = [];
+        talk.send = (frame) => sent.push(frame);
+        begin('u', 'user'); begin('r');
+        chunk('a😀b', 0, 't.3');
+        chunk('😀bc', 1, 't.4');      // two of three are known
+        chunk('c', 3, 't.4');         // all of it is
+        const before = text();
+        chunk('z', 9, 't.10'); chunk('zz', 10, 't.12');
+        const asked = [...sent], cursor = talk.cursor;
+        talk.hear({type: 'resumed', turn_id: 't', cursor});
+        chunk('de😀', 4, 't.7');
+        return {before, asked, after: text(), cursor: talk.cursor};
+    """)
+    assert said == {"before": "a😀bc", "asked": [{"type": "resume", "cursor": "t.4"}], "after": "a😀bcde😀", "cursor": "t.7"}
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [(1012, "offline"), (4408, "offline"), (4429, "offline"), (1006, "offline"), (1009, "over"), (4400, "over"), (4403, "over"), (4404, "over"), (4401, "over")],
+)  # fmt: skip
+async def test_a_close_code_says_whether_to_come_back(visit: Any, code: int, state: str) -> None:
+    shop = await (await visit()).there()
+    said = await shop.ask("""
+        talk.keep({guest: 'g', direct: 's'});
+        talk.closed(given);
+        clearTimeout(talk.timer);
+        return [talk.state, talk.keys];
+    """, code)
+    kept = {} if code == 4401 else {"guest": "g"} if code == 4404 else {"guest": "g", "direct": "s"}
+    assert said == [state, kept]
+
+
+# -- Markdown
+
+
+async def grown(shop: Visit, text: str, sizes: list[int]) -> list[str]:
+    """The HTML a text has in the end when it comes in pieces of these sizes, and when it comes whole."""
+    return await shop.ask(UPDATE + """
+        const html = () => { chat.draw(); return $('.prose').innerHTML; };
+        const end = (content) => talk.hear({type: 'message_complete', turn_id: 't', message_id: 'r', message: {...talk.messages.get('r'), content, status: 'success'}});
+        begin('u', 'user'); begin('r');
+        const points = [...given.text];
+        for (let i = 0, k = 0; i < points.length; k++) {
+            const piece = points.slice(i, i + given.sizes[k % given.sizes.length]);
+            chunk(piece.join(''), i); html();
+            i += piece.length;
+        }
+        end(given.text);
+        const grown = html();
+        talk.messages.clear(); chat.draw();
+        begin('u', 'user'); begin('r'); end(given.text);
+        return [grown, html()];
+    """, {"text": text, "sizes": sizes})
+
+
+MARKDOWN = {
+    "# One\n\nand *two* and __three__ `four`": "<h3>One</h3><p>and <em>two</em> and <strong>three</strong> <code>four</code></p>",
+    "a\n- b\n  - c\n\n    more\n- d\n1. e": "<p>a</p><ul><li>b<ul><li>c<p>more</p></li></ul></li><li>d</li></ul><ol><li>e</li></ol>",
+    "3. x\n4. y\n\n\nz": '<ol start="3"><li>x</li><li>y</li></ol><p>z</p>',
+    "> q\n> > r\n\n---\n": "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote><hr>",
+    "snake_case_name 2*3*4 \\*no\\*": "<p>snake_case_name 2*3*4 *no*</p>",
+    "***both*** ~~gone~~ **a *b* c**": "<p><strong><em>both</em></strong> <del>gone</del> <strong>a <em>b</em> c</strong></p>",
+    "**open and `code": "<p>**open and `code</p>",
+    "1 < 2 & <b>3</b>": "<p>1 &lt; 2 &amp; &lt;b&gt;3&lt;/b&gt;</p>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+async def test_markdown_becomes_these_nodes(visit: Any, text: str) -> None:
+    shop = await (await visit()).there()
+    for sizes in ([1], [3, 1, 7], [1000]):
+        assert await grown(shop, text, sizes) == [MARKDOWN[text]] * 2
+
+
+LONG = """
+Intro with **bold**, a [link](https://example.org/a_b?c=d*e) and https://example.org/x_y.
+
+| A | B |
+|:-:|--:|
+| 1 | `a\\|b` |
+| 2 | three |
+
+1. first
+   ```js
+   const x = '**no**'
+
+   let y
+   ```
+2. second
+
+   still second
+3. third
+   - nested *em*
+   - [ ] open
+
+- other
+
+> quote
+continued
+
+```
+unclosed **code**
+# not a heading
+"""
+
+
+async def test_growing_ends_where_writing_at_once_does(visit: Any) -> None:
+    shop = await (await visit()).there()
+    for sizes in ([1], [2, 5], [13], [1, 1, 40]):
+        one, other = await grown(shop, LONG, sizes)
+        assert one == other
+    assert '<code>a|b</code>' in other or "a|b" in other
+    assert "<h" not in other
+
+
+async def test_what_is_finished_is_not_touched_again(visit: Any) -> None:
+    """While the rest is written no node of a finished block is added, removed or changed."""
+    shop = await (await visit()).there()
+    changes = await shop.ask(UPDATE + """
+        begin('u', 'user'); begin('r');
+        const start = 'One **two**.\\n\\n```py\\nx = 1\\n```\\n\\n- a\\n- b\\n\\nnext\\n';
+        chunk(start, 0); chat.draw();
+        const blocks = [...$('.prose').children].slice(0, -1), watcher = new MutationObserver(() => 0);
+        for (const block of blocks) watcher.observe(block, {subtree: true, childList: true, attributes: true, characterData: true});
+        watcher.observe($('.prose'), {childList: true});
+        let at = start.length;
+        for (const piece of ['more ', 'text\\n', '\\n| a | b |\\n', '|--|--|\\n', '| 1 | 2 |\\n', '\\nend']) { chunk(piece, at); at += piece.length; chat.draw(); }
+        const seen = watcher.takeRecords();
+        return [blocks.length, seen.filter(({target}) => target !== $('.prose')).length, seen.reduce((sum, {removedNodes}) => sum + removedNodes.length, 0),
+            blocks.every((block, i) => block === $('.prose').children[i])];
+    """)
+    assert changes[:2] == [3, 0] and changes[3]
+    assert changes[2] <= 1, "a table begins as the paragraph of its first line"
+
+
+PAYLOADS = (ROOT / "tests" / "payloads.txt").read_text().splitlines()
+
+
+async def test_no_payload_runs_or_asks(visit: Any) -> None:
+    """Each is streamed in pieces by the real service: no script runs, nothing is asked of anybody, no link is dangerous."""
+    shop = await (await (await visit()).there()).open()
+    await shop.ask("window.alert = window.evil = () => { window.ran = true }")
+    assert len(PAYLOADS) >= 60
+    text = "\n\n".join(PAYLOADS)
+    pieces = [text[i : i + 12_000] for i in range(0, len(text), 12_000)]
+    for n, piece in enumerate(pieces):
+        await shop.say(f"/echo {piece}")
+        await shop.answered(n + 1)
+    found = await shop.ask("""
+        const all = [...chat.root.querySelectorAll('.prose *')];
+        return {
+            ran: !!window.ran,
+            tags: [...new Set(all.map((each) => each.tagName))].filter((tag) => /SCRIPT|IFRAME|OBJECT|EMBED|IMG|STYLE|LINK|META|FORM|INPUT|VIDEO|AUDIO|BASE|MATH/.test(tag)),
+            handlers: all.flatMap((each) => each.getAttributeNames()).filter((name) => /^on|style|srcdoc|src$/.test(name)),
+            links: [...new Set(all.filter((each) => each.href).map((each) => new URL(each.href).protocol))].filter((each) => !/^(https?|mailto):$/.test(each)),
+            rel: all.filter((each) => each.href && each.rel !== 'noopener noreferrer nofollow').length,
+        };
+    """)
+    assert found == {"ran": False, "tags": [], "handlers": [], "links": [], "rel": 0}
+    elsewhere = [url for url in shop.requests if not re.match(r"(http|ws)://(127\.0\.0\.1|good\.example):\d+/", url)]
+    assert elsewhere == []
+
+
+async def test_images_are_shown_of_named_hosts_only(visit: Any, pages: Pages) -> None:
+    pages.attributes = 'data-images="good.example images.example"'
+    shop = await (await visit()).there()
+    html = (await grown(shop, "![a](https://images.example/a.png) ![b](https://evil.example/?d=secret) ![c](https://images.example@evil.example/)", [5]))[0]
+    assert html.count("<img") == 1 and 'src="https://images.example/a.png"' in html
+    shop.problems.clear()  # the page's own policy allows no images at all
+
+
+# -- everybody
+
+
+async def axe(shop: Visit) -> list[str]:
+    """What axe-core finds wrong, as `rule: element`."""
+    await shop.tab.evaluate(AXE.read_text())
+    found = await shop.tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{each['id']}: {node['html'][:150]}" for each in found["violations"] for node in each["nodes"]]
+
+
+AXE = ROOT / "tests" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+@pytest.fixture(scope="module")
+def accessibility() -> None:
+    """axe-core is there; npm installs it once."""
+    if AXE.exists():
+        return
+    try:
+        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=AXE.parents[2], capture_output=True, text=True)
+    except FileNotFoundError:
+        absent("axe-core needs npm (apt-get install npm)")
+    if done.returncode:
+        absent(f"npm could not install axe-core: {done.stderr.strip()[-300:]}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_in_any_state(visit: Any, context: Any, pages: Pages, accessibility: None, scheme: str) -> None:
+    shop = await (await visit()).there()
+    await shop.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    assert await axe(shop) == [], "closed"
+    await shop.open()
+    await shop.see("$('.empty button')")
+    assert await axe(shop) == [], "empty"
+    await shop.say("/slow 0.05 a table of rivers")
+    await shop.see("$('.prose')?.textContent.length > 30")
+    assert await axe(shop) == [], "streaming"
+    await shop.button("Stop").click()
+    await shop.answered()
+    assert await axe(shop) == [], "stopped"
+    await shop.say("Tell me about rivers")
+    await shop.answered(2)
+    await shop.say("/fail 3")
+    await shop.answered(3)
+    assert await axe(shop) == [], "answered and failed"
+    await shop.ask("talk.refuse(null, {code: 'rate_limited', message: 'Too many.', retry_after: 3}); $('.log').scrollTop = 0")
+    await shop.see("$('.alert') && $('.latest')")
+    assert await axe(shop) == [], "limited, and the reader further up"
+    await context.set_offline(True)
+    await shop.say("later")
+    await shop.see("$('.state')")
+    assert await axe(shop) == [], "offline"
+    await context.set_offline(False)
+
+
+async def test_axe_finds_nothing_on_any_page(visit: Any, context: Any, accessibility: None) -> None:
+    for scheme in ("light", "dark"):
+        arena = await visit("/arena")
+        await arena.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        await (await arena.there()).ask("chat.reset()")
+        assert await axe(arena) == []
+        await arena.say("Which of you is right?")
+        await arena.answered(2)
+        assert await axe(arena) == [], "before the vote"
+        await arena.button("Tie").click()
+        await arena.see("!$('.votes')")
+        assert await axe(arena) == [], "after it"
+        for path in ("/", "/leaderboard", "/debug", "/shared/nothing"):
+            page = await visit(path)
+            await page.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            await page.tab.wait_for_load_state("networkidle")
+            assert await axe(page) == [], path
+
+
+async def test_the_keyboard_does_everything(visit: Any) -> None:
+    """Tab to the launcher, Enter, a question, Esc: focus goes in, stays while tokens arrive, and comes back."""
+    shop = await (await visit()).there()
+    keys, focused = shop.tab.keyboard, "return chat.root.activeElement?.getAttribute('aria-label') ?? null"
+    await keys.press("Tab")
+    assert await shop.ask(focused) == "Open chat"
+    await keys.press("Enter")
+    assert await shop.ask(focused) == "Write a message"
+    await keys.type("/count 60")
+    await keys.press("Shift+Enter")
+    await keys.type("x")
+    assert await shop.ask("return $('textarea').value") == "/count 60\nx"
+    await keys.press("Enter")
+    await shop.answered()
+    assert await shop.ask(focused) == "Write a message"
+    for _ in range(30):
+        await keys.press("Shift+Tab")
+        if await shop.ask(focused) == "Copy":
+            break
+    assert await shop.ask(focused) == "Copy"
+    await keys.press("Escape")
+    await shop.see("!$('dialog').open && chat.root.activeElement?.getAttribute('aria-label') === 'Open chat'")
+
+
+async def test_a_screen_reader_is_told_once(visit: Any) -> None:
+    """While tokens arrive nothing is announced; at the end the answer is, once."""
+    shop = await (await (await visit()).there()).open()
+    await shop.ask("""
+        chat.told = [];
+        new MutationObserver(() => chat.told.push($('.sr[role=status]').textContent)).observe($('.sr[role=status]'), {childList: true, characterData: true, subtree: true});
+    """)
+    await shop.say("/count 40")
+    await shop.answered()
+    assert await shop.ask("return $('.log').getAttribute('aria-live')") == "off"
+    await shop.see("chat.told.length")
+    assert await shop.ask("return chat.told") == [f"Answer finished. {counted(40)}"]
+
+
+async def test_the_reader_is_left_where_they_are(visit: Any) -> None:
+    """The log follows the end while it is in sight, and not when somebody reads further up."""
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/long 900")
+    await shop.see("$('.log').scrollTop > 200")
+    bottom = "$('.log').scrollHeight - $('.log').scrollTop - $('.log').clientHeight"
+    assert await shop.ask(f"return {bottom}") < 40
+    await shop.ask("$('.log').scrollTop = 100")
+    await shop.see("!chat.follows && $('.latest')")
+    known = await shop.ask("return talk.list.at(-1).text.length")
+    await shop.see("talk.list.at(-1).text.length > given + 200", given=known)
+    assert await shop.ask("return $('.log').scrollTop") == 100
+    await shop.button("Show the latest").click()
+    await shop.see(f"chat.follows && {bottom} < 40 && !$('.latest')")
+
+
+async def test_it_is_drawn_from_right_to_left(visit: Any, pages: Pages) -> None:
+    pages.language = 'lang="ar" dir="rtl"'
+    pages.attributes = """data-strings='{"open": "افتح المحادثة"}' data-open data-lang="ar" """
+    shop = await (await visit()).there()
+    await shop.say("/echo مرحبا **بكم** and then English\n\n- واحد")
+    await shop.answered()
+    width = await shop.ask("return innerWidth")
+    assert (await shop.ask("return $('.launcher').getBoundingClientRect().right")) < width / 2
+    assert (await shop.ask("return $('dialog').getBoundingClientRect().left")) < 40
+    assert await shop.ask("return getComputedStyle($('.prose p')).direction") == "rtl"
+    assert await shop.ask("return $('.launcher').ariaExpanded") == "true"
+    sides = "const [log, you] = ['.log', '.you'].map((each) => $(each).getBoundingClientRect()); return [you.left - log.left, log.right - you.right]"
+    near, far = await shop.ask(sides)
+    assert near < far
+
+
+async def test_on_a_phone_it_fills_the_screen(visit: Any) -> None:
+    """It is modal there: what is behind it is out of reach. Above a keyboard it takes what the keyboard leaves."""
+    shop = await (await visit()).there()
+    await shop.tab.set_viewport_size({"width": 390, "height": 780})
+    await shop.open()
+    place = "const {x, y, width, height} = $('dialog').getBoundingClientRect(); return [x, y, width, height]"
+    await shop.see("$('dialog').matches(':modal') && $('dialog').clientHeight === 780")
+    assert await shop.ask(place) == [0, 0, 390, 780]
+    await shop.tab.set_viewport_size({"width": 390, "height": 420})
+    await shop.see("$('dialog').clientHeight === 420")
+    assert await shop.ask("const box = $('form').getBoundingClientRect(); return box.bottom <= 420")
+
+
+async def test_targets_are_large_enough(visit: Any, pages: Pages) -> None:
+    pages.attributes = 'data-mode="arena" data-open'
+    shop = await (await visit()).there()
+    await shop.say("Tell me about rivers")
+    await shop.answered(2)
+    small = "return [...chat.root.querySelectorAll('button')].filter((each) => { const {width, height} = each.getBoundingClientRect(); return width < 24 || height < 24; }).length"
+    assert await shop.ask(small) == 0
+
+
+async def test_at_twice_the_size_nothing_is_cut_off(visit: Any) -> None:
+    """200 % zoom of a 1000 pixel window is a window of 500: no part of the widget leaves it."""
+    shop = await (await visit()).there()
+    await shop.tab.set_viewport_size({"width": 500, "height": 400})
+    await shop.open()
+    await shop.say("Tell me about rivers")
+    await shop.answered()
+    inside = "return [...chat.root.querySelectorAll('dialog, header, form, .send, .launcher')].every((each) => { const box = each.getBoundingClientRect(); return box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight; })"
+    assert await shop.ask(inside)
+    assert await shop.ask("return $('.log').scrollWidth <= $('.log').clientWidth")
+
+
+async def test_a_hostile_stylesheet_changes_nothing(visit: Any, pages: Pages) -> None:
+    """`* { all: unset !important; display: none !important }` and worse: every pixel of the widget is the same."""
+    pictures = []
+    for hostile in (False, True):
+        pages.hostile, pages.body = hostile, ""
+        shop = await (await (await visit()).there()).open()
+        await shop.ask("talk.reset()")
+        await shop.say("Tell me about rivers")
+        await shop.answered()
+        await shop.ask("$('textarea').blur()")
+        for part in ("dialog", ".launcher"):
+            pictures.append(await shop.tab.locator(f"parley-chat {part}").screenshot(animations="disabled"))
+    assert pictures[:2] == pictures[2:]
