@@ -176,3 +176,36 @@ async def test_a_failure_keeps_nothing_of_its_caller(database: Database) -> None
         assert [each() for each in kept] == [None] * 3
     finally:
         gc.enable()
+
+
+async def test_who_waits_to_the_end_gets_the_answer(database: Database, tmp_path: Path) -> None:
+    """Somebody else has the file's lock for longer than a caller's usual patience."""
+    with sqlite3.connect(tmp_path / "a.db", isolation_level=None, check_same_thread=False) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        async def work(query: Query) -> int:
+            await query.execute("INSERT INTO words (word) VALUES ('late')")
+            return 7
+
+        waiting = asyncio.create_task(database.transaction(work, patience=None, line="words"))
+        with pytest.raises(StorageUnavailable):
+            await say(database, "impatient")
+        assert not waiting.done()
+        other.execute("ROLLBACK")
+        assert await waiting == 7
+
+
+async def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """Everybody's conversations are in it, and in what SQLite puts beside it."""
+    old = tmp_path / "old.db"
+    with sqlite3.connect(old) as other:
+        other.execute("CREATE TABLE words (word TEXT)")
+    old.chmod(0o644)
+    for path in (tmp_path / "new" / "a.db", old):
+        database = Database(f"sqlite:///{path}", exclusive=True)
+        await database.connect()
+        await database.execute("CREATE TABLE more (word TEXT)")
+        modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.glob(f"{path.name}*")}
+        await database.disconnect()
+        assert modes == dict.fromkeys((path.name, f"{path.name}-wal", f"{path.name}-shm", f"{path.name}.lock"), 0o600)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,147 @@
+"""PostgreSQL's few connections: what waits for a row somebody else holds takes them from nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from chat.store import database as door
+from chat.store.database import Database, StorageUnavailable
+from chat.store.queries import Query
+from tests.harness import until
+from tests.harness.servers import Postgres
+
+POOL = 5
+
+
+@pytest.fixture
+async def database(postgres_server: Postgres) -> AsyncIterator[Database]:
+    database = Database(postgres_server.create_database(), pool_size=POOL)
+    await database.connect()
+    await database.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, count INTEGER NOT NULL)")
+    names = [f"row {n}" for n in range(8)]
+    await database.transaction(
+        lambda query: query.execute_many(
+            "INSERT INTO counts (name, count) VALUES (:name, 0)", [{"name": name} for name in names]
+        )
+    )
+    yield database
+    await database.disconnect()
+
+
+@pytest.fixture
+async def holder(database: Database) -> AsyncIterator[asyncpg.Connection]:
+    """Somebody who has all rows but the last locked, until a rollback."""
+    other = await asyncpg.connect(database.url)
+    await other.execute("BEGIN")
+    await other.execute("SELECT * FROM counts WHERE name < 'row 7' FOR UPDATE")
+    yield other
+    await other.close()
+
+
+async def count(database: Database, name: str, line: str | None = None, patience: float | None = 0.0) -> None:
+    async def work(query: Query) -> None:
+        await query.execute("UPDATE counts SET count = count + 1 WHERE name = :name", {"name": name})
+
+    await database.transaction(work, line=line, patience=patience)
+
+
+async def counted(database: Database, name: str) -> int:
+    rows = await database.fetch_all("SELECT count FROM counts WHERE name = :name", {"name": name})
+    return int(rows[0]["count"])
+
+
+async def waiting(holder: asyncpg.Connection) -> int:
+    """How many connections wait for a lock."""
+    await holder.execute("SELECT pg_stat_clear_snapshot()")  # one transaction sees the same for ever otherwise
+    return int(await holder.fetchval("SELECT COUNT(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+
+
+async def test_eight_writers_of_one_locked_row_hold_one_connection(
+    database: Database, holder: asyncpg.Connection
+) -> None:
+    writing = [asyncio.create_task(count(database, "row 0", line="row 0")) for _ in range(8)]
+    await until(lambda: waiting(holder), what="somebody to wait")
+    await count(database, "row 7")
+    assert await counted(database, "row 7") == 1 and await waiting(holder) == 1
+    assert not any(each.done() for each in writing)
+    await holder.execute("ROLLBACK")
+    await asyncio.gather(*writing)
+    assert await counted(database, "row 0") == 8
+
+
+async def test_writers_of_many_locked_rows_leave_a_connection_to_readers(
+    database: Database, holder: asyncpg.Connection
+) -> None:
+    writing = [asyncio.create_task(count(database, f"row {n % 7}")) for n in range(14)]
+    await until(lambda: _all_wait(holder), what="all who may to wait")
+    assert await asyncio.gather(*(counted(database, "row 7") for _ in range(20))) == [0] * 20
+    assert not any(each.done() for each in writing)
+    await holder.execute("ROLLBACK")
+    await asyncio.gather(*writing)
+
+
+async def _all_wait(holder: asyncpg.Connection) -> bool:
+    return await waiting(holder) == POOL - 1
+
+
+async def test_a_row_somebody_holds_does_not_make_storage_away(
+    postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it is told to come back; nobody believes that the database was gone."""
+    monkeypatch.setitem(door.SERVER_SETTINGS, "lock_timeout", "200ms")
+    database = Database(postgres_server.create_database())
+    await database.connect()
+    await database.execute("CREATE TABLE counts (name TEXT PRIMARY KEY, count INTEGER NOT NULL)")
+    await database.execute("INSERT INTO counts (name, count) VALUES ('row', 0)")
+    other = await asyncpg.connect(database.url)
+    await other.execute("BEGIN")
+    await other.execute("SELECT * FROM counts FOR UPDATE")
+    try:
+        with pytest.raises(StorageUnavailable):
+            await count(database, "row", patience=None)
+        assert not database.failed_at
+    finally:
+        await other.close()
+        await database.disconnect()
+
+
+async def test_a_caller_without_patience_for_its_line_has_done_nothing(
+    database: Database, holder: asyncpg.Connection
+) -> None:
+    """What has not been begun is not begun later either: nobody would know of it."""
+    first = asyncio.create_task(count(database, "row 0", line="row 0", patience=None))
+    await until(lambda: waiting(holder), what="the first to wait")
+    with pytest.raises(StorageUnavailable) as refused:
+        await count(database, "row 0", line="row 0", patience=0.1)
+    assert refused.value.__cause__ is None and not database.failed_at
+    await holder.execute("ROLLBACK")
+    await first
+    await count(database, "row 0", line="row 0")
+    assert await counted(database, "row 0") == 2
+
+
+async def test_who_waits_to_the_end_gets_the_answer(postgres_server: Postgres) -> None:
+    database = Database(postgres_server.create_database(), timeout=0.1)
+    await database.connect()
+
+    async def work(query: Query) -> int:
+        await query.fetch_all("SELECT pg_sleep(0.5)")
+        return 7
+
+    with pytest.raises(StorageUnavailable) as refused:
+        await database.transaction(work)
+    assert isinstance(refused.value.__cause__, TimeoutError)
+    assert await database.transaction(work, patience=None) == 7
+    await database.disconnect()
+
+
+async def test_a_table_that_is_missing_for_a_moment_is_storage_that_is_away(database: Database) -> None:
+    """A backup is put back: callers are told to come again, and no loop of a worker ends of it."""
+    with pytest.raises(StorageUnavailable):
+        await database.fetch_all("SELECT word FROM words")
+    with pytest.raises(asyncpg.UndefinedColumnError):
+        await database.fetch_all("SELECT word FROM counts")
