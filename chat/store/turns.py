@@ -100,7 +100,7 @@ async def insert_turn(
         return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, held)
 
     try:
-        return await database.transaction(work, timeout=INSERT_TIMEOUT)
+        return await database.transaction(work, patience=None, line=account_id)
     except _Known:
         existing = await select_turn_of_message(database, session, ask.message_id)
         if existing is None:
@@ -153,10 +153,7 @@ async def insert_regeneration(
         rows = await _select_turn_rows(query, session.id, turn_id)
         return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True, held)
 
-    return await database.transaction(work, timeout=INSERT_TIMEOUT)
-
-
-INSERT_TIMEOUT = 60.0  # seconds: a caller has less patience, but a turn that is written late is to be answered
+    return await database.transaction(work, patience=None, line=account_id)
 
 
 async def _select_last_turn_id(query: Query, session_id: str) -> str:
