@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from chat.live.writer import Writer
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from chat.live.events import TurnLog
+from chat.live.answers import Answer
+from chat.live.generation import Turn
 from chat.live.rooms import Follower, Room
+from chat.live.voice import Voice
 from chat.settings import read_settings
 from servers import DirectProtocol, HeadProtocol
 from tests.conftest import CLOSED
@@ -24,7 +25,7 @@ from tests.harness.api import guest, http, new_session, post_turn
 from tests.harness.processes import HOST, Port
 from tests.sockets import hear, plain
 
-KINDS = (HeadProtocol, RequestResponseCycle, DirectProtocol, Room, Follower, TurnLog, Writer)
+KINDS = (HeadProtocol, RequestResponseCycle, DirectProtocol, Room, Follower, Answer, Voice, Turn)
 
 
 @asynccontextmanager
@@ -33,7 +34,7 @@ async def _served(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[str]
     for name in [name for name in os.environ if name.startswith("PARLEY_")]:
         patch.delenv(name)  # the tests' own are no settings, and the module reads them when it is imported
     service = importlib.import_module("service")
-    environment = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "PARLEY_LOG_KEPT": "0.1"}
+    environment = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"}
     settings = read_settings(environ=CLOSED | environment)
     port = int(Port())
     config = uvicorn.Config(

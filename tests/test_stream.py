@@ -75,30 +75,6 @@ async def test_workers_behind_one_port_are_one_service(
     assert not journal.violations(), journal.story()
 
 
-async def test_a_session_goes_on_after_its_logs_are_forgotten(
-    postgres_server: Postgres, redis_server: Redis
-) -> None:
-    """Who waits longer than a turn's log is kept hears the next turn all the same, here and on the other worker."""
-    environment = CLOSED | {"DATABASE_URL": postgres_server.create_database(), "REDIS_URL": redis_server.url}
-    environment |= {"PARLEY_LOG_KEPT": "0.2"}
-    journal = Journal()
-    async with Service(environment, workers=2) as service, AsyncExitStack() as stack:
-        someone = await guest(service.url)
-        session = await new_session(service.url, someone.access)
-        readers = [
-            await stack.enter_async_context(
-                SocketReader(journal, f"socket{n}", base, session["id"], token=someone.access)
-            )
-            for n, base in enumerate(service.urls)
-        ]
-        for turn in range(1, 4):
-            await readers[0].say("/count 5")
-            for reader in readers:
-                await reader.turn_ended(turn, within=5.0)
-            await asyncio.sleep(0.5)
-    assert not journal.violations(), journal.story()
-
-
 async def test_leaving_does_not_stop_the_answer(service: Service) -> None:
     """The only reader leaves after three tokens; the stored row is the whole answer."""
     journal = Journal()
