@@ -55,7 +55,7 @@ class RateLimits:
         """Count one more guest made from this address. Raises `rate_limited`."""
         if settings.production or not is_loopback(address):
             message = "Too many new guests from this address."
-            await self.hit(f"guests:{address}", settings.guests_per_hour, 3600, message)
+            await self.hit(f"guests:{address}", settings.guests_per_minute, 60, message)
 
     def _local_hit(self, name: str, end: float) -> int:
         kept, count = self._windows.get(name, (end, 0))

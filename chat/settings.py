@@ -107,10 +107,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sockets_per_session: int = 10
     sockets_per_account: int = 20
     sockets_per_address: int = 50
-    messages_per_minute: int = 20
+    messages_per_minute: int = 60
     turns_per_account: int = 3
-    guests_per_hour: int = 10
-    sessions_per_hour: int = 60
+    guests_per_minute: int = 30
+    sessions_per_minute: int = 30
+    refreshes_per_minute: int = 60
+    reads_per_minute: int = 30
     daily_tokens_account: int = 500_000
     daily_tokens_address: int = 4_000_000
     daily_tokens_service: int = 20_000_000

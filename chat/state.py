@@ -89,7 +89,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     generation.start()
     Leases(settings, database, relay, generation).start()
     stack.push_async_callback(generation.drain)
-    tokens = Tokens(settings.secret_keys)
+    tokens = Tokens(settings.secret_keys, lambda: database.now() / 1000)
     metrics = _metrics(relay, generation, bus)
     leaderboard = Leaderboard(database, settings.leaderboard_cache)
     dice = random.Random(settings.draw_seed) if settings.draw_seed else random.SystemRandom()

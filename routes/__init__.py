@@ -26,9 +26,11 @@ table = [
 
     Route("/api/auth/anonymous",                      accounts.anonymous,         methods=["POST"]),
     Route("/api/auth/refresh",                        accounts.refresh,           methods=["POST"]),
+    Route("/api/auth/revoke",                         accounts.revoke,            methods=["POST"]),
     Route("/api/auth/ticket",                         accounts.ticket,            methods=["POST"]),
     Route("/api/users/me",                            accounts.me),
     Route("/api/users/me",                            accounts.change_me,         methods=["PATCH"]),
+    Route("/api/users/me",                            accounts.delete_me,         methods=["DELETE"]),
     Route("/api/users/update_preferences",            accounts.change_me,         methods=["PATCH"]),
 
     Route("/api/models",                              operations.models),

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chat.state import State
-from chat.store import accounts
+from chat.store import accounts, sessions
 from chat.store.accounts import Account, account_json
 from chat.tokens import LIFETIMES
 
@@ -25,7 +25,7 @@ class Refresh(msgspec.Struct):
     refresh: str
 
 
-class AccountChange(msgspec.Struct):
+class AccountChange(msgspec.Struct, forbid_unknown_fields=True):
     display_name: Annotated[str, Meta(min_length=1, max_length=255)] | None = None
     preferences: dict[str, Any] | None = None
 
@@ -54,11 +54,32 @@ async def anonymous(request: Request) -> Response:
 
 
 async def refresh(request: Request) -> Response:
+    """A new pair of tokens. The old one stays good until its end: a client that never got the answer asks with it."""
     chat = inputs.state(request)
+    limit, message = chat.settings.refreshes_per_minute, "Too many refreshes from this address."
+    await chat.limits.hit(f"refreshes:{inputs.address(request)}", limit, 60, message)
     token = chat.tokens.verify((await inputs.body(request, Refresh)).refresh, "refresh")
-    account = await accounts.select_account(chat.database, token.id, token.tv)
-    await accounts.insert_used_token(chat.database, token.jti, token.exp)
-    return inputs.answer(pair(chat, account))
+    return inputs.answer(pair(chat, await accounts.select_account(chat.database, token.id, token.tv)))
+
+
+async def revoke(request: Request) -> Response:
+    """End every token of the account, the one shown included; its sockets and streams close."""
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    await accounts.revoke_tokens(chat.database, account.id)
+    chat.relay.check_account(account.id)
+    return Response(status_code=204)
+
+
+async def delete_me(request: Request) -> Response:
+    """Delete the account with all that is its own, after its running answers have been ended."""
+    chat = inputs.state(request)
+    account = await inputs.account(request)
+    for session in await sessions.select_running(chat.database, account.id):
+        await chat.generation.stop(session, account.id)
+    await accounts.delete_account(chat.database, account.id)
+    chat.relay.check_account(account.id)
+    return Response(status_code=204)
 
 
 async def ticket(request: Request) -> Response:

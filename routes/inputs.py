@@ -75,7 +75,7 @@ def credential(connection: HTTPConnection) -> tuple[str, str] | None:
 async def optional_account(connection: HTTPConnection) -> Account | None:
     """The caller, or None without any credential. A present but bad one is refused."""
     chat = state(connection)
-    found = callers.credential(connection.headers, connection.query_params)
+    found = credential(connection)
     return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
 
 

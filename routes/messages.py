@@ -25,6 +25,7 @@ from chat.store import accounts, sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
 from chat.store.sessions import Session
+from chat.store.tickets import open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
@@ -280,13 +281,18 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
 
 
 async def _reader(request: Request) -> Account | None:
-    """EventSource sends no headers: it may put a token where sockets may."""
+    """EventSource sends no headers: it may put a token, or a ticket, where sockets may."""
     chat = inputs.state(request)
+    if inputs.credential(request) is not None:
+        return await inputs.optional_account(request)
+    if ticket := request.query_params.get("ticket"):
+        cursor = parse_cursor(request.headers.get("last-event-id"))
+        turn_id = "" if cursor is None else cursor.turn_id
+        return await open_stream(chat.database, chat.tokens, ticket, request.path_params["session_id"], turn_id)
     for name, kind in (("token", "access"), ("anonymous_token", "anonymous")):
-        text = request.query_params.get(name)
-        if text and chat.settings.token_in_query and inputs.credential(request) is None:
+        if (text := request.query_params.get(name)) and chat.settings.token_in_query:
             return await accounts.verified(chat.database, chat.tokens, kind, text)
-    return await inputs.optional_account(request)
+    return None
 
 
 async def stop(request: Request) -> Response:

@@ -63,8 +63,8 @@ async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = Fal
         if existing is not None:
             return existing, False
     models = await choose_models(chat, wish)
-    message = "You have made too many sessions this hour."
-    await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_hour, 3600, message)
+    message = "You are making sessions too quickly."
+    await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_minute, 60, message)
     id = wish.id or new_id()
     made = await sessions.insert_session(
         chat.database,

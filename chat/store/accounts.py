@@ -12,7 +12,7 @@ import msgspec
 from ..errors import ChatError
 from ..tokens import SKEW, Tokens
 from .database import Database, new_id
-from .queries import Row
+from .queries import Query, Row
 
 GUEST_LIFETIME = 30 * 86400 * 1000  # milliseconds
 
@@ -127,6 +127,22 @@ async def update_account(
     if row is None:
         raise ChatError("token_invalid", "This token is not valid any more.")
     return _account(row)
+
+
+async def revoke_tokens(database: Database, id: str) -> None:
+    """End every token the account was ever given."""
+    await database.execute("UPDATE accounts SET token_version = token_version + 1 WHERE id = :id", {"id": id})
+
+
+async def delete_account(database: Database, id: str) -> None:
+    """Delete the account with its sessions and all that was said in them. Its votes stay, nobody's any more."""
+
+    async def work(query: Query) -> None:
+        await query.execute("UPDATE votes SET account_id = '' WHERE account_id = :id", {"id": id})
+        await query.execute("DELETE FROM budgets WHERE name = :name", {"name": f"account:{id}"})
+        await query.execute("DELETE FROM accounts WHERE id = :id", {"id": id})
+
+    await database.transaction(work)
 
 
 async def insert_used_token(database: Database, jti: str, expires_at: int) -> None:

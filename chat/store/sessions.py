@@ -169,6 +169,16 @@ async def select_shared(database: Database, share_token: str) -> Session:
     return _session(row)
 
 
+async def select_running(database: Database, account_id: str) -> list[Session]:
+    """The account's sessions in which an answer is being written."""
+    rows = await database.fetch_all(
+        f"""SELECT {COLUMNS} {FROM} WHERE s.account_id = :account_id
+               AND EXISTS (SELECT 1 FROM turns t WHERE t.session_id = s.id AND t.status = 'running')""",
+        {"account_id": account_id},
+    )
+    return [_session(row) for row in rows]
+
+
 async def select_sessions(
     database: Database, account_id: str, *, mode: str | None, search: str | None, limit: int, before: tuple[int, str]
 ) -> list[Session]:

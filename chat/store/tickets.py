@@ -1,0 +1,42 @@
+"""Tickets: each opens one socket or stream, once. They stand in addresses, which proxies and servers write down.
+
+An EventSource comes back to the same address by itself. Its ticket opens that session's stream again as long as it
+brings a cursor of the session along, which only the stream has told, and has not been away for long.
+"""
+
+from __future__ import annotations
+
+from ..tokens import Tokens
+from .accounts import Account, insert_used_token, select_account
+from .database import Database
+
+AWAY = 600_000  # milliseconds from one opening of a stream to the next; none is longer than a reply may take
+
+
+async def open_stream(database: Database, tokens: Tokens, text: str, session_id: str, turn_id: str) -> Account:
+    """The account whose ticket opens this session's stream; whether it may read there is for the caller to see.
+
+    turn_id: of the cursor the reader comes back with, "" without one. Raises `token_invalid` or `token_expired`.
+    """
+    token = tokens.read(text, "ticket")
+    if not (turn_id and await _again(database, f"{token.jti} {session_id}", session_id, turn_id)):
+        await insert_used_token(database, token.jti, tokens.fresh(token).exp)
+        await insert_used_token(database, f"{token.jti} {session_id}", (database.now() + AWAY) // 1000)
+    return await select_account(database, token.id, token.tv)
+
+
+async def _again(database: Database, id: str, session_id: str, turn_id: str) -> bool:
+    row = await database.fetch_one(
+        """UPDATE used_tokens SET expires_at = :until
+            WHERE id = :id AND expires_at > :now
+              AND EXISTS (SELECT 1 FROM turns WHERE id = :turn_id AND session_id = :session_id)
+           RETURNING id""",
+        {
+            "id": id,
+            "turn_id": turn_id,
+            "session_id": session_id,
+            "now": database.now(),
+            "until": database.now() + AWAY,
+        },
+    )
+    return row is not None
