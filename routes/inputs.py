@@ -12,8 +12,9 @@ from starlette.responses import PlainTextResponse, Response
 from chat import callers
 from chat.errors import ChatError, invalid
 from chat.formats.completions import failure
+from chat.live.choices import Choice
 from chat.state import State
-from chat.store import accounts
+from chat.store import accounts, sessions
 from chat.store.accounts import Account
 
 T = TypeVar("T")
@@ -130,6 +131,18 @@ def _path_and_problem(text: str) -> tuple[str, str]:
         path = f"{path}.{found[2]}".lstrip(".")
         what = "this is needed" if found[1] == "missing required" else "there is no such field"
     return path or "body", what
+
+
+C = TypeVar("C", bound=Choice)
+
+
+def with_query(request: Request, wish: C) -> C:
+    """Take from the query what the body leaves open of a choice."""
+    for name in Choice.__struct_fields__:
+        if getattr(wish, name) is None and (given := request.query_params.get(name)):
+            setattr(wish, name, given)
+    choice(request, "mode", sessions.MODES)
+    return wish
 
 
 def check_object(name: str, value: dict[str, Any] | None) -> None:

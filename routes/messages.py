@@ -18,7 +18,9 @@ from chat.formats.arena_lines import ArenaLines
 from chat.formats.bare_text import BareText
 from chat.formats.event_stream import EventStream
 from chat.formats.json_lines import JsonLines
+from chat.live import choices
 from chat.live.answers import ENDED, TOLD, Cursor, parse_cursor, start_of
+from chat.live.choices import Choice
 from chat.live.rooms import Follower
 from chat.state import State
 from chat.store import accounts, sessions, turns
@@ -29,7 +31,7 @@ from chat.store.tickets import open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
-from .sessions import Id, Title, Wish, make
+from .sessions import Id, NewSession, Title, make
 
 EARLIEST = "earliest"  # X-Cursor of a stream that tells a turn from its start
 
@@ -44,47 +46,64 @@ class Line(msgspec.Struct):
     modelId: str | None = None
 
 
-class Post(msgspec.Struct):
-    """Both shapes of a posted message: arena (`messages`) and short (`content`)."""
+class Wish(Choice, kw_only=True):
+    """What every request for a turn may say of it. The choice and the title are of a new session."""
 
     session_id: Id | None = None
+    title: Title | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=8000)] | None = None
+
+
+class Post(Wish, kw_only=True):
+    """Both shapes of a posted message: arena (`messages`) and short (`content`)."""
+
     messages: Annotated[list[Line], Meta(max_length=200)] | None = None
     content: str | None = None
     id: Id | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=8000)] | None = None
-    mode: Literal["direct", "compare", "random"] = "direct"
-    model_a_id: str | None = None
-    model_b_id: str | None = None
-    title: Title | None = None
 
 
 async def stream(request: Request) -> Response:
     """Start the turn a message asks for, and follow it."""
+    known = await speaker(request)
+    post = inputs.with_query(request, await inputs.body(request, Post))
+    return await start(request, known, post, read_ask(post))
+
+
+async def start(
+    request: Request,
+    known: Account | None,
+    wish: Wish,
+    ask: Ask,
+    *,
+    makes: bool = False,
+    spoken: type[Format] | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """Start a turn, in a new session where none is named, and follow it. `makes`: the client names sessions itself."""
     chat = inputs.state(request)
-    known = await _speaker(request)
-    post = await inputs.body(request, Post)
-    ask = read_ask(post)
     turns.checked_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
     guest = known is None
     account = known or await inputs.new_guest(request)
-    session = await _session(chat, account, post, guest)
-    _check_models(session, post)
+    session = await _session(chat, account, wish, guest, makes)
+    _check_models(session, wish)
     turn = await chat.generation.begin(
         session,
         account,
         ask,
         address=inputs.address(request),
-        max_tokens=post.max_tokens or 0,
-        temperature=post.temperature,
+        max_tokens=wish.max_tokens or 0,
+        temperature=wish.temperature,
     )
-    headers = {"X-Session-Id": session.id}
+    if makes and turn.rows[0]["content"] != ask.content:  # an edited message: these clients would show the old answer
+        raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
+    headers = {"X-Session-Id": session.id} | (headers or {})
     if guest:
         headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
-    return await follow(request, session, start_of(turn.id), account=account, headers=headers)
+    return await follow(request, session, start_of(turn.id), account=account, spoken=spoken, headers=headers)
 
 
-async def _speaker(request: Request) -> Account | None:
+async def speaker(request: Request) -> Account | None:
     """Who posts; None on a local start with open sessions for whoever has no token and is to be given a guest."""
     if inputs.state(request).settings.open_sessions:
         return await inputs.optional_account(request)
@@ -110,21 +129,23 @@ def read_ask(post: Post) -> Ask:
     return Ask(user.id or new_id(), user.content or "", replies)
 
 
-async def _session(chat: State, account: Account, post: Post, guest: bool) -> Session:
+async def _session(chat: State, account: Account, wish: Wish, guest: bool, makes: bool) -> Session:
     """The session a message goes to: the one named, or a new one where none is (or may be made by naming it)."""
-    if post.session_id is not None and not (chat.settings.open_sessions and guest):
-        return await sessions.select_session(chat.database, post.session_id, account.id)
-    wish = Wish(post.mode, post.model_a_id, post.model_b_id, post.title, id=post.session_id)
-    session, _ = await make(chat, account, wish, is_open=guest and post.session_id is not None)
+    if wish.session_id is not None and not makes and not (chat.settings.open_sessions and guest):
+        return await sessions.select_session(chat.database, wish.session_id, account.id)
+    chosen = {name: getattr(wish, name) for name in Choice.__struct_fields__}
+    new = NewSession(title=wish.title, id=wish.session_id, **chosen)
+    session, _ = await make(chat, account, new, is_open=guest and wish.session_id is not None)
     return session
 
 
-def _check_models(session: Session, post: Post) -> None:
+def _check_models(session: Session, wish: Wish) -> None:
     """A client may repeat the session's own models, which in a blind battle it cannot know, and name no others."""
-    if session.mode == "random":
+    choices.check(session, wish)
+    if session.mode == "random" or not isinstance(wish, Post):
         return
     sides = {side: session.model(side).for_server() for side in session.sides}
-    for place, line in enumerate(post.messages or []):
+    for place, line in enumerate(wish.messages or []):
         if line.role == "assistant" and line.modelId and line.modelId not in sides.values():
             raise invalid(f"messages[{place}].modelId", "not this session's model")
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.arena import matches
 from chat.errors import ChatError, invalid, not_found
+from chat.live import choices
+from chat.live.choices import Choice
 from chat.state import State
 from chat.store import sessions, turns
 from chat.store.accounts import Account
@@ -28,12 +29,9 @@ Title = Annotated[str, Meta(max_length=255)]
 Id = Annotated[str, Meta(pattern=inputs.ID)]
 
 
-class Wish(msgspec.Struct):
+class NewSession(Choice, kw_only=True):
     """The body of a new session. Unknown fields are tolerated: the arena's own clients send more than they mean."""
 
-    mode: Literal["direct", "compare", "random"] = "direct"
-    model_a_id: str | None = None
-    model_b_id: str | None = None
     title: Title | None = None
     metadata: dict[str, Any] | None = None
     session_type: Annotated[str, Meta(max_length=32)] | None = None
@@ -49,12 +47,12 @@ class SessionChange(msgspec.Struct, forbid_unknown_fields=True):
 async def create(request: Request) -> Response:
     chat = inputs.state(request)
     account = await inputs.account(request)
-    wish = await inputs.body(request, Wish)
+    wish = await inputs.body(request, NewSession)
     session, made = await make(chat, account, wish)
     return inputs.answer(chat.mask.session(session, audience(session, account.id)), 201 if made else 200)
 
 
-async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = False) -> tuple[Session, bool]:
+async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool = False) -> tuple[Session, bool]:
     """The session a client wishes for, and whether it is new: an id that is already the account's is that session."""
     limits = chat.settings
     inputs.check_object("metadata", wish.metadata)
@@ -62,14 +60,14 @@ async def make(chat: State, account: Account, wish: Wish, *, is_open: bool = Fal
         existing = await _existing(chat, wish.id, account)
         if existing is not None:
             return existing, False
-    models = await choose_models(chat, wish)
+    mode, models = await choices.choose(wish, chat.generation, chat.leaderboard, chat.dice)
     message = "You are making sessions too quickly."
     await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_minute, 60, message)
     id = wish.id or new_id()
     made = await sessions.insert_session(
         chat.database,
         account.id,
-        wish.mode,
+        mode,
         models,
         id=id,
         title=wish.title,
@@ -90,25 +88,6 @@ async def _existing(chat: State, id: str, account: Account) -> Session | None:
         if problem.code != "not_found":
             raise
         return None
-
-
-async def choose_models(chat: State, wish: Wish) -> tuple[str, str | None]:
-    """The models a new session talks to. Raises `invalid` naming the field."""
-    offered = chat.providers.models
-    if wish.mode == "random":
-        standings = await chat.leaderboard.standings("all_time", ("random",))
-        return matches.draw(list(offered), chat.generation.outages(), [each.rating for each in standings], chat.dice)
-    first = wish.model_a_id or (next(iter(offered), None) if wish.mode == "direct" else None)
-    wanted = {"model_a_id": first} | ({"model_b_id": wish.model_b_id} if wish.mode == "compare" else {})
-    for field, id in wanted.items():
-        if id is None:
-            raise invalid(field, f"{wish.mode} mode needs a model here")
-        if id not in offered:
-            raise invalid(field, "there is no such model")
-    if wish.mode == "compare" and wish.model_a_id == wish.model_b_id:
-        raise invalid("model_b_id", "compare mode needs two different models")
-    assert first is not None
-    return first, wanted.get("model_b_id")
 
 
 async def listing(request: Request) -> Response:

@@ -79,7 +79,7 @@ async def test_a_completion_is_the_same_whole_and_streamed(client: AsyncOpenAI) 
 
 
 async def test_the_models_on_offer_are_listed(client: AsyncOpenAI) -> None:
-    assert [model.id async for model in client.models.list()] == ["demo", "alpha", "beta"]
+    assert [model.id async for model in client.models.list()] == ["alpha", "beta", "demo"]
     assert (await client.models.retrieve("demo")).owned_by == "Parley"
     with pytest.raises(openai.NotFoundError, match="no model 'none'"):
         await client.models.retrieve("none")

@@ -71,7 +71,9 @@ class Providers:
     """The models on offer and what answers for each; opened once per worker, closed at its end."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
-        self.models = {m.id: m for m in settings.models if not m.api_key_env or environ.get(m.api_key_env, "").strip()}
+        offered = [m for m in settings.models if not m.api_key_env or environ.get(m.api_key_env, "").strip()]
+        # The first is who answers where nobody chose: a real model as soon as there is one.
+        self.models = {model.id: model for model in sorted(offered, key=lambda model: model.provider == "demo")}
         # Here and not at the first question: importing an SDK holds up every socket of the worker for a second.
         self._providers = {name: _open(name, environ) for name in {m.provider for m in self.models.values()}}
 
