@@ -2,7 +2,7 @@
 
 from starlette.routing import Route
 
-from . import accounts, arena, messages, openai, operations, pages, sessions
+from . import accounts, ag_ui, ai_sdk, arena, messages, openai, operations, pages, sessions
 
 # fmt: off
 table = [
@@ -58,6 +58,12 @@ table = [
     Route("/api/leaderboard",                         arena.leaderboard),
     Route("/api/leaderboard/details",                 arena.details),
     Route("/api/arena/votes.jsonl",                   arena.export),
+
+    Route("/api/chat",                                ai_sdk.chat,                methods=["POST"]),
+    Route("/api/chat/{chat_id}/stream",               ai_sdk.stream),
+    Route("/api/chat/{chat_id}/stop",                 ai_sdk.stop,                methods=["POST"]),
+    Route("/api/ag-ui",                               ag_ui.run,                  methods=["POST"]),
+    Route("/api/ag-ui",                               ag_ui.join),
 
     Route("/v1/models",                               openai.models),
     Route("/v1/models/{model_id}",                    openai.model),

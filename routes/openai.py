@@ -45,7 +45,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Wish(msgspec.Struct):
+class CompletionRequest(msgspec.Struct):
     """A request for a completion. Clients send many more fields than these, and mean them as hints."""
 
     model: str
@@ -81,7 +81,7 @@ async def completions(request: Request) -> Response:
     """Answer a conversation that the client keeps. A client that hangs up ends the answer."""
     chat = inputs.state(request)
     caller = await _caller(request)
-    wish = await inputs.body(request, Wish)
+    wish = await inputs.body(request, CompletionRequest)
     offered = chat.providers.models.get(wish.model)
     if offered is None:
         raise ChatError("not_found", f"There is no model {wish.model[:80]!r} here. GET /v1/models lists them.")
@@ -134,7 +134,7 @@ def _text(place: int, line: Entry) -> str:
 class Exchange:
     """One completion as it is said to one client."""
 
-    def __init__(self, request: Request, completion: Completion, wish: Wish) -> None:
+    def __init__(self, request: Request, completion: Completion, wish: CompletionRequest) -> None:
         self._request = request
         self._chat = inputs.state(request)
         self._completion = completion

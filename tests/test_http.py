@@ -96,6 +96,8 @@ class Case:
 
 VOTE = {"feedback_type": "preference", "preference": "tie"}
 SAID = {"role": "user", "content": "hello"}
+UI_CHAT = {"id": "{session_id}", "messages": [SAID], "trigger": "submit-message"}
+AG_UI_RUN = {"threadId": "{session_id}", "runId": "run-1", "messages": [SAID]}
 CASES = {
     "GET /api/health": Case(200),
     "GET /health": Case(200),
@@ -133,6 +135,11 @@ CASES = {
     "GET /api/feedback": Case(owned=True, query="?session_id={session_id}"),
     "GET /api/leaderboard": Case(200),
     "GET /api/arena/votes.jsonl": Case(200),
+    "POST /api/chat": Case(body=UI_CHAT),
+    "GET /api/chat/{chat_id}/stream": Case(),
+    "POST /api/chat/{chat_id}/stop": Case(owned=True),
+    "POST /api/ag-ui": Case(body=AG_UI_RUN),
+    "GET /api/ag-ui": Case(owned=True, query="?runId={message_id}&offset=-1"),
     "GET /v1/models": Case(),
     "GET /v1/models/{model_id}": Case(),
     "POST /v1/chat/completions": Case(body={"model": "demo-scholar", "messages": [SAID], "max_tokens": 2}),
@@ -190,6 +197,7 @@ async def ask(base: str, name: str, owner: Owner, token: str | None, slash: str 
     """Ask a route by its name in `CASES`, about what is the owner's."""
     values = {
         "{session_id}": owner.session_id,
+        "{chat_id}": owner.session_id,
         "{message_id}": owner.message_id,
         "{model_id}": "demo-scholar",
         "{token}": "nobodys-share-token",

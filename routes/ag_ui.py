@@ -1,0 +1,145 @@
+"""AG-UI's requests, as TanStack AI and AG-UI's own client post them → our turns. https://docs.ag-ui.com
+
+A thread is a session, made by its first run. A run is a turn: the id that a client gives it becomes the first reply's,
+so that it is found again by it. A client that was cut off posts the same body again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat.errors import ChatError, invalid, not_found
+from chat.formats.ag_ui import AgUi
+from chat.live.answers import ENDED, parse_cursor, start_of
+from chat.live.choices import Choice
+from chat.store import sessions, turns
+from chat.store.accounts import Account
+from chat.store.database import new_id
+from chat.store.sessions import Session
+from chat.store.turns import Ask, StoredTurn
+
+from . import inputs, messages
+from .messages import Wish
+from .sessions import Id
+
+
+class Part(msgspec.Struct):
+    type: str = "text"
+    text: str = ""
+    content: str = ""
+
+
+class Message(msgspec.Struct):
+    """Only the last one of a user counts: the conversation we have is the one that is told."""
+
+    role: str
+    id: Id | None = None
+    content: str | list[Part] | None = None
+
+
+class Run(Wish, kw_only=True):
+    """AG-UI's RunAgentInput. The choice stands in `forwardedProps`, or beside."""
+
+    threadId: Id
+    runId: Id
+    messages: Annotated[list[Message], Meta(max_length=1000)]
+    forwardedProps: Choice | None = None
+
+
+async def run(request: Request) -> Response:
+    """Start a run and tell it; with `Last-Event-ID`, go on telling one and start nothing."""
+    account = await messages.speaker(request)
+    wish = inputs.with_query(request, await inputs.body(request, Run))
+    for name in Choice.__struct_fields__ if wish.forwardedProps is not None else ():
+        setattr(wish, name, getattr(wish, name) or getattr(wish.forwardedProps, name))
+    wish.session_id = wish.threadId
+    place = next((n for n in range(len(wish.messages) - 1, -1, -1) if wish.messages[n].role == "user"), None)
+    if place is None:
+        raise invalid("messages", "there is no user message")
+    ask = Ask(wish.messages[place].id or new_id(), _text(place, wish.messages[place]), {"a": wish.runId})
+    if ask.message_id == wish.runId:
+        raise invalid("runId", "a message has this id")
+    found = await _find(request, wish.threadId, ask.message_id, account)
+    if found is None and "last-event-id" in request.headers:
+        raise not_found("run")
+    if found is None:
+        return await messages.start(request, account, wish, ask, makes=True, spoken=AgUi)
+    session, turn = found
+    if turn.rows[0]["content"] != ask.content:
+        raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
+    cut_off = "last-event-id" in request.headers or any(row["status"] not in ENDED for row in turn.rows)
+    if not cut_off and wish.runId not in [row["id"] for row in turn.rows]:  # a new run of a message: its answer again
+        account = account or await inputs.new_guest(request)
+        again = inputs.state(request).generation.again
+        turn = await again(session, account, ask.message_id, address=inputs.address(request))
+    return await _told(request, session, turn.id, account)
+
+
+def _text(place: int, message: Message) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    if any(part.type != "text" for part in message.content):
+        raise invalid(f"messages[{place}].content", "only text is understood here")
+    return "".join([part.text or part.content for part in message.content])
+
+
+async def _find(
+    request: Request, session_id: str, message_id: str, account: Account | None
+) -> tuple[Session, StoredTurn] | None:
+    """Return the turn of a message that was sent before, if there is one."""
+    database = inputs.state(request).database
+    try:
+        session = await sessions.select_session(database, session_id, account.id if account is not None else "")
+    except ChatError as problem:
+        if problem.code != "not_found":
+            raise
+        return None
+    turn = await turns.select_turn_of_message(database, session, message_id)
+    return None if turn is None else (session, turn)
+
+
+async def _told(request: Request, session: Session, turn_id: str, account: Account | None) -> Response:
+    """Tell a turn, from the cursor if the client has one that can be served, else from its start."""
+    given = request.headers.get("last-event-id") or request.query_params.get("offset")
+    cursor = parse_cursor(given)
+    if cursor is None or cursor.turn_id != turn_id:
+        cursor = start_of(turn_id)
+    return await messages.follow(request, session, cursor, account=account, spoken=AgUi)
+
+
+async def join(request: Request) -> Response:
+    """Tell a run to whoever did not start it; for a thread, say what was said in it and which run goes on."""
+    account = await messages.speaker(request)
+    if thread_id := request.query_params.get("threadId"):
+        return await _thread(request, thread_id, account)
+    run_id, account_id = request.query_params.get("runId", ""), account.id if account is not None else ""
+    database = inputs.state(request).database
+    session_id = await turns.select_session_of_message(database, run_id, account_id)
+    found = await _find(request, session_id, run_id, account)
+    if found is None:
+        raise not_found("run")
+    return await _told(request, found[0], found[1].id, account)
+
+
+async def _thread(request: Request, id: str, account: Account | None) -> Response:
+    chat = inputs.state(request)
+    session = await sessions.select_session(chat.database, id, account.id if account is not None else "")
+    rows = await turns.select_messages(chat.database, session.id)
+    running = next((row for row in rows if row["status"] not in ENDED), None)
+    told = [message for message in chat.mask.messages(session, rows) if message["status"] in ENDED]
+    return inputs.answer(
+        {
+            "messages": [_ui_message(message) for message in told],
+            "activeRun": None if running is None else {"runId": running["id"]},
+        }
+    )
+
+
+def _ui_message(message: dict[str, Any]) -> dict[str, Any]:
+    parts = [{"type": "text", "content": message["content"]}]
+    return {"id": message["id"], "role": message["role"], "parts": parts, "createdAt": message["created_at"]}

@@ -1,0 +1,115 @@
+"""The AI SDK's `useChat`: its requests → our turns. https://ai-sdk.dev/docs/ai-sdk-ui/transport
+
+The chat's id is the session's; a session that does not exist is made by the first message. The client sends its whole
+conversation each time; the one we have is what counts, and the last user message is what is new.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat.errors import ChatError, invalid
+from chat.formats.ui_messages import UIMessages
+from chat.live.answers import start_of
+from chat.store import sessions, turns
+from chat.store.accounts import Account
+from chat.store.database import new_id
+from chat.store.sessions import Session
+from chat.store.turns import Ask
+
+from . import inputs, messages
+from .messages import Wish
+from .sessions import Id
+
+HEADERS = {"X-Vercel-AI-UI-Message-Stream": "v1"}
+
+
+class Part(msgspec.Struct):
+    """Text, or one of many other kinds."""
+
+    type: str = "text"
+    text: str = ""
+
+
+class UIMessage(msgspec.Struct):
+    role: Literal["system", "user", "assistant"]
+    id: Id | None = None
+    parts: list[Part] | None = None
+    content: str = ""
+
+
+class ChatRequest(Wish, kw_only=True):
+    """What `useChat` posts. The `body` of its options stands beside these fields, and may choose the models."""
+
+    id: Id  # of the chat
+    messages: Annotated[list[UIMessage], Meta(max_length=1000)]
+    trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
+
+
+async def chat(request: Request) -> Response:
+    """Start the turn of the last user message, or make its answer again, and tell it as chunks."""
+    known = await messages.speaker(request)
+    wish = inputs.with_query(request, await inputs.body(request, ChatRequest))
+    wish.session_id = wish.id
+    place = next((n for n in range(len(wish.messages) - 1, -1, -1) if wish.messages[n].role == "user"), None)
+    if place is None:
+        raise invalid("messages", "there is no user message")
+    if wish.trigger == "regenerate-message":
+        return await _again(request, wish, wish.messages[place].id)
+    ask = Ask(wish.messages[place].id or new_id(), _text(place, wish.messages[place]), {})
+    return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages, headers=HEADERS)
+
+
+def _text(place: int, message: UIMessage) -> str:
+    parts = message.parts or []
+    if any(part.type == "file" for part in parts):
+        raise invalid(f"messages[{place}].parts", "only text is understood here")
+    return "".join([part.text for part in parts if part.type == "text"]) or message.content
+
+
+async def _again(request: Request, wish: ChatRequest, message_id: str | None) -> Response:
+    state = inputs.state(request)
+    session, known = await _session(request, wish.id)
+    account = known or await inputs.new_guest(request)
+    turn = await state.generation.again(session, account, message_id or "", address=inputs.address(request))
+    return await _told(request, session, turn.id, account)
+
+
+async def _told(request: Request, session: Session, turn_id: str, account: Account | None) -> Response:
+    start = start_of(turn_id)
+    return await messages.follow(request, session, start, account=account, spoken=UIMessages, headers=HEADERS)
+
+
+async def _session(request: Request, id: str) -> tuple[Session, Account | None]:
+    """Return the chat's session and who asks; on a local start an open session needs no account. Raises `not_found`."""
+    account = await messages.speaker(request)
+    database = inputs.state(request).database
+    return await sessions.select_session(database, id, account.id if account is not None else ""), account
+
+
+async def stream(request: Request) -> Response:
+    """Tell the running turn again from its start; 204 when none runs, also where there is no such chat yet.
+
+    These clients cannot go on in the middle, whatever number of chunks they say they have.
+    """
+    try:
+        session, account = await _session(request, request.path_params["chat_id"])
+    except ChatError as problem:
+        if problem.code != "not_found":
+            raise
+        return Response(status_code=204)
+    turn = await turns.select_latest_turn(inputs.state(request).database, session.id)
+    if turn is None or turn["status"] != "running":
+        return Response(status_code=204)
+    return await _told(request, session, turn["id"], account)
+
+
+async def stop(request: Request) -> Response:
+    session, account = await _session(request, request.path_params["chat_id"])
+    account_id = account.id if account is not None else ""
+    return inputs.answer({"stopped": await inputs.state(request).generation.stop(session, account_id)})
