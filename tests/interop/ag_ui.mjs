@@ -1,0 +1,61 @@
+// AG-UI's own client and TanStack AI's, driven by commands as ai.mjs is: node ag_ui.mjs <client> <what it has to know>.
+import {createInterface} from 'node:readline'
+import {HttpAgent} from '@ag-ui/client'
+import {ChatClient, fetchServerSentEvents} from '@tanstack/ai-client'
+
+const given = JSON.parse(process.argv[3])
+const print = (seen) => console.log(JSON.stringify(seen))
+const headers = given.token ? {Authorization: `Bearer ${given.token}`} : {}
+const url = `${given.base}/api/ag-ui`
+
+const clients = {
+  agui() {
+    const agent = new HttpAgent({url, headers, threadId: given.id})
+    agent.messages = given.messages ?? []
+    const show = () => print({messages: agent.messages.map(({id, role, content}) => ({id, role, texts: [content]}))})
+    return {
+      async send({text, id}) {
+        agent.addMessage({id, role: 'user', content: text})
+        const subscriber = {
+          onEvent: ({event}) => print({event: event.type}),
+          onMessagesChanged: show,
+          onRunErrorEvent: ({event}) => print({problem: event.message}),
+        }
+        await agent.runAgent({forwardedProps: given.body ?? {}}, subscriber)
+        show()
+      },
+    }
+  },
+
+  tanstack() {
+    const fetchClient = async (url, options) => {
+      const asked = new Headers(options?.headers)
+      print({asked: options?.method ?? 'GET', url: `${url}`.replace(given.base, ''), after: asked.get('Last-Event-ID')})
+      return fetch(url, options)
+    }
+    const show = (messages) => print({
+      messages: messages.map(({id, role, parts}) => ({
+        id, role, texts: parts.filter(({type}) => type === 'text').map(({content}) => content),
+      })),
+    })
+    const connection = fetchServerSentEvents(url, {headers, body: given.body, fetchClient, reconnect: {delayMs: 20}})
+    const client = new ChatClient({
+      threadId: given.id, connection, onMessagesChange: show,
+      onError: (error) => print({problem: error.message}), onFinish: () => print({finished: true}),
+    })
+    return {
+      send: ({text}) => client.sendMessage(text),
+      again: () => client.reload(),
+      stop: () => client.stop(),
+      async join({runId}) {
+        for await (const chunk of connection.joinRun(runId)) print({joined: chunk})
+      },
+      hydrate: async () => print({hydrated: await connection.hydrate(given.id)}),
+    }
+  },
+}
+const commands = clients[process.argv[2]]()
+for await (const line of createInterface({input: process.stdin})) {
+  const command = JSON.parse(line)
+  Promise.resolve(commands[command.do](command)).then(() => print({done: command.do}), (error) => print({failed: error.message}))
+}
