@@ -206,12 +206,14 @@ async def test_whoever_hangs_up_ends_the_model_s_answer(service: Service, vendor
 
 
 async def test_limits_and_budgets_apply(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     environment = CLOSED | store("sqlite", request, tmp_path_factory.mktemp("limited"))
+    environment |= {"PARLEY_MODELS": json.dumps(models(vendors)), "VENDOR_KEY": KEY}
     environment |= {"PARLEY_DAILY_TOKENS_ACCOUNT": "1000", "PARLEY_MESSAGES_PER_MINUTE": "4", "API_KEYS": OPERATOR}
     environment |= {"PARLEY_TURNS_PER_ACCOUNT": "1"}
-    wish = {"model": "demo-scholar", "messages": [HELLO], "max_tokens": 900}
+    said = [{"role": "user", "content": "[[tokens:20 pace:0.01]]"}]
+    wish = {"model": "alpha", "messages": said, "max_tokens": 900}
     async with Service(environment) as service:
         someone = await guest(service.url)
 

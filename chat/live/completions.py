@@ -76,7 +76,13 @@ class Completion:
         async def work(query: Query) -> Reservation:
             return await reserve(query, database.now(), budgets, self._meter.most, daily_messages)
 
-        self._held = await database.transaction(work)
+        try:
+            self._held = await database.transaction(work)
+        except ChatError as problem:
+            if problem.code != "budget_exhausted" or not self._generation.unused:
+                raise
+            await self._generation.unused.give_back()
+            self._held = await database.transaction(work)
 
     async def run(self, say: Callable[[str], None]) -> None:
         """Say the answer's text piece by piece; `finish` tells afterwards how it ended. Raises `ProviderError`."""
