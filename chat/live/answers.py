@@ -38,6 +38,8 @@ class Cursor(msgspec.Struct, frozen=True, gc=False):
     def __str__(self) -> str:
         if self.over or not self.begun:
             return f"{self.turn_id}.{END if self.over else START}"
+        if len(self.parts) == 1:
+            return f"{self.turn_id}.{self.parts[0] if self.parts[0] >= 0 else 'e'}"
         return f"{self.turn_id}.{'.'.join([str(n) if n >= 0 else 'e' for n in self.parts])}"
 
 
@@ -182,7 +184,7 @@ class Answer:
                 parts[place] = TOLD
                 cursor = Cursor(self.turn_id, tuple(parts))
                 tellings.append(Ended(str(cursor), side, reply.ending))
-        if all(part == TOLD for part in parts):
+        if parts.count(TOLD) == len(parts):
             end = end_of(self.turn_id)
             endings = tuple(reply.ending or reply.message for reply in self.replies.values())
             return [*tellings, Over(str(end), endings)], end

@@ -27,7 +27,7 @@ from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, placed
-from .voice import Patience, Voice, text_key
+from .voice import Patience, Voice, always, text_key
 
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
@@ -330,6 +330,7 @@ class Relay:
 
     def silence(self, voice: Voice) -> None:
         self.voices.discard(voice)
+        voice.owned = always  # it refers to the turn, which refers to the voice: both would stay until a collection
 
     def notice_of(self, session: Session, action: str) -> SessionNotice:
         """Return the event that says how the session stands now."""

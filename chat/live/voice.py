@@ -25,6 +25,10 @@ KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the databas
 REPAIR_EVERY = 1.0  # seconds between two SETs of a turn: a Redis that evicts all the time must not cost the square
 
 
+def always() -> bool:
+    return True
+
+
 class Patience:
     """Tells voices that Redis has kept them waiting for `seconds`: one timer for all of them instead of one a piece."""
 
@@ -69,7 +73,7 @@ class Voice:
     ) -> None:
         """notify: has the room tell its followers; publish: sends a message to the rooms of other workers."""
         self.answer = answer
-        self.owned: Callable[[], bool] = lambda: True  # False: the owner has to look whether the turn is still its own
+        self.owned: Callable[[], bool] = always  # False: the owner has to look whether the turn is still its own
         self._notify = notify
         self._publish = publish
         self._gather = gather
