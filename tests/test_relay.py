@@ -1,8 +1,9 @@
-"""A room by itself: which turns it tells, in which order, when it hears of them late, twice or out of order."""
+"""Rooms of a worker: which turns their followers are told, in which order, when news comes late or not at all."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -10,18 +11,22 @@ from typing import Any
 
 import pytest
 
+from chat.formats.events import socket_dialect
+from chat.live.answers import Cursor, start_of
 from chat.live.bus import GAP
-from chat.live.events import Said, socket_json
+from chat.live.events import TurnBegun, encode
 from chat.live.relay import Relay
-from chat.live.rooms import Room
+from chat.live.rooms import Follower
 from chat.settings import read_settings
 from chat.state import State, open_state
 from chat.store import sessions, turns
-from chat.store.turns import Ask, Terms
 from tests.conftest import CLOSED
 from tests.harness.api import Guest, guest, new_session, post_turn, stop
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
+from tests.harness.view import put_together
+
+Event = dict[str, Any]
 
 
 @dataclass
@@ -30,7 +35,7 @@ class House:
 
     service: Service
     someone: Guest
-    session: str
+    session: sessions.Session
     state: State
 
     @property
@@ -38,14 +43,17 @@ class House:
         return self.state.relay
 
     async def turn(self, content: str = "/count 3") -> str:
-        answer = await post_turn(self.service.url, self.someone.access, self.session, content)
+        answer = await post_turn(self.service.url, self.someone.access, self.session.id, content)
         assert answer.turn_id
         return answer.turn_id
 
     async def latest(self) -> Any:
-        row = await turns.select_latest_turn(self.state.database, self.session)
+        row = await turns.select_latest_turn(self.state.database, self.session.id)
         assert row is not None
         return row
+
+    async def follower(self) -> Follower:
+        return await self.relay.join(self.session, socket_dialect)
 
 
 @asynccontextmanager
@@ -54,18 +62,34 @@ async def house(postgres: Postgres, redis: Redis) -> AsyncIterator[House]:
     async with Service(environment) as service, AsyncExitStack() as stack:
         state = await open_state(read_settings(environ=environment), stack)
         someone = await guest(service.url)
-        session = await new_session(service.url, someone.access)
-        yield House(service, someone, session["id"], state)
+        made = await new_session(service.url, someone.access)
+        yield House(service, someone, await sessions.select_unchecked(state.database, made["id"]), state)
 
 
-def deafen(room: Room) -> None:
-    """It hears nothing from now on, as if its listener had been cut off."""
-    assert room._pump is not None
-    room._pump.cancel()
+def deafen(follower: Follower) -> None:
+    """Its room hears nothing from now on, as if its listener had been cut off."""
+    assert follower.room._listening is not None
+    follower.room._listening.cancel()
 
 
-async def test_a_gap_while_a_room_opens_brings_no_old_turn(postgres_server: Postgres, redis_server: Redis) -> None:
-    """Turns that were over long ago must not come behind the running one: readers would be told all of them again."""
+async def told(follower: Follower, last: str) -> list[Event]:
+    """What the follower is told, up to the end of turn `last`."""
+    events: list[Event] = []
+    async with asyncio.timeout(10):
+        while not events or (events[-1]["type"], events[-1].get("turn_id")) != ("turn_complete", last):
+            events += [json.loads(frame) for frame in await follower.next()]
+    return events
+
+
+def turns_of(events: list[Event]) -> list[str]:
+    """The turns a reader was told from their start to their end, in order; nothing may be told twice or left out."""
+    view = put_together(events)
+    assert all(turn.ended for turn in view.turns.values())
+    return list(view.turns)
+
+
+async def test_gaps_while_a_room_opens_tell_no_old_turn(postgres_server: Postgres, redis_server: Redis) -> None:
+    """Turns that were over long ago are no news to a reader that joins, however often its room learns again."""
     async with house(postgres_server, redis_server) as here:
         for _ in range(3):
             await here.turn()
@@ -73,73 +97,63 @@ async def test_a_gap_while_a_room_opens_brings_no_old_turn(postgres_server: Post
         async with asyncio.timeout(10):
             while (running := await here.latest())["status"] != "running":
                 await asyncio.sleep(0.01)
-        room = Room(here.relay, here.session)
-        opening = asyncio.create_task(room.open())
-        while not opening.done():
-            room._hear(GAP)
+        joining = asyncio.create_task(here.follower())
+        while not joining.done():
+            for room in here.relay.rooms.values():
+                room.hear(GAP)
             await asyncio.sleep(0)
-        await opening
-        await room.read_again()
-        assert [each.id for each in room.logs] == [running["id"]]
-        assert room.logs[0].next is None
-        await room.close()
-        await stop(here.service.url, here.someone.access, here.session)
+        follower = await joining
+        await stop(here.service.url, here.someone.access, here.session.id)
+        events = await told(follower, running["id"])
+        assert {event["turn_id"] for event in events} == {running["id"]}
+        await here.relay.part(follower)
         await posting
 
 
 async def test_a_turn_that_was_missed_comes_before_the_next(postgres_server: Postgres, redis_server: Redis) -> None:
-    """The next turn's first word arrives before the gap behind it has been read."""
+    """The next turn's beginning arrives, the whole turn before it never did."""
     async with house(postgres_server, redis_server) as here:
-        first = await here.turn()
-        follower = await here.relay.join(here.session, socket_json)
-        room = follower.room
-        deafen(room)
+        await here.turn()
+        follower = await here.follower()
+        deafen(follower)
         missed, last = await here.turn(), await here.turn()
-        kept = await here.relay._kept(last)
-        assert kept is not None and room.newest == first
-        room.repair()
-        room._said(Said(last, kept.entries))
-        async with asyncio.timeout(10):
-            while room.newest != last:
-                await asyncio.sleep(0.01)
-        assert [each.id for each in room.logs] == [missed, last]
-        said = b"".join(await follower.next())
-        assert 0 < said.index(missed.encode()) < said.index(last.encode())
-        await here.relay.leave(follower)
+        _, answer = await here.relay.latest(follower.room)
+        assert answer is not None and answer.turn_id == last
+        begun = TurnBegun(last, answer.position, answer.previous, answer.messages)
+        follower.room.hear(encode(begun).decode())
+        assert turns_of(await told(follower, last)) == [missed, last]
+        await here.relay.part(follower)
 
 
 async def test_a_cursor_in_a_missed_turn_leaves_nobody_behind(postgres_server: Postgres, redis_server: Redis) -> None:
-    """A reader resumes from a turn this room has missed; the one that stands before it is told of it too."""
+    """A reader resumes from a turn this room has missed; the one that waited here since before is told of it too."""
     async with house(postgres_server, redis_server) as here:
         await here.turn()
-        standing = await here.relay.join(here.session, socket_json)
-        deafen(standing.room)
+        waiting = await here.follower()
+        deafen(waiting)
         missed, last = await here.turn(), await here.turn()
-        coming = await here.relay.join(here.session, socket_json)
-        assert await here.relay.resume(coming, (missed, 0))
-        said = b"".join(await coming.next())
-        assert missed.encode() in said and last.encode() in said
-        said = b"".join(await standing.next())
-        assert 0 < said.index(missed.encode()) < said.index(last.encode())
-        for follower in (standing, coming):
-            await here.relay.leave(follower)
+        coming = await here.follower()
+        assert await here.relay.resume(coming, Cursor(missed, (2,)))
+        rest = await told(coming, last)
+        assert (rest[0]["turn_id"], rest[0]["offset"]) == (missed, 2)
+        assert turns_of([event for event in rest if event["turn_id"] == last]) == [last]
+        waiting.room.hear(GAP)
+        assert turns_of(await told(waiting, last)) == [missed, last]
+        for follower in (waiting, coming):
+            await here.relay.part(follower)
 
 
-async def test_an_older_cursor_tells_nobody_old_turns(postgres_server: Postgres, redis_server: Redis) -> None:
-    """A reader that comes back from three turns ago gets them; those that wait for the next one do not."""
+async def test_an_older_cursor_tells_nobody_else_old_turns(postgres_server: Postgres, redis_server: Redis) -> None:
+    """A reader that comes back from three turns ago gets them; one that waits for the next turn does not."""
     async with house(postgres_server, redis_server) as here:
         ids = [await here.turn() for _ in range(4)]
-        waiting = await here.relay.join(here.session, socket_json)
-        coming = await here.relay.join(here.session, socket_json)
-        assert await here.relay.resume(coming, (ids[1], 0))
-        said = b"".join(await coming.next())
-        assert [each.id for each in waiting.room.logs] == ids[1:] and ids[3].encode() in said
-        assert not waiting.take()
+        waiting, coming = await here.follower(), await here.follower()
+        assert await here.relay.resume(coming, start_of(ids[1]))
+        assert turns_of(await told(coming, ids[3])) == ids[1:]
         following = await here.turn()
-        said = b"".join(await waiting.next())
-        assert following.encode() in said and ids[3].encode() not in said
+        assert turns_of(await told(waiting, following)) == [following]
         for follower in (waiting, coming):
-            await here.relay.leave(follower)
+            await here.relay.part(follower)
 
 
 async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
@@ -156,72 +170,22 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
             await go_on.wait()
             return rows
 
-        follower = await here.relay.join(here.session, socket_json)
+        follower = await here.follower()
         posting = asyncio.create_task(here.turn("/count 2000"))
         async with asyncio.timeout(10):
-            while follower.room.running is None:
+            while follower.room.answer is None:
                 await asyncio.sleep(0.01)
         monkeypatch.setattr(turns, "select_messages", slowly)
-        session = await sessions.select_unchecked(here.state.database, here.session)
-        reading = asyncio.create_task(here.relay.snapshot(follower, session))
+        reading = asyncio.create_task(here.relay.snapshot(follower, here.session))
         await read.wait()
-        await stop(here.service.url, here.someone.access, here.session)
+        await stop(here.service.url, here.someone.access, here.session.id)
         await posting
         following = await here.turn()
         async with asyncio.timeout(10):
-            while follower.room.newest != following:
+            while follower.room.answer.turn_id != following:
                 await asyncio.sleep(0.01)
         go_on.set()
         snapshot = await reading
         replies = [each["status"] for each in snapshot["messages"] if each["role"] == "assistant"]
         assert replies == ["stopped", "success"]
-        await here.relay.leave(follower)
-
-
-async def test_a_gap_before_an_own_turn_begins_brings_no_old_turn(postgres_server: Postgres, redis_server: Redis) -> None:
-    """A room that opens for a turn of its own has read nothing: a gap heard then is no reason to read all there was."""
-    async with house(postgres_server, redis_server) as here:
-        for _ in range(3):
-            await here.turn()
-        await here.turn("/count 5")
-        own = (await here.latest())["id"]  # as good as fresh: nobody else says anything of it any more
-        room = Room(here.relay, here.session)
-        opening = asyncio.create_task(room.open(own))
-        while not opening.done():
-            room._hear(GAP)
-            await asyncio.sleep(0)
-        await opening
-        room._hear(GAP)
-        turn_log = await room.begin(own)
-        assert room.logs == [turn_log]
-        await room.read_again()  # somebody else has gone on with it
-        assert room.logs == [turn_log] and turn_log.closed
-        await room.close()
-
-
-async def test_a_turn_found_while_it_begins_has_one_log(postgres_server: Postgres, redis_server: Redis) -> None:
-    """Its row is there before its log is: who reads again what was missed must not put a second one into its place.
-
-    Readers went into that one, where nobody said anything, until the writer was forgotten. Found by a soak.
-    """
-    async with house(postgres_server, redis_server) as here:
-        await here.turn()
-        follower = await here.relay.join(here.session, socket_json)
-        room, database = follower.room, here.state.database
-        session = await sessions.select_unchecked(database, here.session)
-        terms = Terms(here.state.worker, 10_000, 1, (0, 0), 0, 3)
-        turn = await turns.insert_turn(database, session, session.account_id, Ask("m", "hello", {}), terms)
-        reading = asyncio.create_task(room.read_again())
-        await asyncio.sleep(0)
-        writer = await here.relay.write(session, turn.id)
-        await reading
-        assert [each for each in room.logs if each.id == turn.id] == [writer.log]
-        saying = asyncio.create_task(writer.run())
-        for message in here.relay.mask.messages(session, list(turn.rows)):
-            writer.create(message)
-        writer.end()
-        said = b"".join(await follower.next())
-        assert turn.id.encode() in said
-        await saying
-        await here.relay.finish(here.session)
-        await here.relay.leave(follower)
+        await here.relay.part(follower)
