@@ -163,10 +163,13 @@ class Follower(Sleeper):
                 raise self.ended
             if self.interrupted or self.lost:
                 return []
-            if frames := self._take_ping() + self._take_notices() + await self._owed():
+            own, owed = self._take_ping() + self._take_notices(), await self._owed()
+            if frames := own + (owed or []):
                 return frames
             if self.ended is not None:
                 raise self.ended
+            if owed is None:
+                continue
             if self.one_turn and self.cursor.over:
                 return []
             self._busy = False
@@ -181,8 +184,11 @@ class Follower(Sleeper):
         notices, self._notices = self._notices, []
         return [self.wrap(notice) for _, notice in notices]
 
-    async def _owed(self) -> list[bytes]:
-        """Return what is to be told now: of the room's answer, or else of the older turn the cursor is in."""
+    async def _owed(self) -> list[bytes] | None:
+        """Return what is to be told now: of the room's answer, or else of the older turn the cursor is in.
+
+        None: there was nothing while storage was asked, and who sleeps now would miss the news of that time.
+        """
         answer = self.room.answer
         if self.room.in_step(self):
             assert answer is not None
@@ -194,16 +200,16 @@ class Follower(Sleeper):
             return []
         return await self._owed_from_storage()
 
-    async def _owed_from_storage(self) -> list[bytes]:
+    async def _owed_from_storage(self) -> list[bytes] | None:
         """Tell the rest of an older turn, then go on to the turn after it."""
         cursor = self.cursor
         try:
             answer, next_id, _ = await self.room.past(cursor.turn_id)
         except StorageUnavailable:
             await asyncio.sleep(STORAGE_RETRY)
-            return []
+            return None
         if self.cursor is not cursor:
-            return []  # the room has moved the follower meanwhile
+            return None  # the room has moved the follower meanwhile
         if cursor.turn_id and (answer is None or not answer.fits(cursor)):
             self.lost = True
             return []
@@ -216,7 +222,7 @@ class Follower(Sleeper):
             # The database knows no more than the reader: the room has to learn which turn is the latest.
             self.room.learn_again()
             await asyncio.sleep(LEARN_EVERY)
-        return self.dialect(cursor.turn_id, tellings) if tellings else []
+        return self.dialect(cursor.turn_id, tellings) if tellings else None
 
     @property
     def lag(self) -> int:
