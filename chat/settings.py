@@ -112,7 +112,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     guests_per_minute: int = 30
     sessions_per_minute: int = 30
     refreshes_per_minute: int = 60
-    reads_per_minute: int = 30
+    reads_per_minute: int = 10
     daily_tokens_account: int = 500_000
     daily_tokens_address: int = 4_000_000
     daily_tokens_service: int = 20_000_000

@@ -12,6 +12,7 @@ from typing import Any
 
 from broadcaster import Broadcast
 
+from .arena.published import vote_line
 from .cached import Cached
 from .errors import ChatError, RelayUnavailable
 from .limits import RateLimits
@@ -25,6 +26,7 @@ from .settings import HERE, Settings
 from .store.database import Database
 from .store.mask import Mask
 from .store.votes import Leaderboard
+from .store.votes_file import VotesFile
 from .tokens import Tokens
 
 CHECK_TIMEOUT = 2.0  # seconds
@@ -44,6 +46,7 @@ class State:
     generation: Generation
     providers: Providers
     leaderboard: Leaderboard
+    votes_file: VotesFile
     metrics: Metrics
     checks: Cached[dict[str, str]]  # what health says of the database, Redis and the relay
     dice: random.Random  # draws the pairs of blind battles
@@ -92,6 +95,8 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     tokens = Tokens(settings.secret_keys, lambda: database.now() / 1000)
     metrics = _metrics(relay, generation, bus)
     leaderboard = Leaderboard(database, settings.leaderboard_cache)
+    votes_file = VotesFile(database, lambda vote: vote_line(vote, tokens.pseudonym))
+    stack.callback(votes_file.close)
     dice = random.Random(settings.draw_seed) if settings.draw_seed else random.SystemRandom()
     return State(
         settings=settings,
@@ -103,6 +108,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         generation=generation,
         providers=providers,
         leaderboard=leaderboard,
+        votes_file=votes_file,
         metrics=metrics,
         checks=Cached(CHECKED_FOR, lambda: _checks(database, relay, bus)),
         dice=dice,

@@ -16,6 +16,8 @@ from chat.live.choices import Choice
 from chat.state import State
 from chat.store import accounts, sessions
 from chat.store.accounts import Account
+from chat.store.pages import LAST, select_page
+from chat.store.queries import Row
 
 T = TypeVar("T")
 ID = r"^[A-Za-z0-9_-]{1,64}\Z"  # `$` would let a line end through, into headers and event streams
@@ -86,6 +88,13 @@ async def account(connection: HTTPConnection) -> Account:
     if found is None:
         raise ChatError("authentication_required", "This needs a token. Get one at /api/auth/anonymous/.")
     return found
+
+
+async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:
+    """Count a read of what is long, for the account and for the address. Raises `rate_limited`."""
+    chat = state(connection)
+    for name in [f"reads:{address(connection)}"] + ([f"reads:{account.id}"] if account is not None else []):
+        await chat.limits.hit(name, chat.settings.reads_per_minute, 60, "You are reading this too often.")
 
 
 async def new_guest(connection: HTTPConnection, display_name: str | None = None) -> Account:
@@ -171,6 +180,16 @@ def named_session(request: Request) -> str:
     if not (id := request.query_params.get("session_id", "")):
         raise invalid("session_id", "name the session")
     return id
+
+
+async def page(request: Request, session_id: str, default: int, most: int) -> tuple[list[Row], dict[str, str]]:
+    """The rows of the page asked for by `?before` and `?limit`, and the header that names the page before."""
+    before, limit = number(request, "before", LAST, 0, LAST), number(request, "limit", default, 1, most)
+    rows, more = await select_page(state(request).database, session_id, limit, before)
+    if not more:
+        return rows, {}
+    query = request.url.include_query_params(before=rows[0]["position"]).query
+    return rows, {"Link": f'<{request.url.path}?{query}>; rel="next"'}
 
 
 def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:

@@ -26,6 +26,7 @@ from chat.state import State
 from chat.store import accounts, sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
+from chat.store.mask import audience
 from chat.store.sessions import Session
 from chat.store.tickets import open_stream
 from chat.store.turns import Ask, StoredTurn
@@ -341,12 +342,9 @@ def _again(turn: StoredTurn) -> Cursor:
 
 
 async def listing(request: Request) -> Response:
+    """A session's last messages, as many as fit on a page; `Link` leads to the page before."""
     chat = inputs.state(request)
     account = await inputs.account(request)
-    session_id = request.query_params.get("session_id", "")
-    if not session_id:
-        raise invalid("session_id", "name the session")
-    session = await sessions.select_session(chat.database, session_id, account.id)
-    limit = inputs.number(request, "limit", 500, 1, 1000)
-    rows = await turns.select_messages(chat.database, session.id, limit=limit)
-    return inputs.answer(chat.mask.messages(session, rows))
+    session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)
+    rows, headers = await inputs.page(request, session.id, 500, 1000)
+    return inputs.answer(chat.mask.messages(session, rows, audience(session, account.id)), headers=headers)

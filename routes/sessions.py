@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from chat.errors import ChatError, invalid, not_found
+from chat.formats.transcripts import EXTENSIONS, MEDIA, Kind, transcript
 from chat.live import choices
 from chat.live.choices import Choice
 from chat.state import State
@@ -19,11 +20,11 @@ from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
 from chat.store.mask import Audience, audience
+from chat.store.pages import each_page
 from chat.store.sessions import Session
 
 from . import inputs
 
-EXPORT_MAX = 100_000  # messages
 END_WAIT = 5.0  # seconds a turn has to end before its session is deleted; its worker may be dead
 Title = Annotated[str, Meta(max_length=255)]
 Id = Annotated[str, Meta(pattern=inputs.ID)]
@@ -134,12 +135,10 @@ async def shared(request: Request) -> Response:
 
 
 async def _with_messages(request: Request, session: Session, reader: Audience) -> Response:
-    chat = inputs.state(request)
-    before = inputs.number(request, "before", 2**31 - 1, 0, 2**31 - 1)
-    limit = inputs.number(request, "limit", 50, 1, 200)
-    rows = await turns.select_messages(chat.database, session.id, before=before, limit=limit)
-    messages = chat.mask.messages(session, rows, reader)
-    return inputs.answer({"session": chat.mask.session(session, reader), "messages": messages})
+    mask = inputs.state(request).mask
+    rows, headers = await inputs.page(request, session.id, 50, 200)
+    messages = mask.messages(session, rows, reader)
+    return inputs.answer({"session": mask.session(session, reader), "messages": messages}, headers=headers)
 
 
 async def change(request: Request) -> Response:
@@ -212,28 +211,14 @@ async def generate_title(request: Request) -> Response:
 
 
 async def export(request: Request) -> Response:
+    """The whole session as a file, read and sent page by page."""
     chat = inputs.state(request)
     account = await inputs.account(request)
     session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
-    kind = inputs.choice(request, "format", ("json", "markdown", "txt")) or "json"
-    rows = await turns.select_messages(chat.database, session.id, limit=EXPORT_MAX)
-    messages = chat.mask.messages(session, rows)
-    extension = {"json": "json", "markdown": "md", "txt": "txt"}[kind]
-    media = {"json": "application/json", "markdown": "text/markdown", "txt": "text/plain"}[kind]
-    if kind == "json":
-        whole = {"session": chat.mask.session(session), "messages": messages}
-        content = msgspec.json.format(msgspec.json.encode(whole), indent=2)
-    else:
-        content = _transcript(session, messages, kind == "markdown").encode()
-    name = f'attachment; filename="chat_session_{session.id}.{extension}"'
-    return Response(content, 200, {"Content-Disposition": name}, media)
-
-
-def _transcript(session: Session, messages: list[dict[str, Any]], markdown: bool) -> str:
-    title = session.title or "Chat"
-    parts = [f"# {title}" if markdown else title]
-    for message in messages:
-        speaker = "You" if message["role"] == "user" else (message["model"] or {}).get("display_name", "Model")
-        parts.append(f"## {speaker}" if markdown else f"{speaker}:")
-        parts.append(message["content"] + ("" if message["status"] == "success" else f" [{message['status']}]"))
-    return "\n\n".join(parts) + "\n"
+    kind: Kind = inputs.choice(request, "format", tuple(EXTENSIONS)) or "json"  # type: ignore[assignment]
+    await inputs.hit_long_read(request, account)
+    reader = audience(session, account.id)
+    pages = (chat.mask.messages(session, rows, reader) async for rows in each_page(chat.database, session.id))
+    name = f'attachment; filename="chat_session_{session.id}.{EXTENSIONS[kind]}"'
+    content = transcript(kind, chat.mask.session(session, reader), pages)
+    return StreamingResponse(content, 200, {"Content-Disposition": name}, MEDIA[kind])

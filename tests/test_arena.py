@@ -275,7 +275,7 @@ async def everything(arena: Service, content: str) -> tuple[list[str], dict[str,
     sides = {row["participant"] or "user": row for row in await messages(arena.url, someone.access, session["id"])}
     places = {"{session_id}": session["id"], "{message_id}": sides["a"]["id"]} | OTHER
     for route in routes.table:
-        if "GET" in (route.methods or ()) and not route.path.startswith(("/api/models", "/metrics")):
+        if "GET" in (route.methods or ()) and not route.path.startswith(("/api/models", "/v1/models", "/metrics")):
             path = route.path
             for name, value in places.items():
                 path = path.replace(name, value)

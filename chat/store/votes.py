@@ -246,16 +246,17 @@ async def _select_recent(database: Database, since: int, modes: tuple[str, ...])
     return [(row["model_a"], row["model_b"], row["preference"]) for row in reversed(rows)]
 
 
-async def select_votes(database: Database, after: tuple[int, str], limit: int) -> list[Row]:
-    """A page of the counted votes in the order they were cast, from behind `(created_at, id)`."""
+async def select_votes(database: Database, after: tuple[int, str], limit: int, before: int = FOREVER) -> list[Row]:
+    """A page of the counted votes in the order they were cast, from behind `(created_at, id)`, cast before `before`."""
     return await database.fetch_all(
         """SELECT v.id, v.turn_id, v.account_id, v.mode, v.model_a, v.model_b, v.preference, v.created_at,
                   (SELECT COUNT(*) FROM turns t JOIN turns o ON o.session_id = t.session_id
                     WHERE t.id = v.turn_id AND o.position <= t.position) AS turn
              FROM votes v
-            WHERE v.counted = 1 AND (v.created_at > :time OR (v.created_at = :time AND v.id > :id))
+            WHERE v.counted <> 0 AND (v.created_at > :time OR (v.created_at = :time AND v.id > :id))
+              AND v.created_at < :before
             ORDER BY v.created_at, v.id LIMIT :limit""",
-        {"time": after[0], "id": after[1], "limit": limit},
+        {"time": after[0], "id": after[1], "limit": limit, "before": before},
     )
 
 

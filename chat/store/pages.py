@@ -1,0 +1,66 @@
+"""The messages of a session in pages that are bounded in characters: a long session is read without being held.
+
+The caller has checked who is asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from .database import Database
+from .queries import Row
+from .turns import MESSAGE
+
+PAGE_MAX = 500_000  # characters of one page; a message alone may have fewer than half of that
+AT_ONCE = 200  # messages of an export's page
+FIRST, LAST = -1, 2**31 - 1  # positions before and after all that a session may have
+
+
+async def select_page(database: Database, session_id: str, limit: int, before: int = LAST) -> tuple[list[Row], bool]:
+    """The last messages below position `before`, oldest first, as many as fit, and whether there are earlier ones."""
+    sizes = await _select_sizes(database, session_id, "position < :position", "DESC", before, limit + 1)
+    fits = sizes[: min(limit, _fitting(sizes))]
+    rows = await _select_between(database, session_id, fits[-1]["position"], fits[0]["position"]) if fits else []
+    return rows, len(sizes) > len(fits)
+
+
+async def each_page(database: Database, session_id: str) -> AsyncIterator[list[Row]]:
+    """All messages from the first on, whole turns at a time: what a message's children are is seen in its page."""
+    position, waiting = FIRST, list[Row]()
+    while sizes := await _select_sizes(database, session_id, "position > :position", "ASC", position, AT_ONCE):
+        position, start = sizes[_fitting(sizes) - 1]["position"], sizes[0]["position"]
+        rows = waiting + await _select_between(database, session_id, start, position)
+        turn = max((n for n, row in enumerate(rows) if row["role"] == "user"), default=0)
+        waiting = rows[turn:]
+        if turn:
+            yield rows[:turn]
+    if waiting:
+        yield waiting
+
+
+def _fitting(sizes: list[Row]) -> int:
+    """How many of these fit on a page, at least one."""
+    room = PAGE_MAX
+    for n, row in enumerate(sizes):
+        room -= row["size"]
+        if room < 0:
+            return max(1, n)
+    return len(sizes)
+
+
+async def _select_sizes(
+    database: Database, session_id: str, where: str, order: str, position: int, limit: int
+) -> list[Row]:
+    return await database.fetch_all(
+        f"""SELECT position, LENGTH(content) AS size FROM messages WHERE session_id = :session_id AND {where}
+             ORDER BY position {order} LIMIT :limit""",
+        {"session_id": session_id, "position": position, "limit": limit},
+    )
+
+
+async def _select_between(database: Database, session_id: str, first: int, last: int) -> list[Row]:
+    return await database.fetch_all(
+        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :session_id AND position BETWEEN :first AND :last
+             ORDER BY position""",
+        {"session_id": session_id, "first": first, "last": last},
+    )
