@@ -158,6 +158,7 @@ class Inbox(Sleeper):
     """What waits for a consumer. In its place uvicorn has an `asyncio.Queue`: 2.6 KB for a socket that says nothing."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._messages: list[Any] = []
 
     def put_nowait(self, message: Any) -> None:

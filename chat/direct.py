@@ -36,7 +36,11 @@ class Direct(Protocol):
 class Sleeper:
     """A coroutine's place to wait for news. An `asyncio.Event` costs 0.8 KB for each socket that is silent."""
 
-    _asleep: asyncio.Future[None] | None = None
+    __slots__ = ("_asleep",)
+    _asleep: asyncio.Future[None] | None
+
+    def __init__(self) -> None:
+        self._asleep = None
 
     async def sleep(self) -> None:
         """Wait until roused. A caller that looks for news first and sleeps then misses none."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import callers
-from chat.errors import ChatError, not_found
+from chat.errors import ChatError
 from chat.state import State
 from chat.store import accounts, sessions
 from chat.store.accounts import Account
+from chat.store.rights import Right
 from chat.store.sessions import Session
 
 from . import frames
@@ -28,24 +27,6 @@ class Closed(Exception):
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
         self.reason = reason
-
-
-Select = Callable[[], Awaitable[Session]]
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A socket that may read; with an account it may write as well.
-
-    select: the admission's own statement, run again for every snapshot and write. Raises `not_found` when the right has
-    ended. recheck: the same with the account's tokens. expires_at: of the token, Unix seconds, 0 for never.
-    """
-
-    account: Account | None
-    session: Session
-    select: Select
-    recheck: Callable[[], Awaitable[None]]
-    expires_at: float = 0.0
 
 
 def subprotocol(socket: WebSocket) -> str | None:
@@ -63,8 +44,8 @@ REFUSALS = {
 }
 
 
-async def admit(socket: WebSocket, chat: State) -> Admitted:
-    """Who speaks on this socket, and where. Raises `Closed`."""
+async def admit(socket: WebSocket, chat: State) -> Right:
+    """Return who reads this socket, and what. Raises `Closed`."""
     session_id = socket.path_params["session_id"]
     if not SESSION_ID.fullmatch(session_id):
         raise Closed(4404, "no such session")
@@ -74,7 +55,7 @@ async def admit(socket: WebSocket, chat: State) -> Admitted:
         raise Closed(*REFUSALS.get(problem.code, (1012, "try again"))) from None
 
 
-async def _admit(socket: WebSocket, chat: State, session_id: str) -> Admitted:
+async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
     account, expires_at = await _account(socket, chat)
     share_token = socket.query_params.get("share_token")
     if share_token:
@@ -82,44 +63,25 @@ async def _admit(socket: WebSocket, chat: State, session_id: str) -> Admitted:
     guest = account is None and chat.settings.open_sessions
     if account is None:
         account, expires_at = (await _guest(socket, chat), 0.0) if guest else await _first_frame(socket, chat)
-    return _admitted(chat, account, await _session(chat, session_id, account, guest), expires_at)
-
-
-def _admitted(chat: State, account: Account, session: Session, expires_at: float) -> Admitted:
-    async def select() -> Session:
-        return await sessions.select_session(chat.database, session.id, account.id)
-
-    async def recheck() -> None:
-        await accounts.select_account(chat.database, account.id, account.token_version)
-        if (await select()).key != session.key:
-            raise not_found("session")
-
-    return Admitted(account, session, select, recheck, expires_at)
+    session = await _session(chat, session_id, account, guest)
+    return Right(chat.database, session, account, expires_at=expires_at)
 
 
 async def _admit_by_share(
     chat: State, session_id: str, share_token: str, account: Account | None, expires_at: float
-) -> Admitted:
+) -> Right:
     """Whoever has the link may read, also somebody with an account; its owner goes on as its owner."""
     if account is not None:
         try:
             own = await sessions.select_session(chat.database, session_id, account.id)
-            return _admitted(chat, account, own, expires_at)
+            return Right(chat.database, own, account, expires_at=expires_at)
         except ChatError as problem:
             if problem.code != "not_found":
                 raise
-
-    async def select() -> Session:
-        return await sessions.select_shared(chat.database, share_token)
-
-    async def recheck() -> None:
-        if (await select()).key != session.key:
-            raise not_found("shared session")
-
-    session = await select()
+    session = await sessions.select_shared(chat.database, share_token)
     if session.id != session_id:
         raise Closed(4404, "no such session")
-    return Admitted(None, session, select, recheck)
+    return Right(chat.database, session, share_token=share_token, member=False)
 
 
 async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:
@@ -181,10 +143,12 @@ def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
     return [(f"address:{address(socket, chat)}", chat.settings.sockets_per_address)]
 
 
-def inside(chat: State, admitted: Admitted) -> list[tuple[str, int]]:
-    limits = [(f"session:{admitted.session.id}", chat.settings.sockets_per_session)]
-    if admitted.account is not None:
-        limits.append((f"account:{admitted.account.id}", chat.settings.sockets_per_account))
+def inside(chat: State, right: Right) -> list[tuple[str, int]]:
+    """Return the limits of an admitted socket. Readers of a share have places of their own, not their host's."""
+    kind = "session" if right.member else "viewers"
+    limits = [(f"{kind}:{right.session.key}", chat.settings.sockets_per_session)]
+    if right.account is not None:
+        limits.append((f"account:{right.account.id}", chat.settings.sockets_per_account))
     return limits
 
 

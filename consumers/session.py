@@ -13,7 +13,7 @@ import time
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat.direct import Direct, direct_of
-from chat.errors import ChatError, not_found
+from chat.errors import ChatError
 from chat.formats.events import event_json, resumed_json, socket_dialect
 from chat.formats.frames import framed
 from chat.formats.tellings import Telling
@@ -23,11 +23,11 @@ from chat.live.rooms import Follower
 from chat.state import State
 from chat.store.accounts import Account
 from chat.store.database import StorageUnavailable, new_id
-from chat.store.sessions import Session
+from chat.store.rights import Right
 from chat.store.turns import Ask
 
 from . import admission, frames
-from .admission import Admitted, Closed
+from .admission import Closed
 
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
@@ -43,9 +43,9 @@ async def session(socket: WebSocket) -> None:
         await socket.accept(subprotocol=admission.subprotocol(socket))
         if not places:
             raise Closed(4429, "too many sockets")
-        admitted = await admission.admit(socket, chat)
-        places += await admission.take_places(chat, admission.inside(chat, admitted))
-        await _converse(socket, chat, admitted)
+        right = await admission.admit(socket, chat)
+        places += await admission.take_places(chat, admission.inside(chat, right))
+        await _converse(socket, chat, right)
     except Closed as closed:
         await _close(socket, chat, closed)
     except WebSocketDisconnect:
@@ -57,20 +57,12 @@ async def session(socket: WebSocket) -> None:
         chat.limits.leave(places)
 
 
-async def _converse(socket: WebSocket, chat: State, admitted: Admitted) -> None:
+async def _converse(socket: WebSocket, chat: State, right: Right) -> None:
     """Speak until either side ends it. Raises `Closed` or `WebSocketDisconnect`."""
     try:
-        account_id = admitted.account.id if admitted.account is not None else ""
         dialect = socket_dialect if direct_of(socket.scope) is None else socket_frames
-        follower = await chat.relay.join(
-            admitted.session,
-            dialect,
-            account_id,
-            member=admitted.account is not None,
-            recheck=admitted.recheck,
-            expires_at=admitted.expires_at,
-        )
-        conversation = Conversation(chat, socket, admitted, follower)
+        follower = await chat.relay.join(right, dialect)
+        conversation = Conversation(chat, socket, right, follower)
         try:
             await conversation.run()
         finally:
@@ -96,12 +88,12 @@ async def _close(socket: WebSocket, chat: State, closed: Closed, *last_words: by
 class Conversation:
     """An admitted socket and its follower."""
 
-    def __init__(self, chat: State, socket: WebSocket, admitted: Admitted, follower: Follower) -> None:
+    def __init__(self, chat: State, socket: WebSocket, right: Right, follower: Follower) -> None:
         self.chat = chat
         self.socket = socket
-        self.admitted = admitted
-        self.account = admitted.account
-        self.session = admitted.session
+        self.right = right
+        self.account = right.account
+        self.session = right.session
         self.follower = follower
         self.direct: Direct | None = direct_of(socket.scope)
         if self.direct is not None:
@@ -182,7 +174,7 @@ class Conversation:
         if cursor is not None and await self.chat.relay.resume(self.follower, cursor):
             await self.send(resumed_json(cursor.turn_id, str(cursor)))
             return
-        session = await self.admitted.select()
+        session = await self.right.select()
         state = await self.chat.relay.snapshot(self.follower, session)
         await self.send(session_event("session_state", **state))
 
@@ -254,7 +246,7 @@ class Conversation:
                 await self._message(content, id)
             case frames.Stop():
                 account = self._writer()
-                await self.chat.generation.stop(await self._session(), account.id)
+                await self.chat.generation.stop(await self.right.select(), account.id)
             case frames.Typing(is_typing):
                 self._hear_typing(is_typing)
 
@@ -270,19 +262,12 @@ class Conversation:
 
     async def _message(self, content: str, id: str | None) -> None:
         account = self._writer()
-        current = await self._session()
+        current = await self.right.select()
         ask, address = Ask(id or new_id(), content, {}), admission.address(self.socket, self.chat)
         turn = await self.chat.generation.begin(current, account, ask, address=address)
         reading = self.follower.cursor.turn_id == turn.id and not self.follower.cursor.over
         if not turn.fresh and not reading:  # a message that was sent again gets the turn it began, as over HTTP
             self._ask(start_of(turn.id))
-
-    async def _session(self) -> Session:
-        """Return the session as it is now. Raises `not_found` when it is gone, its id perhaps used again."""
-        session = await self.admitted.select()
-        if session.key != self.session.key:
-            raise not_found("session")
-        return session
 
     def _hear_typing(self, is_typing: bool) -> None:
         self._writer()

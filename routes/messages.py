@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from chat.direct import Direct, direct_of
-from chat.errors import ChatError, invalid, not_found
+from chat.errors import ChatError, invalid
 from chat.formats import Format
 from chat.formats.arena_lines import ArenaLines
 from chat.formats.bare_text import BareText
@@ -27,6 +27,7 @@ from chat.store import accounts, sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
 from chat.store.mask import audience
+from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.tickets import open_stream
 from chat.store.turns import Ask, StoredTurn
@@ -173,17 +174,16 @@ async def follow(
     account: Account | None = None,
     spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
-    recheck: Callable[[], Awaitable[None]] | None = None,
+    right: Right | None = None,
 ) -> Response:
     """A response that tells the cursor's turn from there to its end. Leaving it changes nothing.
 
-    recheck: runs the admission again, for a reader that is not the account's session's own.
+    right: of a reader that is not a member of the session; a member's is made of the account.
     """
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
-    recheck = recheck or (None if account is None else _still_admitted(chat, session, account))
-    account_id = account.id if account is not None else ""
-    follower = await chat.relay.join(session, spoken.dialect, account_id, recheck=recheck, one_turn=True)
+    right = right or Right(chat.database, session, account)
+    follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
     try:
         if not await chat.relay.resume(follower, cursor):
             raise ChatError("not_found", "There is no such turn.")
@@ -198,15 +198,6 @@ async def follow(
         "Content-Type": spoken.content_type,
     }
     return FollowResponse(chat, follower, spoken, direct_of(request.scope), fixed | (headers or {}))
-
-
-def _still_admitted(chat: State, session: Session, account: Account) -> Callable[[], Awaitable[None]]:
-    async def recheck() -> None:
-        await accounts.select_account(chat.database, account.id, account.token_version)
-        if (await sessions.select_readable(chat.database, session.id, account.id)).key != session.key:
-            raise not_found("session")
-
-    return recheck
 
 
 class FollowResponse(StreamingResponse):
@@ -281,13 +272,8 @@ async def session_stream(request: Request) -> Response:
     if cursor is None:
         return Response(status_code=204)
 
-    async def recheck() -> None:
-        if account is not None:
-            await accounts.select_account(chat.database, account.id, account.token_version)
-        if (await sessions.select_readable(chat.database, session.id, account_id)).key != session.key:
-            raise not_found("session")
-
-    return await follow(request, session, cursor, account=account, spoken=EventStream, recheck=recheck)
+    right = Right(chat.database, session, account, member=False)
+    return await follow(request, session, cursor, spoken=EventStream, right=right)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:

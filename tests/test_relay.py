@@ -19,7 +19,8 @@ from chat.live.relay import Relay
 from chat.live.rooms import Follower
 from chat.settings import read_settings
 from chat.state import State, open_state
-from chat.store import sessions, turns
+from chat.store import accounts, sessions, turns
+from chat.store.rights import Right
 from tests.conftest import CLOSED
 from tests.harness.api import Guest, guest, new_session, post_turn, stop
 from tests.harness.servers import Postgres, Redis
@@ -53,7 +54,8 @@ class House:
         return row
 
     async def follower(self) -> Follower:
-        return await self.relay.join(self.session, socket_dialect)
+        account = await accounts.select_account(self.state.database, self.someone.id, 1)
+        return await self.relay.join(Right(self.state.database, self.session, account), socket_dialect)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,6 +21,7 @@ from ..settings import Settings
 from ..store import sessions, turns
 from ..store.database import Database
 from ..store.mask import Mask
+from ..store.rights import Right
 from ..store.sessions import Session
 from ..tasks import Tasks
 from .answers import Answer, Cursor
@@ -166,29 +167,11 @@ class Relay:
         room.writing -= 1
         await self._close_empty(room)
 
-    async def join(
-        self,
-        session: Session,
-        dialect: Dialect,
-        account_id: str = "",
-        *,
-        member: bool = True,
-        recheck: Callable[[], Awaitable[None]] | None = None,
-        expires_at: float = 0.0,
-        one_turn: bool = False,
-    ) -> Follower:
+    async def join(self, right: Right, dialect: Dialect, *, one_turn: bool = False) -> Follower:
         """Follow a session, from what comes next. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
-        async with self._lock(session.key):
-            room = await self._room(session)
-            follower = Follower(
-                room,
-                dialect,
-                account_id,
-                member=member,
-                recheck=recheck,
-                expires_at=expires_at,
-                one_turn=one_turn,
-            )
+        async with self._lock(right.session.key):
+            room = await self._room(right.session)
+            follower = Follower(room, dialect, right, one_turn=one_turn)
             room.followers.add(follower)
         try:
             await room.load()
@@ -309,7 +292,7 @@ class Relay:
         follower.cursor = placed(answer)
         running = answer is not None and not answer.over
         turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
-        shown = messages[-50:] if follower.member else [self.mask.shared(each) for each in messages[-50:]]
+        shown = messages[-50:] if follower.right.member else [self.mask.shared(each) for each in messages[-50:]]
         return {"session": self.mask.state(session), "messages": shown, "turn": turn}
 
     # -- telling

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from ..direct import Direct, Sleeper
 from ..errors import ChatError
 from ..formats.tellings import Dialect, Telling
 from ..store.database import StorageUnavailable
+from ..store.rights import Right
 from ..store.sessions import Session
 from .answers import NOTHING, Answer, Cursor, start_of
 from .bus import GAP
@@ -83,28 +84,17 @@ class Source(Protocol):
 class Follower(Sleeper):
     """One reader of a room: its cursor, and the session events it has not been told yet."""
 
-    def __init__(
-        self,
-        room: Room,
-        dialect: Dialect,
-        account_id: str = "",
-        *,
-        member: bool = True,
-        recheck: Callable[[], Awaitable[None]] | None = None,
-        expires_at: float = 0.0,
-        one_turn: bool = False,
-    ) -> None:
-        """recheck: runs the admission again and raises `ChatError` when the right to read has ended.
+    __slots__ = (
+        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "ping",
+        "right", "room", "wrap",
+    )  # fmt: skip
 
-        member: an owner or voter, who is told more of a session than a reader of a share. expires_at: of the
-        credential, Unix seconds; 0: never. one_turn: the follower reads one turn and nothing else.
-        """
+    def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
+        """right: runs again when rights change; one_turn: the follower reads one turn and nothing else."""
         self.room = room
         self.dialect = dialect
-        self.account_id = account_id
-        self.member = member
-        self.recheck = recheck
-        self.expires_at = expires_at
+        self.right = right
+        self._asleep = None
         self.cursor: Cursor = NOTHING
         self.one_turn = one_turn
         self.interrupted = False  # the reader's coroutine has something else to do first: a frame asked for it
@@ -466,18 +456,19 @@ class Room:
         kind = "typing_indicator" if notice.but else ""
         event, public = notice.json.encode(), notice.public_json.encode()
         for follower in list(self.followers):
-            said = event if follower.member else public
-            if said and not (notice.but and follower.account_id == notice.but):
+            said = event if follower.right.member else public
+            if said and not (notice.but and follower.right.account_id == notice.but):
                 follower.note(said, kind)
 
     # -- rights
 
     def check_rights(self, account_id: str = "") -> None:
         """Admit followers again, those of an account or all; those whose right has ended are sent away."""
-        groups: dict[tuple[str, bool], list[Follower]] = {}
+        groups: dict[tuple[str, bool, str], list[Follower]] = {}
         for follower in self.followers:
-            if follower.recheck is not None and account_id in ("", follower.account_id):
-                groups.setdefault((follower.account_id, follower.member), []).append(follower)
+            right = follower.right
+            if account_id in ("", right.account_id):
+                groups.setdefault((right.account_id, right.member, right.share_token), []).append(follower)
         for group in groups.values():
             self._source.spawn(_check(group))
 
@@ -488,16 +479,14 @@ class Room:
     def expire(self, now: float) -> None:
         """Send away the followers whose credential has expired. now: Unix seconds."""
         for follower in self.followers:
-            if follower.expires_at and now > follower.expires_at:
+            if follower.right.expires_at and now > follower.right.expires_at:
                 follower.send_away(ChatError("token_expired", "The token of this connection has expired."))
 
 
 async def _check(group: list[Follower]) -> None:
     """Run one admission for followers that were admitted by the same right."""
-    recheck = group[0].recheck
-    assert recheck is not None
     try:
-        await recheck()
+        await group[0].right.check()
     except StorageUnavailable:
         return  # nobody can be admitted at the moment; the gap or change that comes next asks again
     except ChatError as problem:

@@ -1,0 +1,48 @@
+"""The right by which a reader reads a session: its admission, which runs again for every snapshot, write and change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import not_found
+from . import accounts, sessions
+from .accounts import Account
+from .database import Database
+from .sessions import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """Who reads which session, and by what: as its member, by a share link, or because it is public.
+
+    `session` is the session as it was at the admission. expires_at: of the credential, Unix seconds; 0: never.
+    """
+
+    database: Database
+    session: Session
+    account: Account | None = None
+    share_token: str = ""
+    member: bool = True  # may write as well
+    expires_at: float = 0.0
+
+    @property
+    def account_id(self) -> str:
+        return self.account.id if self.account is not None else ""
+
+    async def select(self) -> Session:
+        """Return the session as it is now. Raises `not_found` when the right has ended or the id is used again."""
+        if self.share_token:
+            session = await sessions.select_shared(self.database, self.share_token)
+        elif self.member and self.account is not None:
+            session = await sessions.select_session(self.database, self.session.id, self.account.id)
+        else:
+            session = await sessions.select_readable(self.database, self.session.id, self.account_id or None)
+        if session.key != self.session.key:
+            raise not_found("session")
+        return session
+
+    async def check(self) -> None:
+        """Admit again. Raises `token_invalid` as well, when the account's tokens were revoked."""
+        if self.account is not None:
+            await accounts.select_account(self.database, self.account.id, self.account.token_version)
+        await self.select()
