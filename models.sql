@@ -137,3 +137,12 @@ ALTER TABLE turns ADD COLUMN resumable INTEGER NOT NULL DEFAULT 0;
 -- A vote is shown on its turn's user message, too: votes cast before that was so are copied there.
 UPDATE messages SET feedback = (SELECT '"' || v.preference || '"' FROM votes v WHERE v.turn_id = messages.turn_id)
  WHERE role = 'user' AND turn_id IN (SELECT turn_id FROM votes);
+
+-- step 5
+
+-- What is over is found and deleted in small pieces. accounts.expires_at: 30 days after the account was made, its tokens
+-- were last renewed or one of its sessions last changed (which is looked up when it is reached); 0 while it is deleted.
+CREATE INDEX accounts_by_expiry ON accounts (expires_at);
+CREATE INDEX used_tokens_by_expiry ON used_tokens (expires_at);
+CREATE INDEX budgets_by_day ON budgets (day);
+CREATE INDEX votes_by_account ON votes (account_id);

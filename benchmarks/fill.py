@@ -35,7 +35,7 @@ async def put(database: Database, sql: str, rows: Iterable[dict]) -> None:
         async def write(query: Query, some: list[dict] = some) -> None:
             await query.execute_many(sql, some)
 
-        await database.transaction(write, timeout=300)
+        await database.transaction(write, patience=None)
 
 
 async def main(url: str, account: str, sessions: int, messages: int, votes: int) -> None:

@@ -59,7 +59,7 @@ async def refresh(request: Request) -> Response:
     limit, message = chat.settings.refreshes_per_minute, "Too many refreshes from this address."
     await chat.limits.hit(f"refreshes:{inputs.address(request)}", limit, 60, message)
     token = chat.tokens.verify((await inputs.body(request, Refresh)).refresh, "refresh")
-    return inputs.answer(pair(chat, await accounts.select_account(chat.database, token.id, token.tv)))
+    return inputs.answer(pair(chat, await accounts.renew_account(chat.database, token.id, token.tv)))
 
 
 async def revoke(request: Request) -> Response:

@@ -790,14 +790,13 @@ async def test_the_list_is_filtered_by_mode_and_by_words_of_the_title(service: S
         "SNAKEX": ["snakeXcase"],
         "w!": ["Wow!"],
         "ÉCOLE": ["ÉCOLE Ünicode"],
-        "École Ü": [],  # case is folded in ASCII alone, as both databases do it
+        "éCOLE ü": ["ÉCOLE Ünicode"],
         "%5Cback": ["\\back"],
         "' OR 1=1": [],
     }
     for words, expected in found.items():
-        if expected or words != "École Ü":
-            lines = await listed(service.urls[-1], someone.access, f"?search={words}")
-            assert [line["title"] for line in lines] == expected, words
+        lines = await listed(service.urls[-1], someone.access, f"?search={words}")
+        assert [line["title"] for line in lines] == expected, words
     assert len(await listed(service.url, someone.access, "?search=")) == len(titles) + 1
 
 

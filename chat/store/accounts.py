@@ -27,7 +27,7 @@ class Account:
     token_version: int
     created_at: int
     updated_at: int
-    expires_at: int
+    expires_at: int  # at the earliest: whoever was active since lives on. 0: it is being deleted
 
 
 def iso(milliseconds: int | None) -> str | None:
@@ -82,8 +82,20 @@ async def insert_guest(database: Database, display_name: str | None) -> Account:
 async def select_account(database: Database, id: str, token_version: int) -> Account:
     """The account a verified token names. Raises `token_invalid` when it is gone or the token was revoked."""
     row = await database.fetch_one(
-        f"SELECT {COLUMNS} FROM accounts WHERE id = :id AND token_version = :version",
+        f"SELECT {COLUMNS} FROM accounts WHERE id = :id AND token_version = :version AND expires_at > 0",
         {"id": id, "version": token_version},
+    )
+    if row is None:
+        raise ChatError("token_invalid", "This token is not valid any more.")
+    return _account(row)
+
+
+async def renew_account(database: Database, id: str, token_version: int) -> Account:
+    """The account a verified refresh token names, which lives as long as the new one. Raises `token_invalid`."""
+    row = await database.fetch_one(
+        f"""UPDATE accounts SET expires_at = :until
+             WHERE id = :id AND token_version = :version AND expires_at > 0 RETURNING {COLUMNS}""",
+        {"id": id, "version": token_version, "until": database.now() + GUEST_LIFETIME},
     )
     if row is None:
         raise ChatError("token_invalid", "This token is not valid any more.")
@@ -135,7 +147,18 @@ async def revoke_tokens(database: Database, id: str) -> None:
 
 
 async def delete_account(database: Database, id: str) -> None:
-    """Delete the account with its sessions and all that was said in them. Its votes stay, nobody's any more."""
+    """Delete the account with its sessions and all that was said in them. Its votes stay, nobody's any more.
+
+    Its tokens are good for nothing from the first statement on. Should the worker die at it, a sweep goes on.
+    """
+    await database.execute("UPDATE accounts SET expires_at = 0 WHERE id = :id", {"id": id})
+    await _delete_marked(database, id)
+
+
+async def _delete_marked(database: Database, id: str) -> None:
+    """Delete an account that `expires_at` 0 marks: first what there may be much of, in small pieces."""
+    for statement in DELETE_PIECES:
+        await database.execute_in_pieces(statement, {"id": id})
 
     async def work(query: Query) -> None:
         await query.execute("UPDATE votes SET account_id = '' WHERE account_id = :id", {"id": id})
@@ -143,6 +166,17 @@ async def delete_account(database: Database, id: str) -> None:
         await query.execute("DELETE FROM accounts WHERE id = :id", {"id": id})
 
     await database.transaction(work)
+
+
+DELETE_PIECES = (
+    """DELETE FROM messages WHERE (session_id, id) IN
+              (SELECT m.session_id, m.id FROM sessions s JOIN messages m ON m.session_id = s.id
+                WHERE s.account_id = :id LIMIT :piece) RETURNING id""",
+    """DELETE FROM turns WHERE id IN
+              (SELECT t.id FROM sessions s JOIN turns t ON t.session_id = s.id
+                WHERE s.account_id = :id LIMIT :piece) RETURNING id""",
+    "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE account_id = :id LIMIT :piece) RETURNING id",
+)
 
 
 async def insert_used_token(database: Database, jti: str, expires_at: int) -> None:
@@ -156,6 +190,27 @@ async def insert_used_token(database: Database, jti: str, expires_at: int) -> No
         raise ChatError("token_invalid", "This token has been used already.")
 
 
+AT_ONCE = 20  # accounts looked at by one sweep: their sessions may be many
+
+
 async def delete_expired(database: Database) -> None:
-    """Forget used tokens that could not be used again anyway."""
-    await database.execute("DELETE FROM used_tokens WHERE expires_at < :then", {"then": database.now() - 3_600_000})
+    """Delete used tokens that could not be used again anyway, and guests who have not come back."""
+    now = database.now()
+    await database.execute_in_pieces(
+        """DELETE FROM used_tokens WHERE id IN
+                  (SELECT id FROM used_tokens WHERE expires_at < :then ORDER BY expires_at LIMIT :piece)
+           RETURNING id""",
+        {"then": now - 3_600_000},
+    )
+    # Who has said something since lives on from there; it is not written down with every message.
+    await database.execute(
+        """UPDATE accounts SET expires_at = COALESCE(
+                  (SELECT MAX(s.updated_at) + :lifetime FROM sessions s
+                    WHERE s.account_id = accounts.id AND s.updated_at > :since), 0)
+            WHERE id IN (SELECT id FROM accounts WHERE expires_at > 0 AND expires_at < :now
+                          ORDER BY expires_at LIMIT :at_once)""",
+        {"lifetime": GUEST_LIFETIME, "since": now - GUEST_LIFETIME, "now": now, "at_once": AT_ONCE},
+    )
+    marked = "SELECT id FROM accounts WHERE expires_at = 0 LIMIT :at_once"
+    for row in await database.fetch_all(marked, {"at_once": AT_ONCE}):
+        await _delete_marked(database, row["id"])

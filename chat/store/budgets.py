@@ -172,7 +172,11 @@ class Unused:
 
 async def delete_old_budgets(database: Database) -> None:
     """Forget the budgets of days long over."""
-    await database.execute("DELETE FROM budgets WHERE day < :day", {"day": _day(database.now() - KEPT)})
+    await database.execute_in_pieces(
+        """DELETE FROM budgets WHERE (name, day) IN (SELECT name, day FROM budgets WHERE day < :day LIMIT :piece)
+           RETURNING name""",
+        {"day": _day(database.now() - KEPT)},
+    )
 
 
 def _day(milliseconds: int) -> str:

@@ -36,6 +36,7 @@ logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceba
 T = TypeVar("T")
 SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
 IN_LINE = 20.0  # seconds a call waits behind others that are answered
+PIECE, PIECES_MAX = 500, 100  # rows of one statement that deletes many, and such statements at a time
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
 LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
 IDLE_WAIT = 10  # seconds PostgreSQL leaves a worker that is frozen in the middle of a transaction what it holds
@@ -164,6 +165,7 @@ class Database:
         raw: Any = connection.raw_connection
         for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             await raw.execute_fetchall(f"PRAGMA {pragma}")
+        await raw.create_function("lower", 1, _folded, deterministic=True)  # SQLite's own knows ASCII alone
         raw.row_factory = sqlite3.Row
         return connection
 
@@ -204,11 +206,19 @@ class Database:
     async def execute(self, sql: str, values: Values | None = None) -> None:
         await self._shielded(lambda query: query.execute(sql, values))
 
+    async def execute_in_pieces(self, sql: str, values: Values) -> None:
+        """Run a DELETE of at most `:piece` rows, with a RETURNING, until it finds no more.
+
+        All who write would wait for a long one. After `PIECES_MAX` the rest is left to the next time.
+        """
+        for _ in range(PIECES_MAX):
+            if len(await self.fetch_all(sql, values | {"piece": PIECE})) < PIECE:
+                return
+
     async def transaction(
         self,
         work: Callable[[Query], Awaitable[T]],
         *,
-        timeout: float | None = None,
         patience: float | None = 0.0,
         line: str | None = None,
     ) -> T:
@@ -222,7 +232,7 @@ class Database:
         line: what it writes to, say a session's id. One at a time of those with the same is begun, in order: while
         somebody holds that row's lock, the others would wait for it in all the connections there are.
         """
-        return await self._shielded(work, whole=True, patience=timeout or patience, line=line)
+        return await self._shielded(work, whole=True, patience=patience, line=line)
 
     def _begin(
         self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool, line: str | None
@@ -335,6 +345,10 @@ class Database:
                 return await migration.run(lambda work: self._on(connection, work, whole=True))
         except self._failures.unreachable as problem:
             raise StorageUnavailable from problem
+
+
+def _folded(text: str | None) -> str | None:
+    return None if text is None else text.casefold()
 
 
 @functools.cache

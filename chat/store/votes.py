@@ -103,7 +103,7 @@ async def insert_vote(
         )
         return Vote(row["id"], turn[0]["turn_id"], preference, reason is None, reason, now)
 
-    return await database.transaction(work)
+    return await database.transaction(work, line=session.id)
 
 
 # Everything that makes a vote valid stands in its WHERE: two workers that run it at once cannot both succeed.

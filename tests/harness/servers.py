@@ -299,7 +299,7 @@ class Postgres(Server):
             os.chown(self.directory, self.user, self.user)
             self.binaries = _readable_for(self.user, self.binaries, self.directory)
         words = [str(self.binaries / "initdb"), "-D", str(self.data), "-U", "postgres", "--auth=trust", "--no-sync"]
-        words += ["--encoding=UTF8", "--locale=C"]
+        words += ["--encoding=UTF8", "--locale=C", "--lc-ctype=C.UTF-8"]
         made = _run_as(self.user, words, self.directory)
         if made.returncode:
             raise RuntimeError(f"initdb ended with {made.returncode}:\n{made.stdout}{made.stderr}")
