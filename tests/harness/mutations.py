@@ -2,7 +2,7 @@
 
     python -m tests.harness.mutations            # each; or --only repair, --keep what pytest says
 
-Prints which scenarios failed for each; exit status 1 when one was missed by all of them, or is not there to be taken
+Prints which scenario failed first for each; exit status 1 when one was missed by all of them, or is not there to be taken
 out any more. Without any change the same scenarios pass: `--only nothing`.
 """
 
@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache", "data")
-RELAY, WORKERS = "tests/test_faults_relay.py", "tests/test_faults_workers.py"
-SLOW = "tests/sockets/test_slow_readers.py"
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache", "data", "node_modules")
+AT_ONCE = 2  # trees: their scenarios mostly wait
+RELAY, WORKERS, MOMENTS = "tests/test_faults_relay.py", "tests/test_faults_workers.py", "tests/test_moments.py"
+ROOMS, SLOW = "tests/test_relay.py", "tests/sockets/test_slow_readers.py"
 FROZEN = f"{WORKERS}::test_the_owner_is_frozen"
 
 
@@ -39,39 +41,50 @@ MUTATIONS = (
     Mutation(
         "repair",
         "a gap is not repaired",
-        (("chat/live/rooms.py", "        self._again = True\n        if self._early", "        return\n        if self._early"),),
+        (("chat/live/rooms.py", "        self._again = True\n        if self._learning", "        return\n        if self._learning"),),
+        (f"{RELAY}::test_redis_drops_its_listeners_five_times", f"{RELAY}::test_redis_is_killed_and_comes_back"),
+    ),
+    Mutation(
+        "missed",
+        "a reader goes from an ended turn to the latest, whatever lies between",
         (
-            f"{RELAY}::test_redis_is_killed_and_comes_back",
-            f"{RELAY}::test_redis_drops_its_listeners_five_times",
-            f"{WORKERS}::test_a_turn_begins_elsewhere_before_the_last_ones_end_is_heard",
+            ("chat/live/rooms.py", "follower.cursor.over and follower.cursor.turn_id == answer.previous and", "follower.cursor.over and"),
+            ("chat/live/rooms.py", "if cursor.over and cursor.turn_id == answer.previous and", "if cursor.over and"),
         ),
+        (ROOMS, f"{WORKERS}::test_a_turn_begins_elsewhere_before_the_last_ones_end_is_heard"),
+    ),
+    Mutation(
+        "merge",
+        "words that are known are learned again",
+        (("chat/live/answers.py", "reply.text += text[known - offset :]", "reply.text += text"),),
+        ("tests/test_answers.py", f"{WORKERS}::test_snapshots_while_redis_is_away_bring_nothing_twice"),
     ),
     Mutation(
         "owned",
         "an owner's statements match whoever owns the turn",
         (
-            ("chat/store/turns.py", " AND t.owner = :owner AND t.status = 'running')", ")"),
-            ("chat/store/turns.py", "WHERE id = :id AND owner = :owner AND status = 'running' RETURNING", "WHERE id = :id RETURNING"),
+            ("chat/store/turns.py", "t.id = :turn_id AND t.owner = :owner AND t.status = 'running')", "t.id = :turn_id)"),
+            ("chat/store/turns.py", "WHERE id = :id AND owner = :owner RETURNING id", "WHERE id = :id RETURNING id"),
         ),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_while_its_answer_ends"),
     ),
     Mutation(
         "fence",
         "an owner that was frozen does not ask whether it still is one",
-        (
-            ("chat/live/generation.py", "        writer.sure = lambda: self._awake() and not running.fenced\n", ""),
-            ("chat/live/generation.py", "        writer.fence = lambda: self._still_ours(running)\n", ""),
-        ),
+        (("chat/live/leases.py", "        if not self._awake():\n            self.tasks", "        if False:\n            self.tasks"),),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
     ),
     Mutation(
-        "numbers",
-        "an event that is known is taken again",
-        (
-            ("chat/live/events.py", "            if entry.seq <= self.last or self.closed:\n", "            if self.closed:\n"),
-            ("chat/live/events.py", " or (entry.from_seq <= self.last and entry.kind == \"chunk\"):", ":"),
-        ),
-        ("tests/test_turn_log.py", f"{WORKERS}::test_snapshots_while_redis_is_away_bring_nothing_twice"),
+        "early",
+        "a stop before a turn's models are asked is forgotten",
+        (("chat/live/turn.py", "            self.early = why\n", "            pass\n"),),
+        (f"{MOMENTS}::test_a_stop_in_the_first_moments_leaves_nothing_pending", f"{WORKERS}::test_a_battle_is_stopped_when_its_models_have_ended"),
+    ),
+    Mutation(
+        "rights",
+        "whose right to read has ended goes on reading",
+        (("chat/live/rooms.py", "if follower.recheck is not None and account_id", "if False and account_id"),),
+        (f"{MOMENTS}::test_a_right_that_ends_ends_open_readers",),
     ),
     Mutation(
         "shield",
@@ -83,13 +96,13 @@ MUTATIONS = (
                 "await asyncio.wait_for(running, timeout) is running:",
             ),
         ),
-        (f"{RELAY}::test_six_hundred_tabs_close_during_writes",),
+        ("tests/test_database.py", f"{RELAY}::test_six_hundred_tabs_close_during_writes"),
     ),
     Mutation(
         "deadline",
         "a reader that takes nothing is never cut",
         (("consumers/session.py", "patience = self.chat.settings.send_timeout", "patience = 86400.0"),),
-        (SLOW, f"{RELAY}::test_slow_reader_and_silent_reader"),
+        (f"{SLOW}::test_a_reader_that_takes_nothing_is_cut_and_comes_back", f"{RELAY}::test_slow_reader_and_silent_reader"),
     ),
 )  # fmt: skip
 NOTHING = Mutation("nothing", "no change", (), tuple(sorted({test for each in MUTATIONS for test in each.tests})))
@@ -106,6 +119,8 @@ def run(mutation: Mutation, keep: bool) -> list[str]:
                 raise ValueError(f"{name} has {text.count(before)} times what {mutation.name} changes: {before!r}")
             (tree / name).write_text(text.replace(before, after))
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *mutation.tests]
+        if mutation is not NOTHING:
+            words.append("--exitfirst")
         ended = subprocess.run(words, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if keep or ended.returncode not in (0, 1):
         print(ended.stdout)
@@ -119,15 +134,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=[each.name for each in (*MUTATIONS, NOTHING)])
     parser.add_argument("--keep", action="store_true", help="print what pytest says")
     arguments = parser.parse_args()
-    missed = []
-    for mutation in [each for each in (*MUTATIONS, NOTHING) if each.name in (arguments.only or [m.name for m in MUTATIONS])]:
-        started = time.monotonic()
-        failed = run(mutation, arguments.keep)
-        print(f"{mutation.name:<10} {mutation.what}: {', '.join(failed) or 'nobody noticed'}"
-              f" ({time.monotonic() - started:.0f} s)", flush=True)  # fmt: skip
-        if bool(failed) == (mutation is NOTHING):
-            missed.append(mutation.name)
+    wanted = [each for each in (*MUTATIONS, NOTHING) if each.name in (arguments.only or [m.name for m in MUTATIONS])]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        missed = [name for name in threads.map(lambda each: noticed(each, arguments.keep), wanted) if name]
     sys.exit(f"wrong: {', '.join(missed)}" if missed else 0)
+
+
+def noticed(mutation: Mutation, keep: bool) -> str:
+    """Run one and print what it came to; its name when the tests said what they should not have said."""
+    started = time.monotonic()
+    failed = run(mutation, keep)
+    took = time.monotonic() - started
+    print(f"{mutation.name:<10} {mutation.what}: {', '.join(failed) or 'nobody noticed'} ({took:.0f} s)", flush=True)
+    return mutation.name if bool(failed) == (mutation is NOTHING) else ""
 
 
 if __name__ == "__main__":
