@@ -46,9 +46,13 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     paid: bool | None = None
 
     @property
+    def demo(self) -> bool:
+        return self.provider == "demo"
+
+    @property
     def free(self) -> bool:
         """Whether an answer costs the operator nothing, as a demo model's: budgets count what is paid for."""
-        return not (self.provider != "demo" if self.paid is None else self.paid)
+        return not (not self.demo if self.paid is None else self.paid)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -125,6 +129,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sse_ping: float = 15.0
     tcp_user_timeout: float = 20.0
     # [arena]
+    demo_models: str = "auto"
     votes_export: bool = True
     leaderboard_cache: float = 5.0
     draw_seed: int = 0
@@ -255,8 +260,8 @@ def _completed(settings: Settings, environ: Mapping[str, str]) -> Settings:
     changes: dict[str, Any] = {}
     if not settings.database_url:
         changes["database_url"] = Secret(f"sqlite:///{HERE / 'data' / 'parley.db'}")
-    if settings.production and "PARLEY_OPEN_SESSIONS" not in environ:
-        changes["open_sessions"] = False
+    if settings.production:
+        changes["open_sessions"] = False  # whatever is set: with it anyone's socket is an account, and makes sessions
     if not settings.secret_keys and not settings.production:
         changes["secret_keys"] = (_local_key(HERE / "data" / "secret.key"),)
     if not settings.allowed_hosts:
@@ -300,7 +305,9 @@ def _checked(settings: Settings) -> Settings:
             "SECRET_KEY is not set: set it to 32 or more random characters, e.g. the output of "
             "`python -c 'import secrets; print(secrets.token_urlsafe(48))'`, and keep it the same on every worker."
         )
-    if settings.production and any(len(key) < 16 for key in settings.secret_keys):
+    if settings.demo_models not in ("auto", "always"):
+        raise StartupError("settings: demo_models must be auto or always")
+    if settings.production and any(len(key) < 32 for key in settings.secret_keys):
         raise StartupError("SECRET_KEY is too short: use 32 or more random characters.")
     if settings.workers > 1 and not settings.redis_url:
         raise StartupError(

@@ -109,7 +109,7 @@ async def leaderboard(request: Request) -> Response:
     limit = inputs.number(request, "limit", 100, 1, 1000)
     standings = await chat.leaderboard.standings(*_which(request))
     cards = {model.id: model_card(model) for model in chat.settings.models}
-    return inputs.answer([_line(each, cards) for each in standings[:limit]], headers={"Cache-Control": "no-store"})
+    return inputs.answer([_line(each, cards) for each in standings[:limit]])
 
 
 def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ async def details(request: Request) -> Response:
         "pairs": [dict(zip(names, line, strict=True)) for line in found.tally],
         "left_out": [{"reason": reason, "votes": count} for reason, count in found.left_out],
     }
-    return inputs.answer(body, headers={"Cache-Control": "no-store"})
+    return inputs.answer(body)
 
 
 async def export(request: Request) -> Response:

@@ -21,7 +21,8 @@ from .inputs import error_answer
 
 OPEN_TO_ALL = {"/api/health", "/health", "/livez", "/live", "/readyz", "/ready"}  # no Host, no Origin asked for
 SAFE = ((b"x-content-type-options", b"nosniff"),)
-PLAIN = (*SAFE, (b"vary", b"Origin"))  # CORS says so of what passes it: an answer may not be kept for another page
+VARY = (b"vary", b"Origin")  # CORS says so of what passes it: an answer may not be kept for another page
+ENCRYPTED = (b"strict-transport-security", b"max-age=31536000")  # browsers heed it only where it came encrypted
 
 
 class Gate:
@@ -42,6 +43,7 @@ class Gate:
             expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
             max_age=600,
         )
+        self.safe = (*SAFE, ENCRYPTED) if settings.production else SAFE
         self.bounded = RequestBodyLimitMiddleware(app, settings.body_max)
         self.told = self.told_to_pages(self.bounded)
 
@@ -61,7 +63,7 @@ class Gate:
         begun = False
         headers = Headers(scope=scope)
         origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
-        own = SAFE if origin is not None else PLAIN  # of what no page asked for, CORS has nothing to say
+        own = self.safe if origin is not None else (*self.safe, VARY)  # of what no page asked for, CORS says nothing
 
         async def send_safely(message: Message) -> None:
             nonlocal begun

@@ -34,7 +34,9 @@ def state(connection: HTTPConnection) -> State:
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, "application/json")
+    """A JSON answer, which nothing between us and the caller may keep: nearly all of them are somebody's own."""
+    kept = {"Cache-Control": "no-store"} | (headers or {})
+    return Response(msgspec.json.encode(value), status, kept, "application/json")
 
 
 def error_answer(problem: ChatError, path: str = "") -> Response:

@@ -32,7 +32,7 @@ def _health(**checks: str) -> Response:
         "checks": checks,
         "version": VERSION,
     }
-    return inputs.answer(body, 503 if failed else 200, {"Cache-Control": "no-store"})
+    return inputs.answer(body, 503 if failed else 200)
 
 
 async def live(request: Request) -> Response:

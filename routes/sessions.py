@@ -220,5 +220,6 @@ async def export(request: Request) -> Response:
     reader = audience(session, account.id)
     pages = (chat.mask.messages(session, rows, reader) async for rows in each_page(chat.database, session.id))
     name = f'attachment; filename="chat_session_{session.id}.{EXTENSIONS[kind]}"'
+    headers = {"Content-Disposition": name, "Cache-Control": "no-store"}
     content = transcript(kind, chat.mask.session(session, reader), pages)
-    return StreamingResponse(content, 200, {"Content-Disposition": name}, MEDIA[kind])
+    return StreamingResponse(content, 200, headers, MEDIA[kind])

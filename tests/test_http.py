@@ -1778,6 +1778,13 @@ async def test_production_answers_the_pages_it_is_told(production: Service, orig
     assert response.status_code == status
 
 
+async def test_nothing_between_keeps_an_answer_or_speaks_plainly(production: Service, service: Service) -> None:
+    answer = await call(production.url, "GET", "/api/models/", headers={"Host": "chat.example.org"})
+    assert answer.headers["strict-transport-security"] == "max-age=31536000"
+    assert answer.headers["cache-control"] == "no-store"
+    assert "strict-transport-security" not in (await call(service.url, "GET", "/api/models/")).headers
+
+
 async def test_production_gives_nobody_a_guest_for_posting(production: Service) -> None:
     headers = {"Host": "chat.example.org"}
     for body in ({"content": "hello"}, {"session_id": "test123", "content": "hello"}):
@@ -1801,6 +1808,8 @@ async def test_tokens_in_addresses_can_be_turned_off(production: Service) -> Non
 def test_production_defaults_are_closed() -> None:
     settings = read_settings(environ={"PARLEY_ENV": "production", "SECRET_KEY": SECRET})
     assert not settings.open_sessions
+    environ = {"PARLEY_ENV": "production", "SECRET_KEY": SECRET, "PARLEY_OPEN_SESSIONS": "true"}
+    assert not read_settings(environ=environ).open_sessions
     assert settings.allowed_origins == ()
     assert settings.allowed_hosts == ("*",)
     local = read_settings(environ={"SECRET_KEY": SECRET})

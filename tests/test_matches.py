@@ -15,7 +15,8 @@ from chat.arena.integrity import names_itself
 from chat.arena.matches import draw, pick
 from chat.arena.ratings import Rating
 from chat.errors import ChatError
-from chat.settings import HERE
+from chat.providers import ChatMessage, Delta, Limits, Providers, fighters, offered
+from chat.settings import HERE, Model, Settings
 from chat.store.database import Database
 from chat.store.votes import Leaderboard
 
@@ -141,3 +142,38 @@ async def test_who_asks_together_waits_for_one_computation(tmp_path: Path) -> No
         assert database.read == 2 * once
     finally:
         await database.disconnect()
+
+
+DEMOS = tuple(Model(id=id, provider="demo") for id in ("scholar", "poet"))
+REAL = tuple(Model(id=id, provider="openai_chat") for id in ("gpt", "claude"))
+
+
+@pytest.mark.parametrize(
+    ("env", "demo_models", "models", "on_offer", "drawn"),
+    [
+        ("local", "auto", DEMOS, "scholar poet", "scholar poet"),
+        ("production", "auto", DEMOS, "scholar poet", "scholar poet"),
+        ("production", "auto", (*DEMOS, *REAL), "gpt claude", "gpt claude"),
+        ("production", "auto", (*DEMOS, REAL[0]), "gpt", "gpt"),
+        ("production", "always", (*DEMOS, *REAL), "scholar poet gpt claude", "gpt claude"),
+        ("production", "always", (*DEMOS, REAL[0]), "scholar poet gpt", "scholar poet gpt"),
+        ("local", "auto", (*DEMOS, *REAL), "scholar poet gpt claude", "gpt claude"),
+    ],
+)
+def test_demo_models_stand_back_where_there_are_real_ones(
+    env: str, demo_models: str, models: tuple[Model, ...], on_offer: str, drawn: str
+) -> None:
+    """In production they are not on offer beside them, and nowhere does one meet two real models in a battle."""
+    settings = Settings(env=env, demo_models=demo_models, models=models)
+    found = offered({model.id: model for model in models}, settings)
+    assert (list(found), fighters(found)) == (on_offer.split(), drawn.split())
+
+
+async def test_a_session_goes_on_with_a_model_that_is_no_longer_on_offer() -> None:
+    """Its owner adds a key, and a conversation with a demo model must not end for it."""
+    models = (*DEMOS, Model(id="gpt", provider="openai_chat", api_key_env="KEY"))
+    providers = Providers(Settings(env="production", models=models), {"KEY": "sk-none"})
+    assert list(providers.models) == ["gpt"]
+    said = [piece async for piece in providers.stream("poet", [ChatMessage("user", "/echo still here")], Limits(10))]
+    assert "".join(piece.text for piece in said if isinstance(piece, Delta)) == "still here"
+    await providers.close()

@@ -48,6 +48,7 @@ def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
         ({"PARLEY_MODELS": "[]"}, "no [[models]]"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": ""}, "SECRET_KEY is not set"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": "short"}, "SECRET_KEY is too short"),
+        ({"PARLEY_ENV": "production", "SECRET_KEY": "x" * 31}, "SECRET_KEY is too short"),
         ({"PARLEY_RELAY_PREFIX": "two words"}, "relay_prefix must be"),
         ({"WEB_CONCURRENCY": "2"}, "2 workers need REDIS_URL"),
     ],

@@ -9,6 +9,7 @@ import msgspec
 
 from ..arena import matches
 from ..errors import invalid
+from ..providers import fighters
 from ..store.sessions import Session
 from ..store.votes import Leaderboard
 from .generation import Generation
@@ -33,7 +34,8 @@ async def choose(
     _check_model(choice, mode)
     if mode == "random":
         standings = await leaderboard.standings("all_time", ("random",))
-        return mode, matches.draw(list(offered), generation.outages(), [each.rating for each in standings], dice)
+        ratings = [each.rating for each in standings]
+        return mode, matches.draw(fighters(offered), generation.outages(), ratings, dice)
     first = choice.model_a_id or choice.model or (next(iter(offered), None) if mode == "direct" else None)
     field = "model" if choice.model and not choice.model_a_id else "model_a_id"
     wanted = {field: first} | ({"model_b_id": choice.model_b_id} if mode == "compare" else {})

@@ -175,7 +175,7 @@ class Generation:
         for side in session.sides:
             model_id = session.model(side).for_server()
             prompt = self.streams.prompt(model_id, side, history, content)
-            if (model := self.providers.models.get(model_id)) is not None:
+            if (model := self.providers.known.get(model_id)) is not None:
                 tokens += metered(model, [message.content for message in prompt], limits.max_tokens).most
         daily = (settings.daily_tokens_account, settings.daily_tokens_address, settings.daily_tokens_service)
         return Terms(

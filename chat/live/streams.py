@@ -56,7 +56,7 @@ class Streams:
 
     def prompt(self, model_id: str, side: str, history: list[Row], content: str) -> list[ChatMessage]:
         """Return what one model is shown: its own side of the conversation, oldest first, and the user's message."""
-        model = self.providers.models.get(model_id)
+        model = self.providers.known.get(model_id)
         system = [ChatMessage("system", model.system)] if model is not None and model.system else []
         seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == side]
         return [*system, *(ChatMessage(row["role"], row["content"]) for row in seen), ChatMessage("user", content)]
@@ -68,7 +68,7 @@ class Streams:
         for side in sorted(turn.open):
             model_id = turn.replies[side]["model"]
             prompt = self.prompt(model_id, side, history, content)
-            if (model := self.providers.models.get(model_id)) is not None:
+            if (model := self.providers.known.get(model_id)) is not None:
                 turn.meters[side] = metered(model, [message.content for message in prompt], limits.max_tokens)
             turn.streams[side] = asyncio.create_task(self._stream(turn, side, prompt, limits, started))
 

@@ -67,26 +67,39 @@ class Provider(Protocol):
     async def close(self) -> None: ...
 
 
+def offered(known: dict[str, Model], settings: Settings) -> dict[str, Model]:
+    """The models new sessions may have: in production no demo model beside real ones, unless the operator says so."""
+    real = {id: model for id, model in known.items() if not model.demo}
+    return real if real and settings.production and settings.demo_models == "auto" else known
+
+
+def fighters(models: Mapping[str, Model]) -> list[str]:
+    """The models on offer that a blind battle is drawn from: real ones, wherever two of them can meet."""
+    real = [id for id, model in models.items() if not model.demo]
+    return real if len(real) > 1 else list(models)
+
+
 class Providers:
     """The models on offer and what answers for each; opened once per worker, closed at its end."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
-        offered = [m for m in settings.models if not m.api_key_env or environ.get(m.api_key_env, "").strip()]
+        answering = [m for m in settings.models if not m.api_key_env or environ.get(m.api_key_env, "").strip()]
         # The first is who answers where nobody chose: a real model as soon as there is one.
-        self.models = {model.id: model for model in sorted(offered, key=lambda model: model.provider == "demo")}
+        self.known = {model.id: model for model in sorted(answering, key=lambda model: model.demo)}
+        self.models = offered(self.known, settings)
         # Here and not at the first question: importing an SDK holds up every socket of the worker for a second.
-        self._providers = {name: _open(name, environ) for name in {m.provider for m in self.models.values()}}
+        self._providers = {name: _open(name, environ) for name in {m.provider for m in self.known.values()}}
 
     def stream(
         self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Finish, None]:
-        """Ask a model. Raises `ProviderError` at once for a model that is not on offer (any more)."""
-        offered = self.models.get(model if isinstance(model, str) else model.id)
-        if offered is None:
+        """Ask a model, on offer or of an older session. Raises `ProviderError` at once for one that cannot answer."""
+        asked = self.known.get(model if isinstance(model, str) else model.id)
+        if asked is None:
             raise ProviderError("provider_unavailable")
-        if offered.max_tokens:
-            limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, offered.max_tokens))
-        return self._providers[offered.provider].stream(offered, messages, limits)
+        if asked.max_tokens:
+            limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, asked.max_tokens))
+        return self._providers[asked.provider].stream(asked, messages, limits)
 
     async def close(self) -> None:
         await asyncio.gather(*(provider.close() for provider in self._providers.values()))
