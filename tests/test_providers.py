@@ -38,7 +38,7 @@ from chat.providers import (
     demo,
     openai_chat,
 )
-from chat.providers.upstream import redacted, retry_after, status_of, translated
+from chat.providers.failures import redacted, retry_after, status_of, translated
 from chat.settings import Model, Settings
 from tests.vendors import CANARY, MODES, Call, Vendors
 
@@ -446,6 +446,7 @@ async def test_closing_the_providers_hangs_up_on_everyone(providers: Providers, 
     await providers.close()
     assert await hung_up(vendors, "p") - left < 1
     assert (await reader).error is not None
+    assert time.monotonic() - left < 1, "the reader was left waiting for its own clock"
 
 
 async def test_a_finished_answer_is_not_a_hang_up(providers: Providers, vendors: Vendors) -> None:
@@ -559,12 +560,13 @@ def test_every_failure_has_a_sentence_for_its_reader() -> None:
 
 
 LAZY = """
+import asyncio
 import sys
 from chat.providers import Providers
 from chat.settings import Model, Settings
 from tests.vendors import CANARY, MODES, Call, Vendors
 names = sys.argv[1:]
-Providers(Settings(models=tuple(Model(id=name, provider=name) for name in names)), {})
+asyncio.run(Providers(Settings(models=tuple(Model(id=name, provider=name) for name in names)), {}).load())
 print(*sorted({"openai", "anthropic", "httpx2"} & sys.modules.keys()))
 """
 

@@ -1,8 +1,8 @@
-"""Where a reply's text comes from: one vocabulary, the choice of provider, and the rules every remote one obeys.
+"""Where a reply's text comes from: one vocabulary, the choice of provider, and what holds for all of them.
 
 A provider is one async generator: deltas, then one `Finish`, or a `ProviderError`. It knows nothing of turns, rooms or
-the database. Each vendor's SDK is imported by its adapter alone, and an adapter only when one of its models is
-offered: together they cost 80 MB and three seconds.
+the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of its models is offered,
+and beside the loop: together they cost 80 MB and three seconds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import asyncio
 import importlib
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Protocol
+from contextlib import aclosing
+from typing import Any, Protocol
 
 import msgspec
 
 from ..errors import REPLY_SENTENCES
 from ..settings import Model, Settings
+from .clean import Cleaner
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -87,8 +89,19 @@ class Providers:
         # The first is who answers where nobody chose: a real model as soon as there is one.
         self.known = {model.id: model for model in sorted(answering, key=lambda model: model.demo)}
         self.models = offered(self.known, settings)
-        # Here and not at the first question: importing an SDK holds up every socket of the worker for a second.
-        self._providers = {name: _open(name, environ) for name in {m.provider for m in self.known.values()}}
+        self._environ = environ
+        self._opened: dict[str, asyncio.Task[Provider]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every known model can be asked at once."""
+        names = {model.provider for model in self.known.values()}
+        return all(name in self._opened and _succeeded(self._opened[name]) for name in names)
+
+    async def load(self) -> None:
+        """Open what answers for the known models. Raises `ImportError` for an SDK that is not installed."""
+        for name in sorted({model.provider for model in self.known.values()}):
+            await self._provider(name)
 
     def stream(
         self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits
@@ -99,13 +112,42 @@ class Providers:
             raise ProviderError("provider_unavailable")
         if asked.max_tokens:
             limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, asked.max_tokens))
-        return self._providers[asked.provider].stream(asked, messages, limits)
+        return self._cleaned(asked, messages, limits)
+
+    async def _cleaned(
+        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
+    ) -> AsyncGenerator[Delta | Finish, None]:
+        """The one way from a provider to the service: what passes here can be stored and sent."""
+        provider, cleaner = await self._provider(model.provider), Cleaner()
+        async with aclosing(provider.stream(model, messages, limits)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Delta):
+                    text = cleaner.feed(piece.text)
+                else:
+                    text = cleaner.end()
+                if text:
+                    yield Delta(text)
+                if isinstance(piece, Finish):
+                    yield piece
+
+    async def _provider(self, name: str) -> Provider:
+        if name not in self._opened:
+            models = [model for model in self.known.values() if model.provider == name]
+            opening = asyncio.to_thread(_open, name, models, self._environ)
+            self._opened[name] = asyncio.create_task(opening)
+        return await asyncio.shield(self._opened[name])  # who leaves before it is there leaves it to the others
 
     async def close(self) -> None:
-        await asyncio.gather(*(provider.close() for provider in self._providers.values()))
+        opened = await asyncio.gather(*self._opened.values(), return_exceptions=True)
+        providers = [provider for provider in opened if not isinstance(provider, BaseException)]
+        await asyncio.gather(*(provider.close() for provider in providers))
 
 
-def _open(name: str, environ: Mapping[str, str]) -> Provider:
+def _succeeded(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
+
+
+def _open(name: str, models: Sequence[Model], environ: Mapping[str, str]) -> Provider:
     kind = {"demo": "Demo", "openai_chat": "OpenAIChat", "anthropic_messages": "AnthropicMessages"}[name]
-    provider: Provider = getattr(importlib.import_module(f".{name}", __name__), kind)(environ)
+    provider: Provider = getattr(importlib.import_module(f".{name}", __name__), kind)(models, environ)
     return provider

@@ -1,6 +1,7 @@
 """Anthropic's messages.
 
-The only file that knows the Anthropic SDK. What becomes of its errors, clocks and odd endings is `Upstream`'s business.
+The only file that knows the Anthropic SDK, which sends the request; the stream is read by `sse`. What becomes of
+errors, clocks and odd endings is `Upstream`'s business.
 """
 
 from __future__ import annotations
@@ -10,35 +11,90 @@ from itertools import dropwhile
 from typing import Any
 
 import anthropic
+import msgspec
 
 from ..settings import Model
 from . import ChatMessage, Limits
-from .upstream import Piece, Upstream
+from .failures import InStream
+from .sse import Count, Events, decoder
+from .upstream import CONNECT, Piece, Upstream
 
 OFFICIAL = "https://api.anthropic.com"  # said aloud: left out, $ANTHROPIC_BASE_URL would decide who gets the key
 
 
+class MessageUsage(msgspec.Struct):
+    """Tokens read from or written to the vendor's cache are paid for and are not among its `input_tokens`."""
+
+    input_tokens: Count | None = None
+    cache_creation_input_tokens: Count | None = None
+    cache_read_input_tokens: Count | None = None
+    output_tokens: Count | None = None
+
+    @property
+    def input(self) -> int | None:
+        cached = (self.cache_creation_input_tokens or 0) + (self.cache_read_input_tokens or 0)
+        return None if self.input_tokens is None else self.input_tokens + cached
+
+
+class MessageStart(msgspec.Struct):
+    usage: MessageUsage | None = None
+
+
+class MessagePart(msgspec.Struct):
+    """A block as it begins, or what is added to it, or what is said of the message at its end."""
+
+    type: str | None = None
+    text: str | None = None
+    stop_reason: str | None = None
+
+
+class MessageEvent(msgspec.Struct):
+    """What is read of an event. The rest may be anything."""
+
+    type: str = ""
+    message: MessageStart | None = None
+    content_block: MessagePart | None = None
+    delta: MessagePart | None = None
+    usage: MessageUsage | None = None
+    error: Any = None
+
+
+decode = decoder(MessageEvent)
+
+
 class AnthropicMessages(Upstream):
+    official = OFFICIAL
+
     def connect(self, base_url: str, key: str) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(api_key=key, base_url=base_url or OFFICIAL, max_retries=0)
+        client = anthropic.AsyncAnthropic(
+            api_key=key, base_url=base_url, max_retries=0, http_client=anthropic.DefaultAioHttpClient()
+        )
+        _ = client.messages  # is imported when it is first looked at
+        return client
 
     async def ask(
         self, client: anthropic.AsyncAnthropic, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Any:
-        return await client.messages.create(**request(model, messages, limits))
+    ) -> Events:
+        stream = await client.messages.create(**request(model, messages, limits))
+        return Events(stream.response)
 
-    def read(self, event: Any) -> Piece:
-        match event.type:
+    def read(self, event: str) -> Piece:
+        said = decode(event)
+        if said.error:
+            raise InStream(said.error)
+        delta, usage = said.delta or MessagePart(), said.usage or MessageUsage()
+        match said.type:
             case "message_start":
-                return Piece(input_tokens=event.message.usage.input_tokens)
+                usage = (said.message or MessageStart()).usage or MessageUsage()
+                return Piece(input_tokens=usage.input)
             case "content_block_start":
-                return Piece(text=getattr(event.content_block, "text", None) or "")
-            case "content_block_delta" if event.delta.type == "text_delta":
-                return Piece(text=event.delta.text)
+                return Piece(text=(said.content_block or MessagePart()).text or "")
+            case "content_block_delta" if delta.type == "text_delta":
+                return Piece(text=delta.text or "")
             case "content_block_delta":
                 return Piece(thinking=True)
             case "message_delta":
-                return Piece(reason=event.delta.stop_reason, output_tokens=event.usage and event.usage.output_tokens)
+                return Piece(reason=delta.stop_reason, input_tokens=usage.input, output_tokens=usage.output_tokens)
         return Piece()
 
 
@@ -54,7 +110,7 @@ def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> di
         ],
         "max_tokens": limits.max_tokens,
         "stream": True,
-        "timeout": anthropic.Timeout(max(limits.first_token_timeout, limits.idle_timeout), connect=5, write=10, pool=5),
+        "timeout": anthropic.Timeout(None, connect=CONNECT, pool=CONNECT),  # what comes later is timed by `Upstream`
     }
     if text := "\n\n".join(filter(None, system)):
         asked["system"] = text

@@ -95,7 +95,7 @@ class Script(msgspec.Struct, frozen=True):
 
 
 class Demo:
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, models: Iterable[Model], environ: Mapping[str, str]) -> None:
         """Built like every provider; a demo model has no key to look for."""
 
     async def stream(

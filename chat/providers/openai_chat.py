@@ -1,6 +1,7 @@
 """OpenAI's chat completions, and everything that speaks them: vLLM, Ollama, llama.cpp, DeepInfra, … by `base_url`.
 
-The only file that knows the OpenAI SDK. What becomes of its errors, clocks and odd endings is `Upstream`'s business.
+The only file that knows the OpenAI SDK, which sends the request; the stream is read by `sse`. What becomes of errors,
+clocks and odd endings is `Upstream`'s business.
 """
 
 from __future__ import annotations
@@ -8,37 +9,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import openai
 
 from ..settings import Model
 from . import ChatMessage, Limits, ProviderError
-from .upstream import Piece, Upstream
+from .failures import InStream
+from .sse import Count, Events, decoder
+from .upstream import CONNECT, Piece, Upstream
 
 OFFICIAL = "https://api.openai.com/v1"  # said aloud: left out, $OPENAI_BASE_URL would decide who gets the key
 
 
+class ChunkDelta(msgspec.Struct):
+    content: str | None = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+
+
+class ChunkChoice(msgspec.Struct):
+    delta: ChunkDelta | None = None
+    finish_reason: str | None = None
+
+
+class ChunkUsage(msgspec.Struct):
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+
+
+class CompletionChunk(msgspec.Struct):
+    """What is read of an event. The rest may be anything."""
+
+    choices: list[ChunkChoice] | None = None
+    usage: ChunkUsage | None = None
+    error: Any = None
+
+
+decode = decoder(CompletionChunk)
+
+
 class OpenAIChat(Upstream):
+    official = OFFICIAL
+
     def connect(self, base_url: str, key: str) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(api_key=key, base_url=base_url or OFFICIAL, max_retries=0)
+        client = openai.AsyncOpenAI(
+            api_key=key, base_url=base_url, max_retries=0, http_client=openai.DefaultAioHttpClient()
+        )
+        _ = client.chat.completions  # is imported when it is first looked at
+        return client
 
     async def ask(
         self, client: openai.AsyncOpenAI, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Any:
-        return await client.chat.completions.create(**request(model, messages, limits))
+    ) -> Events:
+        stream = await client.chat.completions.create(**request(model, messages, limits))
+        return Events(stream.response)
 
-    def read(self, event: Any) -> Piece:
-        usage, choice = event.usage, event.choices[0] if event.choices else None
-        if choice is None:
-            return Piece(input_tokens=usage and usage.prompt_tokens, output_tokens=usage and usage.completion_tokens)
-        delta = choice.delta
-        if getattr(delta, "refusal", None):
+    def read(self, event: str) -> Piece:
+        chunk = decode(event)
+        if chunk.error:
+            raise InStream(chunk.error)
+        usage, choice = chunk.usage or ChunkUsage(), chunk.choices[0] if chunk.choices else ChunkChoice()
+        delta = choice.delta or ChunkDelta()
+        if delta.refusal:
             raise ProviderError("provider_refused")
         return Piece(
             text=delta.content or "",
-            thinking=bool(getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)),
+            thinking=bool(delta.reasoning_content or delta.reasoning),
             reason=choice.finish_reason or None,  # some servers say "" while they go on
-            input_tokens=usage and usage.prompt_tokens,
-            output_tokens=usage and usage.completion_tokens,
+            input_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
         )
 
 
@@ -51,6 +91,6 @@ def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> di
         "max_completion_tokens" if official else "max_tokens": limits.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "timeout": openai.Timeout(max(limits.first_token_timeout, limits.idle_timeout), connect=5, write=10, pool=5),
+        "timeout": openai.Timeout(None, connect=CONNECT, pool=CONNECT),  # what comes later is timed by `Upstream`
     }
     return asked if limits.temperature is None else {**asked, "temperature": limits.temperature}

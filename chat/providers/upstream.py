@@ -1,31 +1,34 @@
-"""A vendor behind its SDK: how every remote provider is asked, read, timed and translated, once.
+"""A vendor behind its SDK: how every remote provider is asked, read and timed, once.
 
-An adapter says how to ask and how to read one event; whatever its SDK raises becomes a `ProviderError` here and nowhere
-else. A vendor's own words go to the log, redacted, and never further.
+An adapter says how to ask and how to read one event; `failures` says what becomes of whatever goes wrong.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import re
-import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from email.utils import parsedate_to_datetime
-from typing import Any
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import Any, ClassVar
 
 import msgspec
 
 from ..settings import Model
 from . import ChatMessage, Delta, Finish, Limits, ProviderError
+from .failures import OPERATOR_FAULTS, advice, status_of, translated, words
+from .sse import Events
 
 log = logging.getLogger(__name__)
 
-DELTA_MAX = 1_000_000  # characters in one event; a whole answer in one piece is fine, an endless one is not
+CONNECT = 5.0  # seconds to reach a vendor; beyond them another try is the better bet
 AFTERMATH = 2.0  # seconds a finished stream may take for its token counts; the answer is complete without them
+GRACE = 0.05  # seconds between two looks at a deadline that has passed while nobody waited for the vendor
+
+FINISHED = {"stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop"}
+FINISHED |= {"length": "length", "max_tokens": "length", "model_context_window_exceeded": "length"}
+REFUSED = {"content_filter": "provider_refused", "refusal": "provider_refused", "error": "provider_unavailable"}
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -41,23 +44,32 @@ class Piece(msgspec.Struct, frozen=True):
 class Upstream(ABC):
     """A vendor behind its SDK: an adapter says how to ask and how to read one event, the rules are here, once."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    official: ClassVar[str]  # the vendor's own address
+
+    def __init__(self, models: Iterable[Model], environ: Mapping[str, str]) -> None:
+        """Connect nothing yet, but make the clients: importing all they need takes longer than a loop may be held."""
+        for name in ("openai", "anthropic", "httpx2", "httpcore2", "aiohttp"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # below it they print prompts and error bodies
         self._environ = environ
         self._clients: dict[tuple[str, str], Any] = {}
-        for name in ("openai", "anthropic", "httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # below it they print prompts and error bodies
+        self._clocks: set[Clock] = set()  # of the answers that run
+        for model in models:
+            try:
+                self._client(model)
+            except Exception as problem:  # an address that is none: that model fails when it is asked, no other does
+                self._failed(model, problem, False)
 
     @abstractmethod
     def connect(self, base_url: str, key: str) -> Any:
         """Return a new SDK client that never retries: a retry bills again, so it is the caller's decision."""
 
     @abstractmethod
-    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Any:
-        """Send the request; return the SDK's stream once the vendor has answered with good headers."""
+    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Events:
+        """Send the request; return the answer's events once the vendor has answered with good headers."""
 
     @abstractmethod
-    def read(self, event: Any) -> Piece:
-        """Read one event of the stream. May raise anything: an event is the vendor's word, not ours."""
+    def read(self, event: str) -> Piece:
+        """Read one event's data. May raise anything: an event is the vendor's word, not ours."""
 
     async def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
@@ -82,29 +94,26 @@ class Upstream(ABC):
     async def _pieces(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Piece, None]:
-        """Yield an empty piece when the vendor answers, then one per event. Our clocks, since pings reset the SDKs'."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + limits.first_token_timeout
-        async with asyncio.timeout_at(deadline):
-            events = await self.ask(self._client(model), model, messages, limits)
-        try:
-            yield Piece()
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    event = await anext(events, None)
-                if event is None:
-                    return
-                piece = checked(self.read(event))
-                yield piece  # the reader may take its time: the clock starts after it
-                if piece.reason:
-                    deadline = clock() + AFTERMATH
-                elif piece.text or piece.thinking:
-                    deadline = clock() + limits.idle_timeout
-        finally:
-            await events.close()
+        """Yield an empty piece when the vendor answers, then one per event. Our clock, since pings reset the SDKs'."""
+        with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:
+            with clock:
+                events = await self.ask(self._client(model), model, messages, limits)
+            async with aclosing(events):
+                yield Piece()
+                while True:
+                    with clock:
+                        event = await events.next()
+                    if event is None:
+                        return
+                    piece = self.read(event)
+                    yield piece  # the reader may take its time: the clock starts after it
+                    if piece.reason:
+                        clock.start(AFTERMATH)
+                    elif piece.text or piece.thinking:
+                        clock.start(limits.idle_timeout)
 
     def _client(self, model: Model) -> Any:
-        place = (model.base_url, self._key(model))
+        place = (model.base_url or self.official, self._key(model))
         if place not in self._clients:
             self._clients[place] = self.connect(*place)
         return self._clients[place]
@@ -116,8 +125,9 @@ class Upstream(ABC):
     def _failed(self, model: Model, problem: Exception, answered: bool) -> ProviderError:
         failure = translated(problem, answered)
         level = logging.ERROR if status_of(problem) in OPERATOR_FAULTS else logging.WARNING
-        words = redacted(f"{type(problem).__name__}: {problem}", self._key(model))
-        log.log(level, "model %s: %s after %r", model.id, failure.code, words)  # %r: no line breaks of theirs
+        address = re.sub(r"//.*@", "//", model.base_url or self.official)  # without a name and a password
+        told = words(problem, self._key(model))  # logged with %r: no line breaks of theirs
+        log.log(level, "model %s: %s at %s: %s; %r", model.id, failure.code, address, advice(problem, model), told)
         return failure
 
     def _finished(self, model: Model, reason: str | None) -> str:
@@ -129,95 +139,60 @@ class Upstream(ABC):
         raise ProviderError(code, retryable=reason is None)
 
     async def close(self) -> None:
+        for clock in self._clocks:  # aiohttp closes its connections without a word to who reads them
+            clock.start(0)
         clients, self._clients = list(self._clients.values()), {}
         await asyncio.gather(*(client.close() for client in clients), return_exceptions=True)
 
 
+class Clock:
+    """The time limit of the many waits of one answer: `with clock:` around each, as `asyncio.timeout` would be used.
+
+    One timer serves them all and is looked at when it fires: to arm one for each token and to take it back is a tenth
+    of a token's cost. Raises `TimeoutError` in the task that waits.
+    """
+
+    def __init__(self, seconds: float, running: set[Clock]) -> None:
+        """Belong to `running` until it is closed."""
+        self._running = running
+        running.add(self)
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Task[Any] | None = None
+        self._cancels = 0  # how often that task had been cancelled by others before
+        self._expired = False
+        self._deadline = self._loop.time() + seconds
+        self._timer = self._loop.call_at(self._deadline, self._look)
+
+    def start(self, seconds: float) -> None:
+        """Give the next waits so many seconds from now."""
+        self._deadline = self._loop.time() + seconds
+        if self._deadline < self._timer.when():
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self._deadline, self._look)
+
+    def close(self) -> None:
+        self._running.discard(self)
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._waiting is None or now < self._deadline:
+            self._timer = self._loop.call_at(max(self._deadline, now + GRACE), self._look)
+        else:
+            self._expired = True
+            self._waiting.cancel()
+
+    def __enter__(self) -> None:
+        self._waiting = task = asyncio.current_task()
+        self._cancels = task.cancelling() if task is not None else 0
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _: object) -> None:
+        task, self._waiting = self._waiting, None
+        if self._expired and task is not None:
+            self._expired = False
+            if task.uncancel() <= self._cancels and isinstance(problem, asyncio.CancelledError):
+                raise TimeoutError from problem
+
+
 def _latest(new: int | None, old: int | None) -> int | None:
     return old if new is None else new
-
-
-def checked(piece: Piece) -> Piece:
-    """Refuse what an SDK took for a text: it builds its values from JSON without looking at the types."""
-    if not isinstance(piece.text, str) or len(piece.text) > DELTA_MAX:
-        raise ProviderError("provider_protocol")
-    return piece
-
-
-FINISHED = {"stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop"}
-FINISHED |= {"length": "length", "max_tokens": "length", "model_context_window_exceeded": "length"}
-REFUSED = {"content_filter": "provider_refused", "refusal": "provider_refused", "error": "provider_unavailable"}
-
-# By name: the SDKs and the two generations of httpx below them share no classes, and importing them has its price.
-TIMED_OUT = {"TimeoutError", "TimeoutException", "APITimeoutError"}
-CUT_OFF = {"APIConnectionError", "TransportError", "OSError"}
-INVALID = {"APIResponseValidationError", "DecodingError"}
-
-OPERATOR_FAULTS = {401, 402, 403, 404}  # a bad key, an empty account, no such model: nobody's retry will help
-STATUS_OF_KIND = {"invalid_request_error": 400, "authentication_error": 401, "permission_error": 403}
-STATUS_OF_KIND |= {"billing_error": 402, "not_found_error": 404, "timeout_error": 408, "content_filter": 400}
-STATUS_OF_KIND |= {"rate_limit_error": 429, "rate_limit_exceeded": 429}
-HTTP_ERROR = re.compile(r"[45][0-9][0-9]")
-
-
-def translated(problem: Exception, answered: bool) -> ProviderError:
-    """Return our error for any exception. `answered`: the vendor's headers had come, so a cut is a cut answer."""
-    if isinstance(problem, ProviderError):
-        return problem
-    names = {kind.__name__ for kind in type(problem).__mro__}
-    if names & TIMED_OUT:
-        return ProviderError("provider_timeout")
-    if names & INVALID:
-        return ProviderError("provider_protocol")
-    if names & CUT_OFF:
-        return ProviderError("provider_truncated" if answered else "provider_unavailable", retryable=True)
-    if "APIError" in names:
-        return _of_status(status_of(problem), retry_after(problem))
-    return ProviderError("provider_protocol")
-
-
-def _of_status(status: int, wait: float | None) -> ProviderError:
-    if status == 429:
-        return ProviderError("provider_rate_limited", retryable=True, retry_after=wait)
-    if status == 408:
-        return ProviderError("provider_timeout")
-    if status in OPERATOR_FAULTS:
-        return ProviderError("provider_unavailable")
-    if status >= 500:
-        return ProviderError("provider_unavailable", retryable=True, retry_after=wait)
-    return ProviderError("provider_refused")
-
-
-def status_of(problem: Exception) -> int:
-    """Return the HTTP status of a refusal; for one inside a stream that began well, the status it stands for."""
-    status = getattr(problem, "status_code", 200)
-    kinds = [str(getattr(problem, name, None)) for name in ("code", "type")]
-    if "insufficient_quota" in kinds:
-        return 402  # sent as 429, but waiting does not fill an account
-    if isinstance(status, int) and status >= 400:
-        return status
-    meant = [int(kind) if HTTP_ERROR.fullmatch(kind) else STATUS_OF_KIND.get(kind, 500) for kind in kinds]
-    return min(meant)  # 500 is what an unknown word means
-
-
-def retry_after(problem: Exception) -> float | None:
-    """Return the seconds the vendor asks us to wait, from either of the header's two forms, or None."""
-    text = getattr(getattr(problem, "response", None), "headers", {}).get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-SECRETS = re.compile(r"\b(?:sk|pk|gsk|xai|key)[-_][\w-]{6,}|\bBearer\s+\S+", re.IGNORECASE)
-
-
-def redacted(text: str, *keys: str) -> str:
-    """Return a vendor's words as the log may have them: short, without anything that looks like a key."""
-    for key in keys:
-        text = text.replace(key, "***") if len(key) > 4 else text  # the "none" of a model without key is no secret
-    return SECRETS.sub("***", text)[:500]

@@ -1,0 +1,34 @@
+"""A provider's text as every storage and every reader can hold it."""
+
+from __future__ import annotations
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Cleaner:
+    """The text of one answer, piece by piece.
+
+    Vendors cut an emoji in two: its halves (surrogates) come in two deltas and are joined here. NUL, which PostgreSQL
+    does not store, and a half that stays alone, which UTF-8 cannot say, become U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        self._half = ""  # a first half at the end of the last piece
+
+    def feed(self, text: str) -> str:
+        """Return what can be shown by now: a first half at the end waits for the next piece."""
+        text, self._half = self._half + text, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return _clean(text)
+
+    def end(self) -> str:
+        """Return what was still waiting."""
+        half, self._half = self._half, ""
+        return _clean(half)
+
+
+def _clean(text: str) -> str:
+    if not text.isascii():
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text.replace("\0", REPLACEMENT)
