@@ -90,6 +90,7 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     limits = RateLimits(worker, bus)
     generation = Generation(settings, database, relay, providers, limits, worker)
     generation.start()
+    generation.tasks.spawn(providers.load())
     Leases(settings, database, relay, generation).start()
     stack.push_async_callback(generation.drain)
     tokens = Tokens(settings.secret_keys, lambda: database.now() / 1000)

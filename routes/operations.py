@@ -40,9 +40,13 @@ async def live(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether to send traffic here: 503 while draining or while a check fails."""
+    """Whether this worker can take a turn: 503 while it starts or drains, or while the database is away.
+
+    A Redis that is away keeps no worker from answering: a balancer would remove them all.
+    """
     chat = inputs.state(request)
-    if chat.generation.draining or "failed" in (await chat.checks.get()).values():
+    able = chat.providers.ready and not chat.generation.draining
+    if not able or (await chat.checks.get())["database"] == "failed":
         return PlainTextResponse("not ready", 503, {"Retry-After": "2"})
     return PlainTextResponse("ok")
 

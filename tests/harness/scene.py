@@ -62,7 +62,7 @@ class Stage:
         return Scene(self, someone, made, len(self.service.log()))
 
     async def _ready(self) -> bool:
-        answers = await asyncio.gather(*[call(url, "GET", "/readyz") for url in self.service.urls])
+        answers = await asyncio.gather(*[call(url, "GET", "/api/health/") for url in self.service.urls])
         return all(answer.status_code == 200 for answer in answers)
 
 
