@@ -16,6 +16,7 @@ from chat.store.database import Database
 from chat.store.schema import schema_steps
 from tests.conftest import CLOSED, STORES, store
 from tests.harness import until
+from tests.harness.api import call
 from tests.harness.servers import Postgres
 from tests.harness.service import Service, environment
 
@@ -112,3 +113,31 @@ async def test_a_step_may_take_longer_than_a_statement(
     await database.connect()
     assert await database.migrate("-- step 1\nSELECT pg_sleep(0.9);\n") == 1
     await database.disconnect()
+
+
+async def test_a_database_of_the_first_release_goes_on_working(tmp_path: Path) -> None:
+    """Its turns are there; its cursors, which counted events, are answered by the whole and not by a wrong rest."""
+    path = tmp_path / "parley.db"
+    settings = CLOSED | {"DATABASE_URL": f"sqlite:///{path}"}
+    with sqlite3.connect(path) as old:
+        for _, statements in schema_steps((HERE / "models.sql").read_text())[:2]:
+            for statement in statements:
+                old.execute(statement)
+        old.execute("CREATE TABLE schema_steps (step INTEGER PRIMARY KEY, applied_at BIGINT NOT NULL)")
+        old.executemany("INSERT INTO schema_steps VALUES (?, 0)", [(1,), (2,)])
+        old.execute("INSERT INTO accounts VALUES ('ann', 'Ann', '{}', 1, 0, 0, ?)", (2**62,))
+        old.execute(
+            "INSERT INTO sessions (id, account_id, mode, model_a, is_public, is_open, is_pinned, metadata, next_position,"
+            " version, created_at, updated_at) VALUES ('s', 'ann', 'direct', 'demo-scholar', 1, 0, 0, '{}', 2, 1, 0, 0)"
+        )
+        old.execute("INSERT INTO turns VALUES ('t', 's', 'ann', 'q', 0, 'ended', 'w', 0, 0, 9, 0, 0)")
+        blank = "NULL, NULL, NULL, 0, 0)"
+        old.execute(f"INSERT INTO messages VALUES ('s', 'q', 't', 'user', NULL, NULL, 'hi', 'success', NULL, 0, '[]', -1, {blank}")
+        old.execute(
+            "INSERT INTO messages VALUES ('s', 'r', 't', 'assistant', 'a', 'demo-scholar', 'once upon a time', 'success',"
+            f" NULL, 1, '[\"q\"]', 8, {blank}"
+        )
+    async with Service(settings) as service:
+        for cursor in ("t.5", "t.9", "t.-1"):
+            answer = await call(service.url, "GET", "/api/sessions/s/stream/", params={"after": cursor})
+            assert answer.status_code == 200 and '"chunk":"once upon a time"' in answer.text, (cursor, answer.text)
