@@ -99,6 +99,14 @@ SAID = {"role": "user", "content": "hello"}
 UI_CHAT = {"id": "{session_id}", "messages": [SAID], "trigger": "submit-message"}
 AG_UI_RUN = {"threadId": "{session_id}", "runId": "run-1", "messages": [SAID]}
 CASES = {
+    "GET /": Case(200),
+    "GET /arena": Case(200),
+    "GET /leaderboard": Case(200),
+    "GET /shared/{token}": Case(200),  # the same page for any token: what it asks for then is refused
+    "GET /debug": Case(200),  # on a local start only
+    "GET /widget.js": Case(200),
+    "GET /widget/{name}": Case(404),
+    "GET /api/widget": Case(200),
     "GET /api/health": Case(200),
     "GET /health": Case(200),
     "GET /livez": Case(200),
@@ -134,6 +142,7 @@ CASES = {
     "POST /api/feedback": Case(owned=True, body={"session_id": "{session_id}", "message_id": "{message_id}"} | VOTE),
     "GET /api/feedback": Case(owned=True, query="?session_id={session_id}"),
     "GET /api/leaderboard": Case(200),
+    "GET /api/leaderboard/details": Case(200),
     "GET /api/arena/votes.jsonl": Case(200),
     "POST /api/chat": Case(body=UI_CHAT),
     "GET /api/chat/{chat_id}/stream": Case(),
@@ -201,6 +210,7 @@ async def ask(base: str, name: str, owner: Owner, token: str | None, slash: str 
         "{message_id}": owner.message_id,
         "{model_id}": "demo-scholar",
         "{token}": "nobodys-share-token",
+        "{name}": "nobodys-file.js",
     }
     method, path = name.split()
     case = CASES[name]
