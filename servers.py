@@ -14,17 +14,24 @@ import gc
 import http
 import logging
 import re
+import resource
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
+from websockets.frames import Frame, Opcode
+from websockets.server import ServerProtocol
 
+from chat.callers import counted
 from chat.direct import EXTENSION, Sleeper
 from chat.errors import StartupError
 from chat.formats.events import encode
@@ -34,6 +41,18 @@ STARTUP_FAILURE = 3  # uvicorn's word for "the same would happen again": its par
 BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
 UNSENT = 8_192  # bytes the kernel takes beyond those under way; else it takes megabytes, and pings wait behind them
 PATIENCE = 10.0  # seconds for the head of a request, as long as a socket has to say who it is
+PIECE = 4096  # bytes parsed at once: limits are looked at in between, and one read may bring 256 KiB
+HEAD_MAX = 32_768  # bytes of a head or of trailers: room for every cookie a browser keeps
+LINES_MAX = 128  # header lines
+BODY_RATE = 500  # bytes a second: a body that comes slower is given up, a phone in a tunnel is quicker
+BODY_PATIENCE = 6  # times PATIENCE that a body may take in all
+PIPELINE_MAX = 32  # requests that wait for the answers before them
+BODIES_MAX = 4 * 1024 * 1024  # bytes of unanswered bodies of one address: 16 of the largest
+FRAMES_MAX = 500  # frames a second of one socket, of all kinds: pings and empty fragments cost time and no bytes
+DESCRIPTORS = 65_536  # as many as we ask for: a limit without end makes some libraries count to it
+
+
+log = logging.getLogger("parley.servers")
 
 
 # -- starting
@@ -52,6 +71,7 @@ def serve(settings: Settings, hello: Callable[[], None]) -> None:
 
     `hello` is called once the service listens, where one process is all there is.
     """
+    log.info("room for %d open connections and files", raise_descriptor_limit())
     listener = _listen(settings)
     config = uvicorn.Config(
         "service:app",
@@ -100,6 +120,15 @@ def _listen(settings: Settings) -> socket.socket:
     listener.listen(2048)
     listener.set_inheritable(True)
     return listener
+
+
+def raise_descriptor_limit() -> int:
+    """Take as many descriptors as this process may have, and return how many: shells and platforms start with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it says; what is there has to do then
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def calm_the_collector() -> None:
@@ -154,7 +183,7 @@ class Bounded(asyncio.Protocol):
                     raise
 
 
-class Inbox(Sleeper):
+class ConsumerQueue(Sleeper):
     """What waits for a consumer. In its place uvicorn has an `asyncio.Queue`: 2.6 KB for a socket that says nothing."""
 
     def __init__(self) -> None:
@@ -174,14 +203,27 @@ class Inbox(Sleeper):
         return not self._messages
 
 
+class FrameParser(ServerProtocol):
+    """websockets' parser. A close inside a fragmented message is a close like any other: it may come at any time."""
+
+    def recv_frame(self, frame: Frame) -> None:
+        if frame.opcode is Opcode.CLOSE:
+            self.current_size = None
+        super().recv_frame(frame)
+
+
 class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
-    """A socket that can be written to without a task."""
+    """A socket that can be written to without a task, and whose peer cannot make us work or keep more than a little."""
 
     _stuck = 0  # bytes that waited when a pong was late
+    _second = 0  # of the loop's time
+    _frames = 0  # that came in this second
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.queue = Inbox()  # type: ignore[assignment]
+        self.queue = ConsumerQueue()  # type: ignore[assignment]
+        if not self.config.ws_per_message_deflate:
+            self.conn = FrameParser(max_size=self.config.ws_max_size, logger=QUIET)
 
     def keepalive_timeout(self) -> None:
         """A pong is late while its ping waits behind a backlog that moves: such a reader is slow, not gone."""
@@ -193,9 +235,34 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             super().keepalive_timeout()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        for start in range(0, len(data), PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + PIECE])
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self.transport.close()  # a head the parser gave up: nobody else would end this connection
+
+    def handle_events(self) -> None:
+        second = int(self.loop.time())
+        if second != self._second:
+            self._second, self._frames = second, 0
+        self._frames += len(self.conn.events)
+        if self._frames > FRAMES_MAX:
+            self.conn.events.clear()
+            self.abort(4429, "too many frames")
+        else:
+            super().handle_events()
+
+    def handle_ping(self) -> None:
+        """Answer as far as the peer reads: pongs for a reader that takes nothing would fill our memory."""
+        if self.blocked:
+            self.conn.data_to_send()
+        else:
+            super().handle_ping()
+
+    def send_receive_event_to_app(self) -> None:
+        with contextlib.suppress(InvalidState):  # broken text, and the peer's close came right behind it
+            super().send_receive_event_to_app()
 
     def start_keepalive(self) -> None:
         super().start_keepalive()
@@ -231,55 +298,176 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
     def abort(self, code: int = 1006, reason: str = "") -> None:
         """Close a socket that takes nothing: say why behind what is stuck, and let the kernel's patience decide."""
         if not (self.close_sent or self.disconnected):
-            self.conn.send_close(code, reason)
+            with contextlib.suppress(InvalidState):  # the peer has begun to close it
+                self.conn.send_close(code, reason)
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.close_sent = True
             self.transport.close()
 
 
 class HeadProtocol(Bounded, HttpToolsProtocol):
-    """Closes the connection when a head is not complete in time. Between two requests uvicorn's keep-alive counts."""
+    """A connection whose head, body and trailers are bounded in bytes, lines and time, and whose address has a share.
 
+    Between two requests uvicorn's keep-alive counts.
+    """
+
+    connections_of: Counter[str] = Counter()  # noqa: RUF012  # address → this worker's connections from there
+    bodies_of: Counter[str] = Counter()  # noqa: RUF012  # address → bytes of bodies not answered yet
     _waiting: asyncio.TimerHandle | None = None
+    _address = ""  # once it is counted
     _begun = False  # a head has begun and is not complete
+    _lines = 0  # of this head and its trailers
+    _spare = 0  # bytes since the head began, or since the last byte of a body: chunk sizes and trailers
+    _body = 0  # bytes of the body so far
+    _checked = 0  # … when its rate was looked at last
+    _checks = 0
+    _held = 0  # bytes of it that count in `bodies_of`
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait()
+        self._address = counted(self.client[0]) if self.client else "unknown"
+        self.connections_of[self._address] += 1
+        settings = getattr(self.app, "settings", None)
+        # Behind a proxy all come from its address; the gate counts their requests there.
+        if settings is not None and not settings.trusted_proxies:
+            most = min(settings.connections_per_address, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+            if self.connections_of[self._address] > most:
+                self._refuse(429, "rate_limited", "There are too many connections from this address.")
+                return
+        self._wait(self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        for start in range(0, len(data), PIECE):
+            if self.parser is None or self.transport.is_closing():
+                return
+            self._parse(data[start : start + PIECE])
         if self._waiting is not None or self.parser is None:
             return
         # Most heads come in one piece: a timer each would be for nothing. An empty line ends uvicorn's keep-alive.
         answering = self.cycle is not None and not self.cycle.response_complete
         if self._begun or not (answering or self.timeout_keep_alive_task):
-            self._wait()
+            self._wait(self.transport.close)
+        elif answering and self.cycle.more_body:
+            self._wait(self._check_body)
+
+    def _parse(self, piece: bytes) -> None:
+        self._spare += len(piece)
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            else:
+                self._stay(piece[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "bad_request", "This is not HTTP as we understand it.")
+        if self._spare > HEAD_MAX or self._lines > LINES_MAX:
+            self._refuse(431, "too_large", "The head of this request is too large.")
+        elif max(self.bodies_of[self._address], self._body) > BODIES_MAX or len(self.pipeline) > PIPELINE_MAX:
+            self._refuse(429, "rate_limited", "Too much is being sent from this address.")
+
+    def _stay(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1 with a client that offers another protocol (h2c, say): the parser would skip its body."""
+        lines = [b" ".join((self.parser.get_method(), self.url, b"HTTP/1.1"))]
+        lines += [name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"http2-settings")]
+        self.parser = httptools.HttpRequestParser(self)
+        self._parse(b"\r\n".join([*lines, b"", rest]))
+
+    def _refuse(self, status: int, code: str, sentence: str) -> None:
+        """Say why and end the connection; where an answer has begun, end it alone."""
+        if self.transport.is_closing():
+            return
+        answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+        if not (answering or self.pipeline):
+            body = encode({"error": code, "message": sentence, "detail": sentence})
+            head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+            head += f"Retry-After: 5\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    # -- the parser's callbacks
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._begun = True
+        self._lines = self._spare = self._body = self._checked = self._checks = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._lines += 1
+        if self._begun and self._lines <= LINES_MAX:  # trailers are no headers: those have been judged already
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._begun = False
         self._done()
+        if self.parser.should_upgrade() and not self._should_upgrade():
+            return  # `_stay` begins again
         super().on_headers_complete()
+        self._spare = 0
         if self.cycle is not None and self.cycle.scope is self.scope:  # else it becomes a socket
             self.scope["extensions"] = {EXTENSION: DirectAnswer(self, self.cycle)}  # type: ignore[dict-item]
 
+    def on_body(self, body: bytes) -> None:
+        self._spare = 0
+        self._body += len(body)
+        if not (self.cycle.response_complete or self.parser.should_upgrade()):
+            self._held += len(body)
+            self.bodies_of[self._address] += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._spare = 0
+        self._done()
+        if not (self.parser.should_upgrade() and not self._should_upgrade()):
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        self._give_back()
+        super().on_response_complete()
+
+    # -- what is counted and waited for
+
     def handle_websocket_upgrade(self) -> None:
+        self._leave()  # sockets are counted by the consumer
         super().handle_websocket_upgrade()
         self.parser = None  # type: ignore[assignment]  # the two hold each other, and nothing else ends that here
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._done()
+        self._leave()
         super().connection_lost(exc)
+
+    def _leave(self) -> None:
+        self._give_back()
+        if self._address:
+            self.connections_of[self._address] -= 1
+            if not self.connections_of[self._address]:
+                del self.connections_of[self._address]
+            self._address = ""
+
+    def _give_back(self) -> None:
+        self.bodies_of[self._address] -= self._held
+        self._held = 0
+        if not self.bodies_of[self._address]:
+            del self.bodies_of[self._address]
+
+    def _check_body(self) -> None:
+        """Give up a body that comes too slowly or takes too long; one we do not read ourselves has time."""
+        self._waiting = None
+        self._checks += 1
+        slow = self._body - self._checked < BODY_RATE * PATIENCE or self._checks >= BODY_PATIENCE
+        if slow and not self.flow.read_paused:
+            self._refuse(408, "bad_request", "The body of this request came too slowly.")
+        else:
+            self._checked = self._body
+            self._wait(self._check_body)
 
     async def writable_again(self) -> None:
         await self.flow.drain()
 
-    def _wait(self) -> None:
-        self._waiting = self.loop.call_later(PATIENCE, self.transport.close)
+    def _wait(self, then: Callable[[], None]) -> None:
+        self._waiting = self.loop.call_later(PATIENCE, then)
 
     def _done(self) -> None:
         if self._waiting is not None:
@@ -366,6 +554,8 @@ def closing(send: Send) -> Send:
 # -- logs
 
 
+QUIET = logging.getLogger("parley.frames")  # its debug lines are whole frames and heads: prompts and tokens
+QUIET.setLevel(logging.WARNING)
 REDACTED = re.compile(r"\b(token|anonymous_token|ticket|share_token|key)=[^&\s\"]+")
 
 
@@ -378,7 +568,8 @@ class Discreet(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if text.startswith("Invalid UTF-8 sequence"):
+        frames = record.levelno < logging.INFO and "websockets" in record.pathname
+        if frames or text.startswith("Invalid UTF-8 sequence"):
             return False
         if "?" not in text:
             return True
@@ -402,8 +593,14 @@ def _redact_daphne(generator: Any) -> None:
 def _redacted(value: object) -> object:
     return REDACTED.sub(r"\1=***", value) if isinstance(value, str) else value
 
+
+LOQUACIOUS = ("aiosqlite", "websockets", "httpcore", "httpcore2", "httpx", "hpack", "python_multipart", "multipart")
+
+
 def keep_logs_discreet() -> None:
     """Have every server we know print nothing that opens a session."""
+    for name in LOQUACIOUS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access"):
         logging.getLogger(name).addFilter(Discreet())
     if "daphne.access" in sys.modules:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -27,6 +28,26 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
+
+
+def split_secret_url(variable: str, url: str, schemes: tuple[str, ...]) -> SplitResult:
+    """Return the parts of a URL that may hold a password. Raises `StartupError` without any of its text.
+
+    A `/`, `?` or `#` in a password ends the host's part early: the rest would show up as a port, a path or a host.
+    """
+    special = f"{variable} is not a URL: percent-encode what is special in its password"
+    try:
+        parts = urlsplit(url)
+        url.encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no driver can send
+        _ = parts.port
+    except ValueError as problem:
+        port = "port" in str(problem).lower() and "@" not in parts.path + parts.query + parts.fragment
+        raise StartupError(f"{variable} has a port that is not a number" if port else special) from None
+    if parts.scheme not in schemes:
+        raise StartupError(f"{variable} must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    if parts.netloc and "@" in parts.path + parts.query + parts.fragment:
+        raise StartupError(special)
+    return parts
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,6 +131,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     bad_frames: int = 3
     sockets_per_session: int = 10
     sockets_per_account: int = 20
+    connections_per_address: int = 128
+    streams_per_account: int = 20
+    streams_per_address: int = 100
     sockets_per_address: int = 50
     messages_per_minute: int = 60
     turns_per_account: int = 3
@@ -167,6 +191,9 @@ ENVIRONMENT = {  # the names platforms use → ours
     "API_KEYS": "api_keys",
     "SECRET_KEY": "secret_keys",
 }
+# A variable by which a platform is known → how many proxies of its own append to X-Forwarded-For.
+PLATFORMS = {"DYNO": 1, "RENDER": 1, "FLY_APP_NAME": 1, "RAILWAY_ENVIRONMENT_ID": 1, "K_SERVICE": 1}
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "secret_keys"}
 
 
@@ -260,8 +287,10 @@ def _completed(settings: Settings, environ: Mapping[str, str]) -> Settings:
     changes: dict[str, Any] = {}
     if not settings.database_url:
         changes["database_url"] = Secret(f"sqlite:///{HERE / 'data' / 'parley.db'}")
-    if settings.production:
-        changes["open_sessions"] = False  # whatever is set: with it anyone's socket is an account, and makes sessions
+    if settings.production:  # whatever is asked for: anyone could read and write any session
+        changes["open_sessions"] = False
+    if not settings.trusted_proxies and "PARLEY_TRUSTED_PROXIES" not in environ:
+        changes["trusted_proxies"] = max([PLATFORMS[name] for name in PLATFORMS if environ.get(name)], default=0)
     if not settings.secret_keys and not settings.production:
         changes["secret_keys"] = (_local_key(HERE / "data" / "secret.key"),)
     if not settings.allowed_hosts:
@@ -307,6 +336,8 @@ def _checked(settings: Settings) -> Settings:
         )
     if settings.demo_models not in ("auto", "always"):
         raise StartupError("settings: demo_models must be auto or always")
+    if settings.log_level not in LOG_LEVELS:
+        raise StartupError(f"settings: log_level must be one of {', '.join(LOG_LEVELS)}")
     if settings.production and any(len(key) < 32 for key in settings.secret_keys):
         raise StartupError("SECRET_KEY is too short: use 32 or more random characters.")
     if settings.workers > 1 and not settings.redis_url:

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from chat.store.database import schema_steps
+from chat.errors import StartupError
+from chat.live.wire import Address
+from chat.settings import read_settings
+from chat.store.places import checked_url, place
+from chat.store.schema import schema_steps
 from tests.conftest import SECRET
 from tests.harness.processes import Port
 from tests.harness.service import OURS, ROOT
@@ -50,6 +54,9 @@ def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
         ({"PARLEY_ENV": "production", "SECRET_KEY": "short"}, "SECRET_KEY is too short"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": "x" * 31}, "SECRET_KEY is too short"),
         ({"PARLEY_RELAY_PREFIX": "two words"}, "relay_prefix must be"),
+        ({"PARLEY_ENV": "production", "SECRET_KEY": "k" * 31}, "SECRET_KEY is too short"),
+        ({"PARLEY_ENV": "production", "SECRET_KEY": f"{'k' * 40},{'k' * 31}"}, "SECRET_KEY is too short"),
+        ({"PARLEY_LOG_LEVEL": "trace"}, "log_level must be one of"),
         ({"WEB_CONCURRENCY": "2"}, "2 workers need REDIS_URL"),
     ],
 )
@@ -58,6 +65,29 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, environment: dict[str, str]
     assert code != 0
     assert words in said
     assert "Traceback" not in said and CANARY not in said and SECRET not in said
+
+
+ODD = ["{0}/{0}", "{0}#{0}", "{0}?{0}", "[{0}", "{0}]", "12#{0}", "12/{0}", "{0}\u2100", "{0}\udcff", "{0}:{0}", "{0}@{0}"]
+
+
+@pytest.mark.parametrize("password", ODD, ids=[ascii(each) for each in ODD])
+def test_an_odd_password_is_never_taken_for_a_host_a_port_or_a_path(password: str) -> None:
+    """Either the URL is refused, in a line without it, or the host is the right one."""
+    for scheme, where in (("redis", lambda url: repr(Address(url))), ("postgresql", lambda url: place(checked_url(url)))):
+        try:
+            found = where(f"{scheme}://u:{password.format(CANARY)}@127.0.0.1:1/0")
+        except StartupError as problem:
+            found = f"127.0.0.1:1/0 {problem}"
+        assert "127.0.0.1:1/0" in found and CANARY not in found
+
+
+@pytest.mark.parametrize("variable", ["REDIS_URL", "DATABASE_URL"])
+def test_a_start_with_an_odd_password_prints_none(tmp_path: Path, variable: str) -> None:
+    scheme = "redis" if variable == "REDIS_URL" else "postgresql"
+    for password in (f"{CANARY}#{CANARY}", f"{CANARY}\udcff", f"{CANARY}:%zz"):
+        url = f"{scheme}://u:{password}@127.0.0.1:1/0"
+        code, said = start(tmp_path, "service.py", "check", **{variable: url, "PARLEY_LOG_LEVEL": "debug"})
+        assert code != 0 and "Traceback" not in said and CANARY not in said, said
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
@@ -97,3 +127,25 @@ def test_release_applies_the_schema_once(tmp_path: Path) -> None:
     assert start(tmp_path, "service.py", "release") == (0, f"parley: schema up to date, {steps} steps applied\n")
     assert start(tmp_path, "service.py", "release") == (0, "parley: schema up to date, 0 steps applied\n")
     assert start(tmp_path, "service.py", "dance")[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 0),
+        ({"DYNO": "web.1"}, 1),
+        ({"RENDER": "true"}, 1),
+        ({"DYNO": "web.1", "PARLEY_TRUSTED_PROXIES": "0"}, 0),
+        ({"DYNO": "web.1", "PARLEY_TRUSTED_PROXIES": "2"}, 2),
+    ],
+)
+def test_a_known_platform_says_how_many_proxies_it_has(environment: dict[str, str], expected: int) -> None:
+    environ = {"SECRET_KEY": SECRET, "DATABASE_URL": "sqlite:///x.db"} | environment
+    assert read_settings(environ=environ).trusted_proxies == expected
+
+
+def test_open_sessions_are_never_in_production() -> None:
+    """Whatever is asked for: anyone could read and write any session."""
+    environ = {"SECRET_KEY": SECRET, "DATABASE_URL": "sqlite:///x.db", "PARLEY_OPEN_SESSIONS": "true"}
+    assert read_settings(environ=environ).open_sessions
+    assert not read_settings(environ=environ | {"PARLEY_ENV": "production"}).open_sessions

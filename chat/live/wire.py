@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 import hiredis
 
 from ..errors import RelayRefused, RelayUnavailable, StartupError
+from ..settings import split_secret_url
 
 log = logging.getLogger("parley.bus")
 
@@ -30,15 +31,13 @@ class Address:
     """Where Redis is, from a redis://, rediss:// or unix:// URL. `repr` carries no password."""
 
     def __init__(self, url: str, verify: bool = True) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix"):
-            raise StartupError("REDIS_URL must start with redis://, rediss:// or unix://")
+        parts = split_secret_url("REDIS_URL", url, ("redis", "rediss", "unix"))
         query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         try:
             self.host, self.port = parts.hostname or "localhost", parts.port or 6379
             self.db = int(parts.path.strip("/") or 0) if parts.scheme != "unix" else int(query.get("db", 0))
         except ValueError:
-            raise StartupError("REDIS_URL has a port or database that is not a number") from None
+            raise StartupError("REDIS_URL has a database that is not a number") from None
         self.path = unquote(parts.path) if parts.scheme == "unix" else None
         self.username = unquote(parts.username or "")
         self.password = unquote(parts.password or "")

@@ -9,18 +9,14 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from ..errors import StartupError
+from ..settings import split_secret_url
 
 SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
 
 
 def checked_url(url: str) -> str:
     """Return the URL as `databases` wants it. It ignores `sslmode` without a word and would connect unencrypted."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # "[" without "]", as in a password that is not percent-encoded
-        raise StartupError("DATABASE_URL is not a URL: percent-encode what is special in its password") from None
-    if parts.scheme not in ("sqlite", "postgres", "postgresql"):
-        raise StartupError("DATABASE_URL must start with sqlite:/// or postgresql://")
+    parts = split_secret_url("DATABASE_URL", url, ("sqlite", "postgresql", "postgres"))
     if parts.scheme == "sqlite":
         if parts.query or len(parts.path) < 2:
             raise StartupError("DATABASE_URL of SQLite must be sqlite:///<file>, without options")
@@ -31,10 +27,6 @@ def checked_url(url: str) -> str:
         raise StartupError(f"DATABASE_URL has an unknown sslmode: {mode}")
     if mode is not None:
         options["ssl"] = mode
-    try:
-        _ = parts.port  # a bad one raises here; later its text would carry the password
-    except ValueError:
-        raise StartupError("DATABASE_URL has a port that is not a number") from None
     return urlunsplit(parts._replace(query=urlencode(options)))
 
 

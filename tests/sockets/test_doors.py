@@ -235,7 +235,7 @@ async def test_without_descriptors_who_is_in_goes_on(
         async with SocketReader(journal, "reader", full.url, session_id, token=someone.access) as reader:
             await reader.say("/count 600")
             await reader.chunks(5)
-            crowd = await asyncio.gather(*[_connected(full.url) for _ in range(300)])
+            crowd = await asyncio.gather(*[_connected(full.url, n) for n in range(300)])
             await until(lambda: full.resources()["fds"] >= 190, what="no descriptor is left")
             lines, busy = full.log().count("\n"), _cpu(full)
             seen = len(journal.events("reader", "message_chunk"))
@@ -252,10 +252,11 @@ async def test_without_descriptors_who_is_in_goes_on(
         assert "Traceback" not in full.log()
 
 
-async def _connected(base: str) -> asyncio.StreamWriter:
-    """A connection that says nothing; the kernel accepts it whether the service does or not."""
+async def _connected(base: str, number: int) -> asyncio.StreamWriter:
+    """A connection that says nothing; the kernel accepts it whether the service does or not. Each from elsewhere."""
     parts = urlsplit(base)
-    return (await asyncio.open_connection(parts.hostname, parts.port))[1]
+    here = (f"127.0.{number // 200}.{number % 200 + 2}", 0)  # one address may have half of the descriptors
+    return (await asyncio.open_connection(parts.hostname, parts.port, local_addr=here))[1]
 
 
 def _cpu(service: Service) -> float:
