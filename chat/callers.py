@@ -6,10 +6,12 @@ Plain values in, plain values out: this file knows neither requests nor accounts
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+PORT = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d{1,5})?\Z")  # `1.2.3.4:567`, `[::1]:567`, `[::1]`
 IN_SUBPROTOCOLS = {"t.": "access", "a.": "anonymous"}  # prefix, kind of token
 IN_QUERY = (("ticket", "ticket"), ("token", "access"), ("anonymous_token", "anonymous"))  # parameter, kind of token
 
@@ -51,12 +53,13 @@ def address(client: tuple[str, int] | None, forwarded: Iterable[str], trusted: i
 def counted(text: str) -> str:
     """Return the name under which an address is counted: one IPv6 customer has a whole /64 to pick from.
 
-    On a socket that listens on both, an IPv4 caller shows as `::ffff:1.2.3.4`: as IPv6 all of them would be one.
+    Some proxies write the port behind it, which is another one for each connection. On a socket that listens on both,
+    an IPv4 caller shows as `::ffff:1.2.3.4`: as IPv6 all of them would be one.
     """
     try:
-        ip = ipaddress.ip_address(text)
+        ip = ipaddress.ip_address(PORT.sub(r"\1\2", text))
     except ValueError:
-        return text or "unknown"
+        return text[:64] or "unknown"
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     return str(ip.ipv4_mapped or ipaddress.ip_network(f"{ip}/64", strict=False))

@@ -8,6 +8,7 @@ among the living. When Redis is away the process counts for itself: a limit that
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from .errors import ChatError, RelayUnavailable
 from .settings import Settings
 
 ANSWER = 0.5  # seconds to wait for Redis before counting alone
+WIDER = 8  # times the limit of a /64 for all of a /48: a university has one as well
 ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count
 
 
@@ -55,7 +57,12 @@ class RateLimits:
         """Count one more guest made from this address. Raises `rate_limited`."""
         if settings.production or not is_loopback(address):
             message = "Too many new guests from this address."
-            await self.hit(f"guests:{address}", settings.guests_per_minute, 60, message)
+            await self.hit_from(address, "guests", settings.guests_per_minute, 60, message)
+
+    async def hit_from(self, address: str, name: str, limit: int, window: float, message: str) -> None:
+        """Count one more of `name` from this address, and from the network around it. Raises `rate_limited`."""
+        for bucket, most in buckets(name, address, limit):
+            await self.hit(bucket, most, window, message)
 
     def _local_hit(self, name: str, end: float) -> int:
         kept, count = self._windows.get(name, (end, 0))
@@ -131,6 +138,18 @@ class RateLimits:
         if self._bus is not None:
             self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
+
+
+def buckets(name: str, address: str, limit: int) -> list[tuple[str, int]]:
+    """Return the names a caller is counted under and their limits: IPv6 customers may have a whole /48, so that counts.
+
+    address: as `callers.address` says it, an IPv6 one by its /64.
+    """
+    found = [(f"{name}:{address}", limit)]
+    if address.endswith("/64"):
+        around = ipaddress.ip_network(address).supernet(new_prefix=48)
+        found.append((f"{name}:{around}", limit * WIDER))
+    return found
 
 
 def is_loopback(address: str) -> bool:

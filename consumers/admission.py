@@ -9,6 +9,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import callers
 from chat.errors import ChatError
+from chat.limits import buckets
 from chat.state import State
 from chat.store import accounts, sessions
 from chat.store.accounts import Account
@@ -140,7 +141,7 @@ async def _session(chat: State, id: str, account: Account, guest: bool) -> Sessi
 
 def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
     """What limits a socket before anyone knows who it is: one that waits silently costs memory, too."""
-    return [(f"address:{address(socket, chat)}", chat.settings.sockets_per_address)]
+    return buckets("address", address(socket, chat), chat.settings.sockets_per_address)
 
 
 def inside(chat: State, right: Right) -> list[tuple[str, int]]:

@@ -57,7 +57,7 @@ async def refresh(request: Request) -> Response:
     """A new pair of tokens. The old one stays good until its end: a client that never got the answer asks with it."""
     chat = inputs.state(request)
     limit, message = chat.settings.refreshes_per_minute, "Too many refreshes from this address."
-    await chat.limits.hit(f"refreshes:{inputs.address(request)}", limit, 60, message)
+    await chat.limits.hit_from(inputs.address(request), "refreshes", limit, 60, message)
     token = chat.tokens.verify((await inputs.body(request, Refresh)).refresh, "refresh")
     return inputs.answer(pair(chat, await accounts.renew_account(chat.database, token.id, token.tv)))
 

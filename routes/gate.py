@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
+from collections import Counter
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chat import callers
 from chat.errors import ChatError
 from chat.settings import Settings
 
 from .inputs import error_answer
 
+log = logging.getLogger("parley.gate")
+
 OPEN_TO_ALL = {"/api/health", "/health", "/livez", "/live", "/readyz", "/ready"}  # no Host, no Origin asked for
-SAFE = ((b"x-content-type-options", b"nosniff"),)
-VARY = (b"vary", b"Origin")  # CORS says so of what passes it: an answer may not be kept for another page
+PERSONAL = ("/api/", "/v1/", "/admin", "/metrics")
+SAFE = [(b"x-content-type-options", b"nosniff"), (b"vary", b"Origin")]  # no answer may be kept for another page
 ENCRYPTED = (b"strict-transport-security", b"max-age=31536000")  # browsers heed it only where it came encrypted
+METHODS = b"GET, POST, PATCH, DELETE"
+EXPOSED = b"X-Turn-Id, X-Session-Id, X-Cursor, X-Anonymous-Token, Link, Retry-After"
 
 
 class Gate:
@@ -32,20 +39,9 @@ class Gate:
         self.app = app
         self.sockets = sockets
         self.settings = settings
-        local = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-        # Not in Starlette's own list, which every part of every answer passes, and where errors would be outside.
-        self.told_to_pages = functools.partial(
-            CORSMiddleware,
-            allow_origins=settings.allowed_origins,
-            allow_origin_regex=None if settings.production else local,
-            allow_methods=["GET", "POST", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Anonymous-Token", "Last-Event-ID"],
-            expose_headers=["X-Turn-Id", "X-Session-Id", "X-Anonymous-Token", "Link", "Retry-After"],
-            max_age=600,
-        )
-        self.safe = (*SAFE, ENCRYPTED) if settings.production else SAFE
         self.bounded = RequestBodyLimitMiddleware(app, settings.body_max)
-        self.told = self.told_to_pages(self.bounded)
+        self._under_way: Counter[str] = Counter()  # address → requests, where proxies stand in front
+        self._warned: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Every path answers with and without its trailing slash; a redirect would lose a POST's body in some clients.
@@ -61,34 +57,82 @@ class Gate:
 
     async def _answer(self, problem: ChatError | None, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
-        headers = Headers(scope=scope)
-        origin, large = headers.get("origin"), int(headers.get("content-length", 0)) > self.settings.body_max
-        own = self.safe if origin is not None else (*self.safe, VARY)  # of what no page asked for, CORS says nothing
 
         async def send_safely(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message["headers"], *own]
+                message["headers"] = [*message["headers"], *self._headers(scope, message["headers"])]
             await send(message)
 
-        app: ASGIApp
-        if problem is not None:
-            app = functools.partial(refuse, problem)
-        elif large:  # Starlette would say it in words of its own
-            app = functools.partial(refuse, ChatError("too_large", "The body is too large."))
-            app = app if origin is None else self.told_to_pages(app)
-        elif origin is not None:
-            app = self.told
-        else:
-            app = self.app if scope["method"] in ("GET", "HEAD") else self.bounded  # else there is no body to bound
+        address = self._enter(scope)
         try:
-            await app(scope, receive, send_safely)
+            if self._under_way[address] > self.settings.connections_per_address:
+                problem = ChatError("rate_limited", "There are too many requests at once from this address.")
+            await self._app(problem, scope)(scope, receive, send_safely)
         except asyncio.CancelledError:
             # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
             if not begun:
                 problem = ChatError("draining", "The service is restarting.", retry_after=2)
                 await refuse(problem, scope, receive, send_safely)
+        finally:
+            self._leave(address)
+
+    def _app(self, problem: ChatError | None, scope: Scope) -> ASGIApp:
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if problem is None and (not length.isdecimal() or int(length) > self.settings.body_max):
+            problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
+        if problem is not None:
+            return functools.partial(refuse, problem)
+        if scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
+            return _preflight
+        return self.app if scope["method"] in ("GET", "HEAD") else self.bounded  # else there is no body to bound
+
+    def _headers(self, scope: Scope, own: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return what every answer carries, as far as the route has not said otherwise."""
+        added, names = list(SAFE), {name for name, _ in own}
+        path: str = scope["path"]
+        if b"referrer-policy" not in names:
+            added.append((b"referrer-policy", b"no-referrer"))  # addresses of shared sessions open them
+        if b"cache-control" not in names and path.startswith(PERSONAL):
+            added.append((b"cache-control", b"no-store"))
+        if self.settings.production:
+            added.append(ENCRYPTED)
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin is not None and self._origin_allowed(origin, headers.get("host", "")):
+            added += [
+                (b"access-control-allow-origin", origin.encode("latin-1")),
+                (b"access-control-allow-credentials", b"true"),  # clients send them; no cookie is a credential here
+                (b"access-control-expose-headers", EXPOSED),
+            ]
+        return added
+
+    def _enter(self, scope: Scope) -> str:
+        """Count a request where proxies stand in front of us; without one its connection is counted."""
+        forwarded = Headers(scope=scope).getlist("x-forwarded-for")
+        if not self.settings.trusted_proxies:
+            if forwarded:
+                self._warn_once(
+                    "X-Forwarded-For is sent, but trusted_proxies is 0: if a proxy stands in front, all visitors count "
+                    "as one address. Set PARLEY_TRUSTED_PROXIES to the number of proxies"
+                )
+            return ""
+        address = callers.address(scope.get("client"), forwarded, self.settings.trusted_proxies)
+        self._under_way[address] += 1
+        return address
+
+    def _leave(self, address: str) -> None:
+        self._under_way[address] -= 1
+        if self._under_way[address] <= 0:
+            del self._under_way[address]
+
+    def _warn_once(self, text: str) -> None:
+        """Log a line that strangers can cause, a hundred different ones at most."""
+        if text not in self._warned and len(self._warned) < 100:
+            self._warned.add(text)
+            log.warning("%s", text)
 
     def refusal(self, scope: Scope) -> ChatError | None:
         """Why this is not answered, if it is not."""
@@ -99,8 +143,12 @@ class Gate:
         headers, allowed = Headers(scope=scope), self.settings.allowed_hosts
         host, origin = headers.get("host", ""), headers.get("origin")
         if "*" not in allowed and not _host_allowed(host, allowed):
+            self._warn_once(f"refused the host name {host[:200]!r}: add it to ALLOWED_HOSTS if it is ours")
             return ChatError("bad_request", "This host name is not served here. Set ALLOWED_HOSTS to allow it.")
         if origin is not None and not self._origin_allowed(origin, host):
+            self._warn_once(
+                f"refused the page {origin[:200]!r} (its Origin header): add it to ALLOWED_ORIGINS if it may call here"
+            )
             return ChatError("origin_not_allowed", "This page may not call here. Set ALLOWED_ORIGINS to allow it.")
         return None
 
@@ -114,6 +162,16 @@ class Gate:
         if origin in self.settings.allowed_origins or (parts.netloc and parts.netloc.lower() == host.lower()):
             return True
         return not self.settings.production and name in ("localhost", "127.0.0.1", "::1")
+
+
+async def _preflight(scope: Scope, receive: Receive, send: Send) -> None:
+    """Tell a page's browser that it may send what it asks for: SDKs bring headers of their own."""
+    asked = Headers(scope=scope).get("access-control-request-headers", "")
+    headers = [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", b"600")]
+    if asked:
+        headers.append((b"access-control-allow-headers", asked.encode("latin-1")))
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def refuse(problem: ChatError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 from chat import callers
 from chat.errors import ChatError, invalid
 from chat.formats.completions import failure
+from chat.limits import buckets
 from chat.live.choices import Choice
 from chat.state import State
 from chat.store import accounts, sessions
@@ -103,6 +104,20 @@ async def new_guest(connection: HTTPConnection, display_name: str | None = None)
     chat = state(connection)
     await chat.limits.hit_guest(address(connection), chat.settings)
     return await accounts.insert_guest(chat.database, display_name)
+
+
+async def stream_places(connection: HTTPConnection, account: Account | None) -> list[str]:
+    """Count one more streamed answer of this address and account; the names to give to `limits.leave` at its end.
+
+    Raises `rate_limited` when one of them reads as many as it may.
+    """
+    chat = state(connection)
+    limits = buckets("streams", address(connection), chat.settings.streams_per_address)
+    if account is not None:
+        limits.append((f"streams:{account.id}", chat.settings.streams_per_account))
+    if not await chat.limits.enter(limits):
+        raise ChatError("rate_limited", "You are reading too many answers at once.", retry_after=5)
+    return [name for name, _ in limits]
 
 
 # -- what

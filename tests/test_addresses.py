@@ -1,0 +1,128 @@
+"""Whose address a caller is counted under: proxies, ports and IPv6; and what the gate says of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from chat.callers import address
+from chat.errors import ChatError
+from chat.limits import WIDER, RateLimits, buckets
+from tests.conftest import CLOSED, SECRET
+from tests.harness.api import call, guest, new_session
+from tests.harness.client import SocketReader
+from tests.harness.journal import Journal
+from tests.harness.service import Service
+
+PEER = ("10.0.0.9", 5000)
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "trusted", "expected"),
+    [
+        ([], 0, "10.0.0.9"),
+        (["1.2.3.4"], 0, "10.0.0.9"),
+        (["1.2.3.4"], 1, "1.2.3.4"),
+        (["6.6.6.6, 1.2.3.4"], 1, "1.2.3.4"),
+        (["6.6.6.6", "1.2.3.4, 10.0.0.1"], 2, "1.2.3.4"),
+        (["1.2.3.4"], 2, "10.0.0.9"),
+        (["1.2.3.4:5678"], 1, "1.2.3.4"),
+        (["[2001:db8::7]:443"], 1, "2001:db8::/64"),
+        (["[2001:db8::7]"], 1, "2001:db8::/64"),
+        (["2001:db8:0:0:ffff::7"], 1, "2001:db8::/64"),
+        (["::ffff:1.2.3.4"], 1, "1.2.3.4"),
+        (["[::ffff:1.2.3.4]:80"], 1, "1.2.3.4"),
+        (["_hidden"], 1, "_hidden"),
+        ([""], 1, "unknown"),
+        (["x" * 10_000], 1, "x" * 64),
+    ],
+)
+def test_one_caller_is_one_address(forwarded: list[str], trusted: int, expected: str) -> None:
+    assert address(PEER, forwarded, trusted) == expected
+
+
+async def test_a_whole_ipv6_network_is_a_second_bucket() -> None:
+    """Each /64 of a /48 has its own limit, and all of them together have one that is larger."""
+    limits = RateLimits("worker")
+    places = [address(PEER, [f"2001:db8:1:{n:x}::1"], 1) for n in range(WIDER + 1)]
+    for place in places[:WIDER]:
+        await limits.hit_from(place, "guests", 1, 3600, "Too many.")
+    with pytest.raises(ChatError, match="Too many"):
+        await limits.hit_from(places[WIDER], "guests", 1, 3600, "Too many.")
+    await limits.hit_from(address(PEER, ["2001:db8:2::1"], 1), "guests", 1, 3600, "Too many.")
+    assert buckets("guests", "1.2.3.4", 5) == [("guests:1.2.3.4", 5)]
+
+
+def service(folder: Path, **environment: str) -> Service:
+    return Service(CLOSED | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"} | environment, server="serve")
+
+
+async def test_a_proxy_nobody_told_of_is_said_once(tmp_path: Path) -> None:
+    async with service(tmp_path) as running:
+        for n in range(3):
+            await call(running.url, "GET", "/livez", headers={"X-Forwarded-For": f"1.2.3.{n}"})
+        assert running.log().count("PARLEY_TRUSTED_PROXIES") == 1
+        assert "room for" in running.log(), "and at the start how many connections there is room for"
+
+
+async def test_a_refused_page_is_named_with_the_setting(tmp_path: Path) -> None:
+    """Once each, and not more different ones than an operator reads."""
+    async with service(tmp_path) as running:
+        pages = ["https://evil.example", "https://evil.example", *[f"https://{n}.example" for n in range(150)]]
+        for page in pages:
+            assert (await call(running.url, "GET", "/api/models/", headers={"Origin": page})).status_code == 403
+        log = running.log()
+        assert log.count("'https://evil.example'") == 1 and log.count("ALLOWED_ORIGINS") == 100
+
+
+async def test_one_address_behind_a_proxy_has_so_many_requests_under_way(tmp_path: Path) -> None:
+    """Its connections are the proxy's: the gate counts what is not answered yet."""
+    environment = {"PARLEY_TRUSTED_PROXIES": "1", "PARLEY_CONNECTIONS_PER_ADDRESS": "3"}
+    async with service(tmp_path, **environment) as running:
+        head = b"POST /api/auth/anonymous/ HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 1.2.3.4\r\nContent-Length: 9\r\n\r\n"
+        held = [await asyncio.open_connection("127.0.0.1", running.ports[0]) for _ in range(3)]
+        for _, writer in held:
+            writer.write(head)
+        await asyncio.sleep(0.3)
+        statuses = [
+            (await call(running.url, "GET", "/livez", headers={"X-Forwarded-For": place})).status_code
+            for place in ("1.2.3.4", "1.2.3.5")
+        ]
+        for _, writer in held:
+            writer.close()
+        assert statuses == [429, 200]
+
+
+async def test_answers_carry_what_browsers_obey(tmp_path: Path) -> None:
+    production = {"PARLEY_ENV": "production", "ALLOWED_HOSTS": "127.0.0.1", "SECRET_KEY": SECRET}
+    async with service(tmp_path, **production) as running:
+        someone = await guest(running.url)
+        personal = await call(running.url, "GET", "/api/users/me/", someone.access)
+        assert personal.headers["cache-control"] == "no-store"
+        assert personal.headers["referrer-policy"] == "no-referrer"
+        assert personal.headers["strict-transport-security"] == "max-age=31536000"
+        refused = await call(running.url, "GET", "/api/users/me/", "nonsense")
+        assert (refused.status_code, refused.headers["cache-control"]) == (401, "no-store")
+
+
+@pytest.mark.parametrize("server", ["serve", "uvicorn"])
+async def test_at_debug_no_token_and_no_prompt_is_printed(tmp_path: Path, server: str) -> None:
+    """Wherever a client may put a token; the prompt over a socket and over HTTP."""
+    environment = CLOSED | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "PARLEY_LOG_LEVEL": "debug"}
+    options = ["--log-level", "debug"] if server == "uvicorn" else []
+    async with Service(environment, server=server, options=options) as running:
+        someone = await guest(running.url)
+        session_id = (await new_session(running.url, someone.access))["id"]
+        for way in ("header", "subprotocol", "query", "frame"):
+            async with SocketReader(
+                Journal(), way, running.url, session_id, token=someone.access, credentials=way
+            ) as reader:
+                await reader.say("CANARY-PROMPT")
+                await reader.turn_ended()
+        body = {"session_id": session_id, "content": "CANARY-PROMPT"}
+        await call(running.url, "POST", "/api/messages/stream/", someone.access, json=body)
+        log = running.log()
+    secrets = (someone.access, someone.anonymous_token, "CANARY-PROMPT")
+    assert [secret for secret in secrets if secret in log] == []
