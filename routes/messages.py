@@ -183,12 +183,17 @@ async def follow(
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
     right = right or Right(chat.database, session, account)
-    follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
+    places = await inputs.stream_places(request, right.account)
     try:
-        if not await chat.relay.resume(follower, cursor):
-            raise ChatError("not_found", "There is no such turn.")
+        follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
+        try:
+            if not await chat.relay.resume(follower, cursor):
+                raise ChatError("not_found", "There is no such turn.")
+        except BaseException:
+            await chat.relay.part(follower)
+            raise
     except BaseException:
-        await chat.relay.part(follower)
+        chat.limits.leave(places)
         raise
     fixed = {
         "Cache-Control": "no-store, no-transform",
@@ -197,7 +202,7 @@ async def follow(
         "X-Cursor": str(cursor) if cursor.begun else EARLIEST,
         "Content-Type": spoken.content_type,
     }
-    return FollowResponse(chat, follower, spoken, direct_of(request.scope), fixed | (headers or {}))
+    return FollowResponse(chat, follower, places, spoken, direct_of(request.scope), fixed | (headers or {}))
 
 
 class FollowResponse(StreamingResponse):
@@ -207,6 +212,7 @@ class FollowResponse(StreamingResponse):
         self,
         chat: State,
         follower: Follower,
+        places: list[str],
         spoken: type[Format],
         direct: Direct | None,
         headers: dict[str, str],
@@ -214,11 +220,13 @@ class FollowResponse(StreamingResponse):
         super().__init__(_told(chat, follower, spoken, direct), headers=headers)
         self._chat = chat
         self._follower = follower
+        self._places = places
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._chat.limits.leave(self._places)
             # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
             self._chat.relay.spawn(self._chat.relay.part(self._follower))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chat.callers import address
 from chat.errors import ChatError
 from chat.limits import WIDER, RateLimits, buckets
-from tests.conftest import CLOSED, SECRET
-from tests.harness.api import call, guest, new_session
+from tests.conftest import CLOSED, SECRET, STORES
+from tests.conftest import store as stored
+from tests.harness.api import call, guest, http, new_session
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
@@ -126,3 +129,38 @@ async def test_at_debug_no_token_and_no_prompt_is_printed(tmp_path: Path, server
         log = running.log()
     secrets = (someone.access, someone.anonymous_token, "CANARY-PROMPT")
     assert [secret for secret in secrets if secret in log] == []
+
+
+@pytest.mark.parametrize("store", STORES)
+async def test_an_account_and_an_address_read_so_many_answers(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Over all workers; who leaves makes room, and whoever is refused can read on later."""
+    environment = CLOSED | stored(store, request, tmp_path)
+    environment |= {"PARLEY_STREAMS_PER_ACCOUNT": "2", "PARLEY_STREAMS_PER_ADDRESS": "3"}
+    async with Service(environment, workers=1 if store == "sqlite" else 2) as running:
+        ann, ben = await guest(running.url), await guest(running.url)
+        sessions = {one.access: (await new_session(running.url, one.access))["id"] for one in (ann, ben)}
+        for token, session_id in sessions.items():
+            body = {"session_id": session_id, "content": "/slow 0.2 Tell me of the sea"}
+            assert await status(running.urls[0], "POST", "/api/messages/stream/", token, json=body) == 200
+        async with AsyncExitStack() as readers:
+            for base, token in ((running.urls[0], ann.access), (running.urls[-1], ann.access)):
+                path = f"/api/sessions/{sessions[token]}/stream/"
+                client = await readers.enter_async_context(http(base, token))
+                response = await readers.enter_async_context(client.stream("GET", path))
+                assert response.status_code == 200
+            own, others = (f"/api/sessions/{sessions[one.access]}/stream/" for one in (ann, ben))
+            assert await status(running.urls[-1], "GET", own, ann.access) == 429, "the account has two"
+            client = await readers.enter_async_context(http(running.url, ben.access))
+            assert (await readers.enter_async_context(client.stream("GET", others))).status_code == 200
+            assert await status(running.urls[0], "GET", others, ben.access) == 429, "the address has three"
+        async with asyncio.timeout(5):
+            while await status(running.urls[-1], "GET", own, ann.access) == 429:
+                await asyncio.sleep(0.05)
+
+
+async def status(base: str, method: str, path: str, token: str, **options: Any) -> int:
+    """The status of an answer whose body nobody waits for."""
+    async with http(base, token) as client, client.stream(method, path, **options) as response:
+        return int(response.status_code)
