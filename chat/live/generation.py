@@ -30,7 +30,6 @@ from ..store.sessions import Session
 from ..store.turns import Ask, StoredTurn, Terms
 from ..tasks import Tasks
 from .answers import ENDED, Answer
-from .pace import Rhythm
 from .relay import Relay
 from .rooms import Room
 from .streams import Streams
@@ -258,9 +257,6 @@ class Generation:
         turn.voice = self.relay.voice(room, room.begin(answer))
         turn.voice.owned = lambda: self.surely_owned(turn)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
-        if turn.session.blind and self.settings.pace and len(turn.open) > 1:
-            turn.rhythm = Rhythm(self.settings.pace)
-            turn.held = dict.fromkeys(turn.open, "")
         turn.voice.begin()
 
     async def _side(self, turn: Turn, side: str, started: float) -> None:

@@ -17,7 +17,7 @@ from ..store.budgets import metered
 from ..store.database import Database
 from ..store.queries import Row
 from ..store.sessions import Session
-from .pace import pieces
+from .pace import Rhythm, pieces
 from .turn import Turn
 
 log = logging.getLogger("parley.generation")
@@ -65,6 +65,8 @@ class Streams:
         """Begin the stream of every reply. Waits for nothing: a stop finds either no stream or all of them."""
         assert turn.stored is not None
         started, content = time.monotonic(), turn.stored.rows[0]["content"]
+        if turn.session.blind and self.settings.pace and len(turn.open) > 1:
+            turn.rhythm, turn.held = Rhythm(self.settings.pace), dict.fromkeys(turn.open, "")
         for side in sorted(turn.open):
             model_id = turn.replies[side]["model"]
             prompt = self.prompt(model_id, side, history, content)

@@ -1,0 +1,109 @@
+"""A turn's owner at rude moments: storage that goes away or waits, inside this process, so that each moment is exact."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chat.live import leases
+from chat.live.leases import Leases
+from chat.settings import read_settings
+from chat.state import State, open_state
+from chat.store import accounts, sessions, turns
+from chat.store.accounts import Account
+from chat.store.budgets import budgets_of
+from chat.store.database import StorageUnavailable, new_id
+from chat.store.sessions import Session
+from chat.store.turns import Ask, Terms
+from tests.conftest import CLOSED
+from tests.harness import until
+
+QUIET = {"PARLEY_LEASE_RENEW": "3600", "PARLEY_SWEEP_EVERY": "3600", "PARLEY_STORE_FOR": "0.1"}
+
+
+class Owner:
+    """A worker's state whose beats do not come by themselves, and somebody who writes to it."""
+
+    def __init__(self, state: State, owner: Leases, someone: Account) -> None:
+        self.state = state
+        self.leases = owner
+        self.someone = someone
+
+    async def session(self, mode: str = "direct") -> Session:
+        id, models = new_id(), ("demo-scholar", None if mode == "direct" else "demo-poet")
+        await sessions.insert_session(self.state.database, self.someone.id, mode, models, id=id)
+        return await sessions.select_unchecked(self.state.database, id)
+
+    async def begin(self, session: Session, content: str, id: str = "") -> str:
+        stored = await self.state.generation.begin(session, self.someone, Ask(id or new_id(), content, {}))
+        return stored.id
+
+    async def replies(self, turn_id: str) -> dict[str, tuple[str, str | None, str]]:
+        rows = await turns.select_turn_messages(self.state.database, turn_id)
+        return {row["participant"]: (row["status"], row["failure_reason"], row["content"]) for row in rows[1:]}
+
+    async def over(self, turn_id: str) -> dict[str, tuple[str, str | None, str]]:
+        async def ended() -> bool:
+            return turn_id not in self.state.generation.turns
+
+        await until(ended, 5, "the turn's end")
+        return await self.replies(turn_id)
+
+    async def orphan(self, session: Session, ask: Ask) -> str:
+        """Write a turn whose worker died before a checkpoint: its lease has run out and nobody here knows of it."""
+        turn_id, database = new_id(), self.state.database
+        terms = Terms("dead", -1000, 0, budgets_of(self.someone.id, "", (0, 0, 0)), 0, 10)
+        await turns.insert_turn(database, session, self.someone.id, ask, terms, turn_id)
+        return turn_id
+
+
+@pytest.fixture
+async def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Owner]:
+    made: list[Leases] = []
+    begin = Leases.__init__
+
+    def remembered(self: Leases, *given: Any) -> None:
+        begin(self, *given)
+        made.append(self)
+
+    monkeypatch.setattr(leases.Leases, "__init__", remembered)
+    environment = CLOSED | QUIET | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}"}
+    async with AsyncExitStack() as stack:
+        state = await open_state(read_settings(environ=environment), stack)
+        yield Owner(state, made[0], await accounts.insert_guest(state.database, None))
+
+
+def away_for(times: int, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Storage is away for the first so many of these calls."""
+    left = times
+
+    async def asked(*given: Any, **named: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise StorageUnavailable
+        return await call(*given, **named)
+
+    return asked
+
+
+async def test_a_battle_whose_history_cannot_be_read_ends(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage goes away between the turn's row and its history: a blind battle fails, and does not wait for its pace."""
+    session = await owner.session("random")
+    history, calls = owner.state.generation.streams.history, 0
+
+    async def away(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first one counted the prompt's tokens
+            raise StorageUnavailable
+        return await history(*given)
+
+    monkeypatch.setattr(owner.state.generation.streams, "history", away)
+    turn_id = await owner.begin(session, "/echo hello")
+    assert await owner.over(turn_id) == {side: ("failed", "storage_unavailable", "") for side in "ab"}
