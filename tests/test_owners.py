@@ -54,6 +54,11 @@ class Owner:
         await until(ended, 5, "the turn's end")
         return await self.replies(turn_id)
 
+    async def idle(self) -> bool:
+        """Whether no turn's task runs."""
+        names = ("_take_over", "Generation._run", "adopt")
+        return not [task for task in self.state.generation.tasks._tasks if any(name in repr(task) for name in names)]
+
     async def orphan(self, session: Session, ask: Ask) -> str:
         """Write a turn whose worker died before a checkpoint: its lease has run out and nobody here knows of it."""
         turn_id, database = new_id(), self.state.database
@@ -106,4 +111,49 @@ async def test_a_battle_whose_history_cannot_be_read_ends(owner: Owner, monkeypa
 
     monkeypatch.setattr(owner.state.generation.streams, "history", away)
     turn_id = await owner.begin(session, "/echo hello")
-    assert await owner.over(turn_id) == {side: ("failed", "storage_unavailable", "") for side in "ab"}
+    assert await owner.over(turn_id) == dict.fromkeys("ab", ("failed", "storage_unavailable", ""))
+
+
+async def test_an_inherited_ending_that_storage_refused_is_stored_later(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage goes away between taking a turn over and ending it: the session must not stay busy for ever."""
+    session = await owner.session()
+    turn_id = await owner.orphan(session, Ask(new_id(), "/echo hello", {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "update_endings", away_for(1000, turns.update_endings))
+        await owner.leases._sweep()
+        await until(owner.idle, 5, "the ending to be given up")
+    await owner.leases._renew()
+    assert await owner.over(turn_id) == {"a": ("failed", "storage_unavailable", "")}
+    assert (await owner.over(await owner.begin(session, "/echo next")))["a"][2] == "next"
+
+
+@pytest.mark.parametrize("moment", ["storage away", "retry"])
+async def test_an_inherited_turn_is_never_answered_anew(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Readers may have seen words that no checkpoint has: a second answer would go on in the middle of the first."""
+    session, ask = await owner.session(), Ask(new_id(), "/echo hello", {})
+    turn_id = await owner.orphan(session, ask)
+    select = sessions.select_unchecked
+    if moment == "retry":
+        gate = asyncio.Event()
+
+        async def slow(*given: Any) -> Session:
+            session = await select(*given)
+            if (task := asyncio.current_task()) is not None and "_take_over" in repr(task):
+                await gate.wait()
+            return session
+
+        monkeypatch.setattr(sessions, "select_unchecked", slow)
+        await owner.leases._sweep()
+        assert await owner.begin(session, ask.content, ask.message_id) == turn_id
+        gate.set()
+    else:
+        monkeypatch.setattr(sessions, "select_unchecked", away_for(1, select))
+        await owner.leases._sweep()
+        for _ in range(3):
+            await owner.leases._renew()
+    await until(owner.idle, 5, "the turn's end")
+    assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "")}

@@ -6,6 +6,7 @@ by whoever sees its lease run out, and ended with the longest text known.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -41,6 +42,7 @@ class Leases:
         self._awake_at = self._renewed_at = time.monotonic()
         self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
         self._strangers: set[str] = set()  # turns of ours in the database that were not in `turns` at the last renewal
+        self._orphans: set[str] = set()  # turns taken over whose ending is not stored: they may have said something
         generation.surely_owned = self.surely_owned
         generation.adopt = self.adopt
 
@@ -103,6 +105,7 @@ class Leases:
         for turn_id in strangers & self._strangers:
             self.tasks.spawn(self.adopt(owned[turn_id]))
         self._strangers = strangers
+        self._orphans &= owned.keys()
 
     async def _save(self, turn: Turn) -> None:
         """Write endings that were told while the database was away."""
@@ -112,6 +115,8 @@ class Leases:
 
     async def adopt(self, row: Row) -> None:
         """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
+        if row["id"] in self._orphans:
+            return await self._take_over(row)
         turn = await self._from_row(row)
         if turn is None or turn.stored is None:
             return
@@ -146,6 +151,7 @@ class Leases:
             if row["id"] not in self.turns:  # else it is our own and was not renewed in time: now it is
                 self.relay.count("taken_over")
                 log.warning("turn %s: its worker is gone, ending it", row["id"])
+                self._orphans.add(row["id"])
                 self.tasks.spawn(self._take_over(row))
         await accounts.delete_expired(self.database)
         await budgets.delete_old_budgets(self.database)
@@ -155,6 +161,7 @@ class Leases:
         turn = await self._from_row(row)
         if turn is None:
             return
+        turn.task = asyncio.current_task()
         turn.early = "stopped" if row["stop_requested"] else "interrupted"
         room = await self.relay.enter(turn.session)
         try:
