@@ -157,3 +157,40 @@ async def test_an_inherited_turn_is_never_answered_anew(
             await owner.leases._renew()
     await until(owner.idle, 5, "the turn's end")
     assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "")}
+
+
+async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The renewal waited for a lock and saw the table as it was before: its answer says nothing of a turn since then."""
+    session, renew, asked, gate = await owner.session(), turns.renew_leases, asyncio.Event(), asyncio.Event()
+
+    async def slow(*given: Any) -> Any:
+        owned = await renew(*given)
+        asked.set()
+        await gate.wait()
+        return owned
+
+    monkeypatch.setattr(turns, "renew_leases", slow)
+    history = owner.state.generation.streams.history
+    starting = asyncio.Event()
+
+    async def waiting(*given: Any) -> Any:  # the turn is known and not written
+        starting.set()
+        await asked.wait()
+        return await history(*given)
+
+    monkeypatch.setattr(owner.state.generation.streams, "history", waiting)
+    beginning = asyncio.create_task(owner.begin(session, "/slow 0.01 one two three"))
+    await starting.wait()
+    renewing = asyncio.create_task(owner.leases._renew())
+    turn_id = await beginning
+    await until(lambda: _is(owner, turn_id, "answering"), 5, "the turn to be answered")
+    gate.set()
+    await renewing
+    assert (await owner.over(turn_id))["a"][0] == "success"
+
+
+async def _is(owner: Owner, turn_id: str, state: str) -> bool:
+    turn = owner.state.generation.turns.get(turn_id)
+    return turn is not None and turn.state == state

@@ -86,17 +86,18 @@ class Leases:
     async def _renew(self) -> None:
         """Renew the leases of this worker's turns, and learn which of them it lost."""
         before = set(self.turns)
+        answering = [turn for turn in self.turns.values() if turn.state == "answering"]  # their rows are written
         await self.database.set_clock()
         asked = time.monotonic()
         owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
         self._renewed_at = asked
         self._slept = time.monotonic() - asked > self.settings.lease  # frozen before we read this, say
-        for turn_id in before & self.turns.keys():
-            turn = self.turns[turn_id]
-            if turn_id in owned and owned[turn_id]["stop_requested"]:
-                turn.end_early("stopped")
-            elif turn_id not in owned and turn.state == "answering" and not turn.lock.locked():
+        for turn in answering:
+            if turn.id not in owned and turn.state == "answering" and not turn.lock.locked():
                 self.generation.lose(turn)
+        for turn_id in owned.keys() & self.turns.keys():
+            if owned[turn_id]["stop_requested"]:
+                self.turns[turn_id].end_early("stopped")
         for turn in list(self.turns.values()):
             if turn.unsaved and turn.task is not None and turn.task.done():
                 await self._save(turn)
