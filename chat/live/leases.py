@@ -41,6 +41,7 @@ class Leases:
         self.tasks: Tasks = generation.tasks
         self._awake_at = self._renewed_at = time.monotonic()
         self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
+        self._asking: asyncio.Task[None] | None = None  # … and the database is asked whether they are
         self._strangers: set[str] = set()  # turns of ours in the database that were not in `turns` at the last renewal
         self._orphans: set[str] = set()  # turns taken over whose ending is not stored: they may have said something
         generation.surely_owned = self.surely_owned
@@ -58,19 +59,25 @@ class Leases:
         """Whether the turn is ours without asking. After a freeze longer than the lease the database is asked."""
         if turn.state == "lost":
             return False
-        if not self._awake():
-            self.tasks.spawn(self._make_sure(turn))
-            return False
-        return True
+        if self._awake():
+            return True
+        if self._asking is None:
+            self._asking = self.tasks.spawn(self._make_sure())
+        return False
 
-    async def _make_sure(self, turn: Turn) -> None:
-        while self._slept and turn.state != "lost":
-            try:
-                await self._renew()
-            except StorageUnavailable:  # then nobody else can have taken it either
-                self._slept = False
-        if turn.state != "lost" and turn.voice is not None:
-            turn.voice.go_on()
+    async def _make_sure(self) -> None:
+        """Ask once for all turns, however many words wait for the answer; then let those that are ours go on."""
+        try:
+            while self._slept:
+                try:
+                    await self._renew()
+                except StorageUnavailable:  # then nobody else can have taken them either
+                    self._slept = False
+        finally:
+            self._asking = None
+        for turn in self.turns.values():
+            if turn.voice is not None:
+                turn.voice.go_on()
 
     async def _watch(self) -> None:
         self._awake()
@@ -117,7 +124,8 @@ class Leases:
     async def adopt(self, row: Row) -> None:
         """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
         if row["id"] in self._orphans:
-            return await self._take_over(row)
+            await self._take_over(row)
+            return
         turn = await self._from_row(row)
         if turn is None or turn.stored is None:
             return
