@@ -212,7 +212,7 @@ class Voice:
         if not self._silent:
             for side, offset, text in flying:
                 self.answer.learn_words(side, offset, text)
-            if self._unanswered:
+            if self._unanswered and self.owned():
                 for side, text in self._unsent.items():
                     self.answer.learn_words(side, self._sent[side], text)
             self._notify()
