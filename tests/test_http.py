@@ -1410,16 +1410,6 @@ async def test_the_same_message_ten_times_at_once_is_one_turn(service: Service) 
     assert rows(service, f"SELECT messages FROM budgets WHERE name = 'account:{someone.id}'") == [(1,)]
 
 
-async def test_a_turn_costs_its_account_what_was_said(service: Service) -> None:
-    """Far more is reserved while it runs; what is left comes back soon after."""
-    someone = await guest(service.url)
-    session = await new_session(service.url, someone.access)
-    answers = [await post_turn(service.url, someone.access, session["id"], f"/count {n}") for n in (30, 50)]
-    said = sum(len(answer.sides()["a"]) // 4 for answer in answers)
-    spent = f"SELECT tokens FROM budgets WHERE name = 'account:{someone.id}'"
-    await until(lambda: rows(service, spent) == [(said,)], 5, f"{said} tokens spent")
-
-
 async def test_an_id_is_a_sessions_own(service: Service, ann: Owner) -> None:
     """The same id in another session, or of another account, is another message."""
     stranger = await guest(service.url)

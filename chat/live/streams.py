@@ -81,8 +81,10 @@ class Streams:
         try:
             async with asyncio.timeout(self.settings.reply_timeout):
                 await self._stream_with_retry(turn, side, prompt, limits, started)
-        except asyncio.CancelledError:
-            if side in turn.meters:
+        except BaseException as problem:
+            # We hung up, unless the provider itself refused or broke off: it may have thought in silence until then.
+            hung_up = not isinstance(problem, ProviderError) or problem.code == "provider_timeout"
+            if side in turn.meters and hung_up:
                 turn.meters[side].cut()
             raise
         finally:
