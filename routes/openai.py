@@ -107,8 +107,8 @@ async def _caller(request: Request) -> Caller:
     text = found[1].encode() if found else b""
     for key in inputs.state(request).settings.api_keys:
         if secrets.compare_digest(text, key.encode()):
-            return Caller(f"key:{sha256(text).hexdigest()[:16]}", PEOPLE)
-    return Caller((await inputs.account(request)).id)
+            return Caller(f"key:{sha256(text).hexdigest()[:16]}", PEOPLE, inputs.address(request))
+    return Caller((await inputs.account(request)).id, address=inputs.address(request))
 
 
 def _read(lines: list[Entry], settings: Settings) -> list[ChatMessage]:

@@ -152,6 +152,12 @@ async def test_one_address_cannot_take_the_whole_day(tmp_path: Path) -> None:
             headers = {"X-Forwarded-For": place, "Accept": "text/event-stream"}
             fates.append(await _begun(service.url, someone.access, body, headers))
         assert fates == [200, 429, 200]
+        someone = await guest(service.url)  # nor on another road
+        said = {"model": "quick", "messages": [{"role": "user", "content": "/echo x"}], "max_tokens": 2000}
+        for place, status in (("192.0.2.1", 429), ("192.0.2.3", 200)):
+            headers = {"X-Forwarded-For": place}
+            answer = await call(service.url, "POST", "/v1/chat/completions", someone.access, json=said, headers=headers)
+            assert answer.status_code == status, answer.text
         with sqlite3.connect(path) as database:
             names = [name for (name,) in database.execute("SELECT name FROM budgets")]
         assert len([name for name in names if name.startswith("address:")]) >= 2

@@ -20,10 +20,11 @@ PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is 
 
 
 class Caller(NamedTuple):
-    """Whose completion it is: the name of its counters, and how many people's worth of them it may use."""
+    """Whose completion it is: the name of its counters, how many people's worth of them it may use, and from where."""
 
     name: str
     people: int = 1
+    address: str = ""
 
 
 class Completion:
@@ -55,7 +56,7 @@ class Completion:
 
     async def admit(self) -> None:
         """Take a place among those running, and tokens from the day's budget. Raises `ChatError`."""
-        generation, settings, (name, people) = self._generation, self._generation.settings, self._caller
+        generation, settings, (name, people, _) = self._generation, self._generation.settings, self._caller
         if generation.draining:
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         per_minute = settings.messages_per_minute * people
@@ -69,8 +70,9 @@ class Completion:
     async def _reserve(self) -> None:
         database, settings = self._generation.database, self._generation.settings
         person = self._caller.people == 1
-        daily = (settings.daily_tokens_account if person else 0, 0, settings.daily_tokens_service)
-        budgets = budgets_of(self._caller.name, "", daily)
+        own = (settings.daily_tokens_account, settings.daily_tokens_address) if person else (0, 0)
+        place = self._generation.unreadable(self._caller.address)
+        budgets = budgets_of(self._caller.name, place, (*own, settings.daily_tokens_service))
         daily_messages = settings.daily_messages if person else 0
 
         async def work(query: Query) -> Reservation:

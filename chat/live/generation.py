@@ -181,12 +181,12 @@ class Generation:
             owner=self.worker,
             lease=int(settings.lease * 1000),
             tokens=tokens,
-            budgets=budgets_of(turn.account_id, self._unreadable(address), daily),
+            budgets=budgets_of(turn.account_id, self.unreadable(address), daily),
             daily_messages=settings.daily_messages,
             turns_per_account=settings.turns_per_account,
         )
 
-    def _unreadable(self, address: str) -> str:
+    def unreadable(self, address: str) -> str:
         """Return a name for an address that the database may hold: nobody can read the address back from it."""
         key = self.settings.secret_keys[-1].encode()[:64] if self.settings.secret_keys else b""
         return hashlib.blake2b(address.encode(), key=key, digest_size=12).hexdigest()
