@@ -10,6 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from chat import callers
 from chat.errors import ChatError
 from chat.limits import buckets
+from chat.live import choices
 from chat.state import State
 from chat.store import accounts, sessions
 from chat.store.accounts import Account
@@ -39,6 +40,7 @@ REFUSALS = {
     "authentication_required": (4401, "authentication required"),
     "token_invalid": (4401, "authentication required"),
     "token_expired": (4401, "authentication expired"),
+    "invalid": (4400, "no such choice of models"),
     "forbidden": (4403, "forbidden"),
     "not_found": (4404, "no such session"),
     "rate_limited": (4429, "too many requests"),
@@ -64,7 +66,9 @@ async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
     guest = account is None and chat.settings.open_sessions
     if account is None:
         account, expires_at = (await _guest(socket, chat), 0.0) if guest else await _first_frame(socket, chat)
-    session = await _session(chat, session_id, account, guest)
+    choice = choices.chosen(socket.query_params)
+    session = await _session(chat, session_id, account, guest, choice)
+    choices.check(session, choice)
     return Right(chat.database, session, account, expires_at=expires_at)
 
 
@@ -124,15 +128,15 @@ async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:
     return await accounts.verified_until(chat.database, chat.tokens, "access", frame.token)
 
 
-async def _session(chat: State, id: str, account: Account, guest: bool) -> Session:
-    """The session; on a local start one that does not exist is made, in direct mode with the first model."""
+async def _session(chat: State, id: str, account: Account, guest: bool, choice: choices.Choice) -> Session:
+    """The session; on a local start one that does not exist is made, with the models the query chooses."""
     try:
         return await sessions.select_session(chat.database, id, account.id)
     except ChatError as problem:
         if problem.code != "not_found" or not chat.settings.open_sessions:
             raise
-    first = next(iter(chat.providers.models))
-    await sessions.insert_session(chat.database, account.id, "direct", (first, None), id=id, is_open=guest)
+    mode, models = await choices.choose(choice, chat.generation, chat.leaderboard, chat.dice)
+    await sessions.insert_session(chat.database, account.id, mode, models, id=id, is_open=guest)
     return await sessions.select_session(chat.database, id, account.id)
 
 

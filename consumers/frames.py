@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from chat.errors import ChatError
+from chat.formats.ui_messages import UIMessage
+from chat.live.choices import Choice
 
 Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]  # `$` would let a line end through
+RequestId = Annotated[str, Meta(min_length=1, max_length=100)]
 Echo = msgspec.Raw  # said back as it came: what need not be decoded cannot fail to be encoded again
 
 
@@ -21,7 +24,9 @@ class Test(msgspec.Struct, tag="test"):
     message: Echo = Echo(b"null")
 
 
-class Message(msgspec.Struct, tag="message"):
+class Message(Choice, tag="message", kw_only=True):
+    """A user's message. A choice of models may only repeat the session's own."""
+
     content: str
     id: Id | None = None
 
@@ -39,14 +44,34 @@ class RequestState(msgspec.Struct, tag="request_state"):
 
 
 class Resume(msgspec.Struct, tag="resume"):
-    cursor: Annotated[str, Meta(max_length=100)]
+    """Ours has a cursor; the AI SDK's a `requestId`, and in `id` its chat: it is told the whole running answer."""
+
+    cursor: Annotated[str, Meta(max_length=100)] | None = None
+    requestId: RequestId | None = None
+    id: str = ""
+
+
+class Send(msgspec.Struct, tag="send", kw_only=True):
+    """The AI SDK's: start a turn, or make its answer again."""
+
+    requestId: RequestId
+    id: str  # of the chat
+    messages: Annotated[list[UIMessage], Meta(max_length=1000)]
+    trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
+    body: Choice = msgspec.field(default_factory=Choice)
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    """The AI SDK's: whoever made this request wants no more of it."""
+
+    requestId: RequestId
 
 
 class Auth(msgspec.Struct, tag="auth"):
     token: str
 
 
-Frame = Ping | Test | Message | Stop | Typing | RequestState | Resume | Auth
+Frame = Ping | Test | Message | Stop | Typing | RequestState | Resume | Auth | Send | Abort
 _decode = msgspec.json.Decoder(Frame).decode
 
 

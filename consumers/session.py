@@ -17,6 +17,7 @@ from chat.errors import ChatError
 from chat.formats.events import event_json, resumed_json, socket_dialect
 from chat.formats.frames import framed
 from chat.formats.tellings import Telling
+from chat.live import choices
 from chat.live.answers import Cursor, parse_cursor, start_of
 from chat.live.events import SessionNotice, error_event, session_event
 from chat.live.rooms import Follower
@@ -28,6 +29,7 @@ from chat.store.turns import Ask
 
 from . import admission, frames
 from .admission import Closed
+from .ai_sdk import Requests
 
 BAD_FRAMES_WINDOW = 60.0  # seconds in which protocol errors are counted
 TYPING_EVERY = 1.0  # seconds between two typing indicators of one socket that are passed on
@@ -107,6 +109,7 @@ class Conversation:
         self._types: bool | None = None  # said by the client, not passed on yet
         self._typing: asyncio.TimerHandle | None = None  # runs for a second after an indicator
         self._written = 0  # bytes of the last write
+        self._requests: Requests | None = None  # the AI SDK's, once there is one
 
     async def run(self) -> None:
         await self._greet()
@@ -125,6 +128,7 @@ class Conversation:
             del problem
 
     def end(self) -> None:
+        self._requests = None  # it holds this object in turn
         if self._typing is not None:
             self._typing.cancel()
 
@@ -238,17 +242,19 @@ class Conversation:
                 await self.send(session_event("test", message=message))
             case frames.RequestState():
                 self._ask(None)
-            case frames.Resume(text):
+            case frames.Resume(text, None):
                 self._ask(parse_cursor(text))
             case frames.Auth():
                 pass  # admitted already: a client that says it twice means no harm
-            case frames.Message(content, id):
-                await self._message(content, id)
+            case frames.Message():
+                await self._message(frame)
             case frames.Stop():
                 account = self._writer()
                 await self.chat.generation.stop(await self.right.select(), account.id)
             case frames.Typing(is_typing):
                 self._hear_typing(is_typing)
+            case frames.Send() | frames.Resume() | frames.Abort():
+                await self._take_request(frame)
 
     def _ask(self, cursor: Cursor | None) -> None:
         """Have the follower start over, after what it is saying just now."""
@@ -260,10 +266,17 @@ class Conversation:
             raise ChatError("forbidden", "This is a read-only view of the session.")
         return self.account
 
-    async def _message(self, content: str, id: str | None) -> None:
+    async def _take_request(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
+        if self._requests is None:
+            address, spawn = admission.address(self.socket, self.chat), self._group.create_task
+            self._requests = Requests(self.chat, self.right, address, self.send, spawn)
+        await self._requests.take(frame)
+
+    async def _message(self, frame: frames.Message) -> None:
         account = self._writer()
         current = await self.right.select()
-        ask, address = Ask(id or new_id(), content, {}), admission.address(self.socket, self.chat)
+        choices.check(current, frame)
+        ask, address = Ask(frame.id or new_id(), frame.content, {}), admission.address(self.socket, self.chat)
         turn = await self.chat.generation.begin(current, account, ask, address=address)
         reading = self.follower.cursor.turn_id == turn.id and not self.follower.cursor.over
         if not turn.fresh and not reading:  # a message that was sent again gets the turn it began, as over HTTP

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.errors import ChatError, invalid
-from chat.formats.ui_messages import UIMessages
+from chat.errors import ChatError
+from chat.formats.ui_messages import UIMessage, UIMessages, last_words
 from chat.live.answers import start_of
 from chat.store import sessions, turns
 from chat.store.accounts import Account
@@ -27,20 +26,6 @@ from .messages import Wish
 from .sessions import Id
 
 HEADERS = {"X-Vercel-AI-UI-Message-Stream": "v1"}
-
-
-class Part(msgspec.Struct):
-    """Text, or one of many other kinds."""
-
-    type: str = "text"
-    text: str = ""
-
-
-class UIMessage(msgspec.Struct):
-    role: Literal["system", "user", "assistant"]
-    id: Id | None = None
-    parts: list[Part] | None = None
-    content: str = ""
 
 
 class ChatRequest(Wish, kw_only=True):
@@ -56,27 +41,18 @@ async def chat(request: Request) -> Response:
     known = await messages.speaker(request)
     wish = inputs.with_query(request, await inputs.body(request, ChatRequest))
     wish.session_id = wish.id
-    place = next((n for n in range(len(wish.messages) - 1, -1, -1) if wish.messages[n].role == "user"), None)
-    if place is None:
-        raise invalid("messages", "there is no user message")
+    message_id, text = last_words(wish.messages)
     if wish.trigger == "regenerate-message":
-        return await _again(request, wish, wish.messages[place].id)
-    ask = Ask(wish.messages[place].id or new_id(), _text(place, wish.messages[place]), {})
+        return await _again(request, wish, message_id)
+    ask = Ask(message_id or new_id(), text, {})
     return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages, headers=HEADERS)
 
 
-def _text(place: int, message: UIMessage) -> str:
-    parts = message.parts or []
-    if any(part.type == "file" for part in parts):
-        raise invalid(f"messages[{place}].parts", "only text is understood here")
-    return "".join([part.text for part in parts if part.type == "text"]) or message.content
-
-
-async def _again(request: Request, wish: ChatRequest, message_id: str | None) -> Response:
+async def _again(request: Request, wish: ChatRequest, message_id: str) -> Response:
     state = inputs.state(request)
     session, known = await _session(request, wish.id)
     account = known or await inputs.new_guest(request)
-    turn = await state.generation.again(session, account, message_id or "", address=inputs.address(request))
+    turn = await state.generation.again(session, account, message_id, address=inputs.address(request))
     return await _told(request, session, turn.id, account)
 
 

@@ -13,9 +13,9 @@ from chat import callers
 from chat.errors import ChatError, invalid
 from chat.formats.completions import failure
 from chat.limits import buckets
-from chat.live.choices import Choice
+from chat.live.choices import Choice, chosen
 from chat.state import State
-from chat.store import accounts, sessions
+from chat.store import accounts
 from chat.store.accounts import Account
 from chat.store.pages import LAST, select_page
 from chat.store.queries import Row
@@ -164,10 +164,10 @@ C = TypeVar("C", bound=Choice)
 
 def with_query(request: Request, wish: C) -> C:
     """Take from the query what the body leaves open of a choice."""
+    in_query = chosen(request.query_params)
     for name in Choice.__struct_fields__:
-        if getattr(wish, name) is None and (given := request.query_params.get(name)):
-            setattr(wish, name, given)
-    choice(request, "mode", sessions.MODES)
+        if getattr(wish, name) is None:
+            setattr(wish, name, getattr(in_query, name))
     return wish
 
 

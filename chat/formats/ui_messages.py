@@ -8,13 +8,45 @@ that a resumed stream tells the turn from its start, under the same message id.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import Meta
+
+from ..errors import invalid
 from . import Format, one_line, problem_of
 from .events import encode
 from .tellings import Begun, Ended, Message, Over, Telling, Words
 
 Chunk = dict[str, Any]
+
+
+class Part(msgspec.Struct):
+    """Text, or one of many other kinds."""
+
+    type: str = "text"
+    text: str = ""
+
+
+class UIMessage(msgspec.Struct):
+    """A message as these clients keep it; they send their whole conversation each time."""
+
+    role: Literal["system", "user", "assistant"]
+    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")] | None = None
+    parts: list[Part] | None = None
+    content: str = ""
+
+
+def last_words(messages: list[UIMessage]) -> tuple[str, str]:
+    """Return the id ("" for none) and the text of the last user message. Raises `invalid`."""
+    place = next((n for n in range(len(messages) - 1, -1, -1) if messages[n].role == "user"), None)
+    if place is None:
+        raise invalid("messages", "there is no user message")
+    message, parts = messages[place], messages[place].parts or []
+    if any(part.type == "file" for part in parts):
+        raise invalid(f"messages[{place}].parts", "only text is understood here")
+    text = "".join([part.text for part in parts if part.type == "text"]) or message.content
+    return message.id or "", text
 
 
 class UIMessages(Format):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from ..arena import matches
 from ..errors import invalid
 from ..providers import fighters
-from ..store.sessions import Session
+from ..store.sessions import MODES, Session
 from ..store.votes import Leaderboard
 from .generation import Generation
 
@@ -24,6 +25,13 @@ class Choice(msgspec.Struct, kw_only=True):
     model: str | None = None
     model_a_id: str | None = None
     model_b_id: str | None = None
+
+
+def chosen(query: Mapping[str, str]) -> Choice:
+    """Return the choice a URL's query makes. Raises `invalid`."""
+    if query.get("mode") not in (None, *MODES):
+        raise invalid("mode", f"expected one of {', '.join(MODES)}")
+    return msgspec.convert({name: query[name] for name in Choice.__struct_fields__ if name in query}, Choice)
 
 
 async def choose(

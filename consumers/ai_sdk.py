@@ -1,0 +1,122 @@
+"""The AI SDK's `WebSocketChatTransport` on a session's socket: each of its requests is a follower of its own.
+
+Its frames `send`, `resume` and `abort` stand beside ours, and so do `start`, `chunk`, `end`, `error` and `no-active`
+beside our events: the client takes what carries a `requestId` of its own. https://ai-sdk.dev/docs/ai-sdk-ui/transport
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from chat.errors import ChatError, invalid, not_found
+from chat.formats.events import encode
+from chat.formats.ui_messages import chunks_dialect, last_words
+from chat.live import choices
+from chat.live.answers import start_of
+from chat.state import State
+from chat.store import turns
+from chat.store.database import new_id
+from chat.store.rights import Right
+from chat.store.sessions import Session
+from chat.store.turns import Ask
+
+from . import frames
+
+REQUESTS_MAX = 8  # running at once on one socket: each is a follower of the room
+SECOND_THOUGHTS = 0.3  # seconds; a page that is mounted twice gives up its first `resume` and sends another at once
+
+
+@dataclass
+class Requests:
+    """The requests on one socket. right: of the socket; spawn: starts a task of the socket's."""
+
+    chat: State
+    right: Right
+    address: str
+    send: Callable[[bytes], Awaitable[None]]
+    spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    made: int = 0  # so many in all
+
+    async def take(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
+        """Do what a frame asks. What is refused is said to its request."""
+        request_id = frame.requestId or ""
+        if isinstance(frame, frames.Abort):
+            await self._abort(request_id)
+            return
+        self.made += 1
+        try:
+            if len(self.running) == REQUESTS_MAX or request_id in self.running:
+                raise ChatError("rate_limited", "Too many requests are running on this connection.")
+            session = await self.right.select()
+            if frame.id != session.id:
+                raise invalid("id", "this connection is another chat's")
+            turn_id = await (self._begun(frame, session) if isinstance(frame, frames.Send) else self._latest(session))
+        except ChatError as problem:
+            await self._say("error", request_id, errorText=problem.message)
+            return
+        if turn_id is None:
+            await self._say("no-active", request_id)
+        else:
+            self.running[request_id] = self.spawn(self._tell(request_id, turn_id))
+
+    async def _begun(self, frame: frames.Send, session: Session) -> str:
+        """Return the turn that a message began, now or before."""
+        account, generation = self.right.account, self.chat.generation
+        if account is None:
+            raise ChatError("forbidden", "This is a read-only view of the session.")
+        choices.check(session, frame.body)
+        message_id, text = last_words(frame.messages)
+        if frame.trigger == "regenerate-message":
+            return (await generation.again(session, account, message_id, address=self.address)).id
+        turn = await generation.begin(session, account, Ask(message_id or new_id(), text, {}), address=self.address)
+        if turn.rows[0]["content"] != text:
+            raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
+        return turn.id
+
+    async def _latest(self, session: Session) -> str | None:
+        turn = await turns.select_latest_turn(self.chat.database, session.id)
+        return turn["id"] if turn is not None and turn["status"] == "running" else None
+
+    async def _tell(self, request_id: str, turn_id: str) -> None:
+        """Tell a turn from its start to its end, or until the request is aborted. Raises what ends the socket."""
+        relay = self.chat.relay
+        try:
+            follower = await relay.join(self.right, chunks_dialect, one_turn=True)
+            try:
+                if not await relay.resume(follower, start_of(turn_id)):
+                    raise not_found("turn")
+                await self._say("start", request_id)
+                sequence = 0
+                while chunks := await follower.next():
+                    for chunk in chunks:
+                        head = encode({"type": "chunk", "requestId": request_id, "sequence": sequence})
+                        await self.send(b'%b,"chunk":%b}' % (head[:-1], chunk))
+                        sequence += 1
+                await self._say("end", request_id)
+            finally:
+                relay.spawn(relay.part(follower))
+        except ChatError as problem:
+            await self._say("error", request_id, errorText=problem.message)
+        finally:
+            self.running.pop(request_id, None)
+
+    async def _abort(self, request_id: str) -> None:
+        """Stop the turn, unless the client only has second thoughts about which request shows it."""
+        telling = self.running.get(request_id)
+        if telling is not None:
+            telling.cancel()
+            self.spawn(self._stop(self.made))
+
+    async def _stop(self, made: int) -> None:
+        await asyncio.sleep(SECOND_THOUGHTS)
+        if made == self.made and self.right.account is not None:
+            with contextlib.suppress(ChatError):  # gone is stopped, too
+                await self.chat.generation.stop(await self.right.select(), self.right.account.id)
+
+    async def _say(self, kind: str, request_id: str, **fields: str) -> None:
+        await self.send(encode({"type": kind, "requestId": request_id} | fields))
