@@ -24,12 +24,12 @@ import websockets.sync.client
 from tests.conftest import CLOSED, absent, store
 from tests.harness import until
 from tests.harness.api import ACCEPT, Guest, guest, messages, new_session, post_turn, short_body, unescape
+from tests.harness.node import HERE, packages
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 from tests.harness.sse import SSEParser
 from tests.harness.view import put_together
 
-HERE = ROOT / "tests" / "interop"
 PACED = json.dumps([{"id": "calm", "provider": "demo", "personality": "scholar", "pace": 0.01}])
 
 if not all(map(shutil.which, ("curl", "node", "npm"))):
@@ -39,12 +39,8 @@ if not all(map(shutil.which, ("curl", "node", "npm"))):
 @pytest.fixture(scope="module")
 def node() -> list[str]:
     """The command that runs one of `clients.mjs`; its packages are installed once per change of their lock file."""
-    lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".installed"
-    if not stamp.exists() or stamp.read_text() != lock.read_text():
-        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
-        if done.returncode:
-            absent(f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}")
-        stamp.write_text(lock.read_text())
+    if problem := packages():
+        absent(problem)
     major = int(subprocess.run(["node", "--version"], capture_output=True, text=True).stdout[1:].split(".")[0])
     return ["node", *(["--experimental-websocket"] if major < 22 else []), str(HERE / "clients.mjs")]
 

@@ -1,0 +1,100 @@
+"""Clients that other people wrote in JavaScript: their packages, and one of `tests/interop` at work."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from .service import ROOT
+
+HERE = ROOT / "tests" / "interop"
+PATIENCE = 20.0  # seconds for a client to do what it is told; Node.js alone takes one to start on a busy machine
+
+
+def packages() -> str:
+    """Install the packages, once per change of their lock file. Return what went wrong, or nothing."""
+    lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".installed"
+    if not stamp.exists() or stamp.read_text() != lock.read_text():
+        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
+        if done.returncode:
+            return f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}"
+        stamp.write_text(lock.read_text())
+    return ""
+
+
+class Client:
+    """A script that is given commands, a line of JSON each, and prints what it sees; `seen` is all of that."""
+
+    def __init__(self, script: str, client: str, **given: Any) -> None:
+        self._command = ["node", str(HERE / script), client, json.dumps(given)]
+        self._new = asyncio.Event()
+        self._looked = 0
+        self.seen: list[dict[str, Any]] = []
+
+    async def __aenter__(self) -> Self:
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, limit=2**24)
+        self._reading = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+        await self._reading
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self.seen.append(json.loads(line))
+            self._new.set()
+        self._new.set()
+
+    async def do(self, command: str, **more: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": command} | more).encode() + b"\n")
+        await self._process.stdin.drain()
+
+    async def sees(self, wanted: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
+        """Wait for a thing it prints after the last one that was waited for."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    self._new.clear()
+                    while self._looked < len(self.seen):
+                        self._looked += 1
+                        if wanted(self.seen[self._looked - 1]):
+                            return self.seen[self._looked - 1]
+                    assert not self._reading.done(), f"the client ended before {what}: {self.seen[-3:]}"
+                    await self._new.wait()
+        except TimeoutError:
+            raise TimeoutError(f"{what}: not within {PATIENCE} s; last: {self.seen[-3:]}") from None
+
+    async def does(self, command: str, **more: Any) -> None:
+        """Give a command and wait for its end."""
+        await self.do(command, **more)
+        await self.sees(lambda seen: seen.get("done") == command, command)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as it was last shown."""
+        return next((seen["messages"] for seen in reversed(self.seen) if "messages" in seen), [])
+
+    @property
+    def problems(self) -> list[str]:
+        return [seen["problem"] for seen in self.seen if "problem" in seen]
+
+    def texts(self) -> list[str]:
+        """What stands in the last message or, of an arena turn, in both sides, by whichever means the client has."""
+        said: list[str] = []
+        for message in reversed(self.messages):
+            if message["role"] != "assistant":
+                break
+            said = message["texts"] + said
+        return said
