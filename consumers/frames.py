@@ -79,6 +79,8 @@ def parse(text: str) -> Frame:
     """Raises `bad_request` with what was expected; the connection goes on."""
     try:
         frame: Frame = _decode(text)
+        if isinstance(frame, Resume) and frame.cursor is None and frame.requestId is None:
+            raise msgspec.ValidationError("Object missing required field `cursor`")
         return frame
     except msgspec.ValidationError as problem:
         raise ChatError("bad_request", f"This frame was not understood: {problem}.") from None
