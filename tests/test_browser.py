@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import threading
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from tests.conftest import CLOSED, absent, store
+from tests.browser import chromium, website
+from tests.conftest import CLOSED, store
 from tests.harness.api import Guest, guest, messages, new_session, ticket
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 from tests.harness.view import put_together
 
-try:
-    from playwright.async_api import async_playwright
-except ImportError:
-    absent("the browser tests need playwright (tests/requirements.txt)")
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-if CHROMIUM is None:
-    absent("the browser tests need Chromium (apt-get install chromium)")
-
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
-FLAGS = ["--no-sandbox", "--host-resolver-rules=MAP *.example 127.0.0.1"]  # as root there is no sandbox
 PACED = json.dumps([{"id": "calm", "provider": "demo", "personality": "scholar", "pace": 0.01}])
 
 
@@ -47,31 +35,15 @@ def counted(number: int) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Any]:
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        await chromium.close()
-
-
-class EmptyPage(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(b"<!doctype html><title>a page</title>")
-
-    def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+    async with chromium() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[int]:
     """The port of a web server with one empty page, whatever it is called."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), EmptyPage)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
+    with website(lambda path: ({}, "<!doctype html><title>a page</title>")) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
