@@ -102,5 +102,6 @@ ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css
 async def widget_settings(request: Request) -> Response:
     """What the operator wants a widget to say first; asked when it is first opened."""
     settings = inputs.state(request).settings
-    wishes = {"title": settings.name, "greeting": settings.greeting, "suggestions": settings.suggestions}
+    wishes = {"title": settings.name, "suggestions": settings.suggestions}
+    wishes |= {"greeting": settings.greeting} if settings.greeting else {}
     return inputs.answer(wishes, headers={"Cache-Control": "max-age=60"})

@@ -81,7 +81,7 @@ class Visit:
 
     async def ask(self, script: str, given: Any = None) -> Any:
         """Run a function's body in the page: `chat` is the widget, `talk` its conversation, `$` finds inside it."""
-        names = "const chat = document.querySelector('parley-chat'), talk = chat?.talk; const $ = (s) => chat.root.querySelector(s);"
+        names = "const chat = document.querySelector('parley-chat'), talk = chat; const $ = (s) => chat.root.querySelector(s);"
         return await self.tab.evaluate(f"(given) => {{ {names} {script} }}", given)
 
     async def see(self, condition: str, within: float = 15.0, given: Any = None) -> Any:
@@ -112,7 +112,7 @@ class Visit:
     async def answered(self, replies: int = 1) -> str:
         """Wait until all is answered; the last answer's text as it is shown."""
         await self.see(
-            "talk.list.filter(({role}) => role !== 'user').length >= given && !talk.running && !talk.unsent.length"
+            "talk.list.filter(({role}) => role !== 'user').length >= given && !talk.running && !talk.waiting"
             " && !chat.frame", given=replies)  # fmt: skip
         return await self.shown()
 
@@ -216,7 +216,7 @@ async def test_nothing_is_asked_or_kept_before_it_is_opened(visit: Any, context:
     assert await shop.ask(kept) == [0, 0, ""]
     await shop.open()
     await shop.see("$('.empty button')?.textContent === 'Hello'")
-    assert await shop.ask("return $('.empty h3').textContent") == "What is it?"
+    assert await shop.ask("return $('.hello').textContent") == "What is it?"
     assert [url.rpartition("/api/")[2] for url in shop.requests if "/api/" in url] == ["widget/"]
     assert await shop.ask(kept) == [0, 0, ""]
     await shop.button("Is it raining?").click()
@@ -309,13 +309,13 @@ async def test_offline_is_said_and_ends(visit: Any, context: Any) -> None:
     await shop.say("/count 200")
     await shop.see("talk.list.at(-1).text.length > 50")
     await context.set_offline(True)
-    await shop.see("$('.state')?.textContent === 'Offline, trying again'")
+    await shop.see("$('.state')?.textContent === 'Offline'")
     await context.set_offline(False)
     assert await shop.answered() == counted(200)
     await context.set_offline(True)
     await shop.see("talk.state === 'offline'")
     await shop.say("/count 5")
-    await shop.see("$('.note')?.textContent === 'Waiting for the connection'")
+    await shop.see("$('.note')?.textContent === 'Waiting to be sent'")
     await context.set_offline(False)
     await shop.answered(2)
     assert await shop.shown() == counted(5)
@@ -357,7 +357,8 @@ async def test_a_battle_is_voted_on_once_and_revealed(visit: Any, pages: Pages) 
     await one.see("chat.votes.length === 1")
     await one.see("!$('.votes')")
     assert set(await one.ask(names)) == {"Calm Owl", "Wild Fox"}
-    assert votes is None and await one.ask("return $('.won em').textContent") == "✓ Your pick"
+    assert votes is None and await one.ask("return [...chat.root.querySelectorAll('.won')].map((each) => each.className)") == ["reply a won"]
+    assert "model_a" not in await one.ask("return $('section').textContent")
     await other.ask("delete talk.hear")
     await other.button("B is better").click()
     await other.see("$('.alert')?.textContent.includes('voted')")
@@ -386,15 +387,15 @@ async def test_limits_are_said_and_can_be_tried_again(
     with Service(environment(request, tmp_path, site[1], PARLEY_MESSAGES_PER_MINUTE="1"), server="serve") as running:
         pages.base = running.url
         shop = await (await (await visit()).there()).open()
-        await shop.ask("chat.heard = []; chat.addEventListener('chat:error', ({detail}) => chat.heard.push(detail.code))")
+        await shop.ask("chat.errors = []; chat.addEventListener('chat:error', ({detail}) => chat.errors.push(detail.code))")
         await shop.say("Hello")
         await shop.answered()
         await shop.say("Hello again")
-        await shop.see("$('.bad[role=alert]')?.textContent.includes('Possible again in')")
-        assert await shop.ask("return chat.heard") == ["rate_limited"]
+        await shop.see("$('.bad[role=alert]')?.textContent.match(/ \\d+ s/)")
+        assert await shop.ask("return chat.errors") == ["rate_limited"]
         assert await shop.ask("return talk.list.length") == 3
         await shop.button("Try again").click()
-        await shop.see("chat.heard.length === 2")
+        await shop.see("chat.errors.length === 2")
         assert await shop.ask("return talk.list.length") == 3
 
 
@@ -406,18 +407,31 @@ async def test_a_service_that_is_away_is_said(visit: Any, pages: Pages) -> None:
         proxy.refuse()
         proxy.close_all()
         await shop.say("/count 3")
-        await shop.see("$('.bad')?.textContent.includes('No connection just now.')")
+        await shop.see("$('.bad')?.textContent.includes('This chat cannot be reached.')")
         proxy.ok()
         await shop.button("Try again").click()
         assert await shop.answered() == counted(3)
+
+
+async def test_a_draft_outlives_what_is_drawn_around_it(visit: Any) -> None:
+    """The box one writes in is the same, with its words and the focus, while notices come and go."""
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 40")
+    await shop.see("talk.running")
+    await shop.box.fill("half a sentence")
+    await shop.ask("chat.before = $('textarea'); talk.refuse(0, {code: 'internal', message: 'Something.'}); chat.draw(); chat.follows = false; chat.draw()")
+    assert await shop.ask("return !!$('.alert') && !!$('.latest')")
+    await shop.ask("talk.problem = null; chat.follows = true; chat.draw()")
+    await shop.answered()
+    assert await shop.ask("return [chat.before === chat.root.activeElement, $('textarea').value, !$('.alert')]") == [True, "half a sentence", True]
 
 
 async def test_a_chat_that_is_gone_makes_room_for_another(visit: Any, pages: Pages) -> None:
     shop = await (await (await visit()).there()).open()
     await shop.say("/count 3")
     await shop.answered()
-    await shop.ask("return talk.api(`sessions/${talk.id}/`, null, 'DELETE').catch(() => 0)")
-    await shop.see("$('.alert')?.textContent.includes('This chat has ended.')")
+    await shop.ask("return fetch(`${talk.base}/api/sessions/${talk.id}/`, {method: 'DELETE', headers: {'X-Anonymous-Token': talk.keys.guest}}).then(() => 0)")
+    await shop.see("$('.alert')?.textContent.includes('This chat cannot be reached.')")
     await shop.say("/count 4")
     await shop.see("talk.list.length === 2")
     assert await shop.answered() == counted(4)
@@ -459,23 +473,23 @@ UPDATE = """
 
 
 async def test_text_is_placed_by_code_points(visit: Any) -> None:
-    """What is there already is dropped; where something is missing the cursor is given back and nothing is shown."""
+    """What is there already is dropped; where something is missing the widget comes back for it with its cursor."""
     shop = await (await visit()).there()
     said = await shop.ask(UPDATE + """
-        const sent = [];
-        talk.send = (frame) => sent.push(frame);
+        let lost = 0;
+        talk.drop = () => lost++;
         begin('u', 'user'); begin('r');
         chunk('a😀b', 0, 't.3');
         chunk('😀bc', 1, 't.4');      // two of three are known
         chunk('c', 3, 't.4');         // all of it is
         const before = text();
-        chunk('z', 9, 't.10'); chunk('zz', 10, 't.12');
-        const asked = [...sent], cursor = talk.cursor;
+        chunk('z', 9, 't.10');        // something is missing
+        const cursor = talk.cursor;
         talk.hear({type: 'resumed', turn_id: 't', cursor});
         chunk('de😀', 4, 't.7');
-        return {before, asked, after: text(), cursor: talk.cursor};
+        return {before, lost, cursor, after: text(), then: talk.cursor};
     """)
-    assert said == {"before": "a😀bc", "asked": [{"type": "resume", "cursor": "t.4"}], "after": "a😀bcde😀", "cursor": "t.7"}
+    assert said == {"before": "a😀bc", "lost": 1, "cursor": "t.4", "after": "a😀bcde😀", "then": "t.7"}
 
 
 @pytest.mark.parametrize(
@@ -523,7 +537,7 @@ MARKDOWN = {
     "3. x\n4. y\n\n\nz": '<ol start="3"><li>x</li><li>y</li></ol><p>z</p>',
     "> q\n> > r\n\n---\n": "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote><hr>",
     "snake_case_name 2*3*4 \\*no\\*": "<p>snake_case_name 2*3*4 *no*</p>",
-    "***both*** ~~gone~~ **a *b* c**": "<p><strong><em>both</em></strong> <del>gone</del> <strong>a <em>b</em> c</strong></p>",
+    "***both*** **a *b* c**": "<p><strong><em>both</em></strong> <strong>a <em>b</em> c</strong></p>",
     "**open and `code": "<p>**open and `code</p>",
     "1 < 2 & <b>3</b>": "<p>1 &lt; 2 &amp; &lt;b&gt;3&lt;/b&gt;</p>",
 }  # fmt: skip
@@ -573,7 +587,7 @@ async def test_growing_ends_where_writing_at_once_does(visit: Any) -> None:
     for sizes in ([1], [2, 5], [13], [1, 1, 40]):
         one, other = await grown(shop, LONG, sizes)
         assert one == other
-    assert '<code>a|b</code>' in other or "a|b" in other
+    assert "<code>a|b</code>" in other
     assert "<h" not in other
 
 
@@ -617,7 +631,7 @@ async def test_no_payload_runs_or_asks(visit: Any) -> None:
             tags: [...new Set(all.map((each) => each.tagName))].filter((tag) => /SCRIPT|IFRAME|OBJECT|EMBED|IMG|STYLE|LINK|META|FORM|INPUT|VIDEO|AUDIO|BASE|MATH/.test(tag)),
             handlers: all.flatMap((each) => each.getAttributeNames()).filter((name) => /^on|style|srcdoc|src$/.test(name)),
             links: [...new Set(all.filter((each) => each.href).map((each) => new URL(each.href).protocol))].filter((each) => !/^(https?|mailto):$/.test(each)),
-            rel: all.filter((each) => each.href && each.rel !== 'noopener noreferrer nofollow').length,
+            rel: all.filter((each) => each.href && each.rel !== 'noopener nofollow').length,
         };
     """)
     assert found == {"ran": False, "tags": [], "handlers": [], "links": [], "rel": 0}
@@ -625,12 +639,11 @@ async def test_no_payload_runs_or_asks(visit: Any) -> None:
     assert elsewhere == []
 
 
-async def test_images_are_shown_of_named_hosts_only(visit: Any, pages: Pages) -> None:
-    pages.attributes = 'data-images="good.example images.example"'
+async def test_no_image_is_asked_for(visit: Any) -> None:
+    """An image is a request, in which an answer could send away what it knows; a link says where it would lead."""
     shop = await (await visit()).there()
-    html = (await grown(shop, "![a](https://images.example/a.png) ![b](https://evil.example/?d=secret) ![c](https://images.example@evil.example/)", [5]))[0]
-    assert html.count("<img") == 1 and 'src="https://images.example/a.png"' in html
-    shop.problems.clear()  # the page's own policy allows no images at all
+    html = (await grown(shop, "![a](https://evil.example/?d=secret) ![](http://evil.example/b.png)", [5]))[0]
+    assert "<img" not in html and html.count("<a ") == 2 and ">a</a>" in html
 
 
 # -- everybody
@@ -710,7 +723,7 @@ async def test_axe_finds_nothing_on_any_page(visit: Any, context: Any, accessibi
 async def test_the_keyboard_does_everything(visit: Any) -> None:
     """Tab to the launcher, Enter, a question, Esc: focus goes in, stays while tokens arrive, and comes back."""
     shop = await (await visit()).there()
-    keys, focused = shop.tab.keyboard, "return chat.root.activeElement?.getAttribute('aria-label') ?? null"
+    keys, focused = shop.tab.keyboard, "const it = chat.root.activeElement; return it?.ariaLabel ?? it?.title ?? null"
     await keys.press("Tab")
     assert await shop.ask(focused) == "Open chat"
     await keys.press("Enter")
@@ -787,7 +800,7 @@ async def test_on_a_phone_it_fills_the_screen(visit: Any) -> None:
     assert await shop.ask(place) == [0, 0, 390, 780]
     await shop.tab.set_viewport_size({"width": 390, "height": 420})
     await shop.see("$('dialog').clientHeight === 420")
-    assert await shop.ask("const box = $('form').getBoundingClientRect(); return box.bottom <= 420")
+    assert await shop.ask("const box = $('.composer').getBoundingClientRect(); return box.bottom <= 420")
 
 
 async def test_targets_are_large_enough(visit: Any, pages: Pages) -> None:
@@ -806,7 +819,7 @@ async def test_at_twice_the_size_nothing_is_cut_off(visit: Any) -> None:
     await shop.open()
     await shop.say("Tell me about rivers")
     await shop.answered()
-    inside = "return [...chat.root.querySelectorAll('dialog, header, form, .send, .launcher')].every((each) => { const box = each.getBoundingClientRect(); return box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight; })"
+    inside = "return [...chat.root.querySelectorAll('dialog, header, .composer, .send, .launcher')].every((each) => { const box = each.getBoundingClientRect(); return box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight; })"
     assert await shop.ask(inside)
     assert await shop.ask("return $('.log').scrollWidth <= $('.log').clientWidth")
 
