@@ -8,7 +8,9 @@ const cell = (text, name = '') => Object.assign(document.createElement('td'), {t
 function add(type, known, rest) {
   const line = document.createElement('tr');
   line.className = type;
-  line.append(cell(Math.round(performance.now() - started), 'n'), cell(type), cell(known ?? '', 'cursor'), cell(rest, 'json'));
+  const json = cell('', 'json');
+  json.append(Object.assign(document.createElement('div'), {textContent: rest, title: rest}));
+  line.append(cell(Math.round(performance.now() - started), 'n'), cell(type), cell(known ?? '', 'cursor'), json);
   const box = $('events').closest('.scroll'), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
   $('events').append(line);
   if (follows) box.scrollTop = box.scrollHeight;
