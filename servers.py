@@ -48,7 +48,8 @@ BODY_RATE = 500  # bytes a second: a body that comes slower is given up, a phone
 BODY_PATIENCE = 6  # times PATIENCE that a body may take in all
 PIPELINE_MAX = 32  # requests that wait for the answers before them
 BODIES_MAX = 4 * 1024 * 1024  # bytes of unanswered bodies of one address: 16 of the largest
-FRAMES_MAX = 500  # frames a second of one socket, of all kinds: pings and empty fragments cost time and no bytes
+FRAMES_MAX = 500  # control frames and fragments a second of one socket: they cost time and hardly a byte
+CONTROL = (Opcode.PING, Opcode.PONG, Opcode.CLOSE)
 DESCRIPTORS = 65_536  # as many as we ask for: a limit without end makes some libraries count to it
 
 
@@ -216,6 +217,7 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
     """A socket that can be written to without a task, and whose peer cannot make us work or keep more than a little."""
 
     _stuck = 0  # bytes that waited when a pong was late
+    _rest = b""  # what was read and is not parsed yet
     _second = 0  # of the loop's time
     _frames = 0  # that came in this second
 
@@ -235,18 +237,47 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             super().keepalive_timeout()
 
     def data_received(self, data: bytes) -> None:
-        for start in range(0, len(data), PIECE):
-            if self.transport.is_closing():
-                return
-            super().data_received(data[start : start + PIECE])
+        self._rest += data
+        if len(self._rest) > len(data):  # a peer may have more under way than we have looked at
+            self.transport.pause_reading()
+        else:
+            self._take()
+
+    def _take(self) -> None:
+        """Parse a piece, as long as the consumer keeps up, and the next one when others have had their turn."""
+        if self.read_paused or self.transport.is_closing():
+            return
+        piece, self._rest = self._rest[:PIECE], self._rest[PIECE:]
+        super().data_received(piece)
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self.transport.close()  # a head the parser gave up: nobody else would end this connection
+        elif self._rest:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._take)
+        elif not (self.read_paused or self.transport.is_closing()):
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        """Give the consumer a message; uvicorn's goes on reading, whatever has not been looked at yet."""
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._take()
+        return message
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self._rest and self.close_sent:
+            self._take()  # the peer's answer to our close may be in it
 
     def handle_events(self) -> None:
+        """Count the frames that no consumer counts: control frames and fragments."""
         second = int(self.loop.time())
         if second != self._second:
             self._second, self._frames = second, 0
-        self._frames += len(self.conn.events)
+        self._frames += sum(
+            [isinstance(each, Frame) and (not each.fin or each.opcode in CONTROL) for each in self.conn.events]
+        )
         if self._frames > FRAMES_MAX:
             self.conn.events.clear()
             self.abort(4429, "too many frames")
