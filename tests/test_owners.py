@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chat.formats.events import socket_dialect
 from chat.live import leases
+from chat.live.answers import Answer
+from chat.live.bus import Gather
 from chat.live.leases import Leases
+from chat.live.rooms import Follower
+from chat.live.voice import Patience, Voice, always
 from chat.settings import read_settings
 from chat.state import State, open_state
 from chat.store import accounts, sessions, turns
 from chat.store.accounts import Account
 from chat.store.budgets import budgets_of
 from chat.store.database import StorageUnavailable, new_id
+from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask, Terms
 from tests.conftest import CLOSED
@@ -194,3 +201,91 @@ async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(
 async def _is(owner: Owner, turn_id: str, state: str) -> bool:
     turn = owner.state.generation.turns.get(turn_id)
     return turn is not None and turn.state == state
+
+
+async def test_a_worker_that_was_frozen_asks_once_for_all_its_words(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models go on while the database is asked: their words wait, and do not ask again each."""
+    renew, asked, gate = turns.renew_leases, 0, asyncio.Event()
+
+    async def slow(*given: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        await gate.wait()
+        return await renew(*given)
+
+    began = [await owner.begin(await owner.session(), "/slow 0.001 a few words") for _ in range(3)]
+    for turn_id in began:
+        await until(lambda id=turn_id: _is(owner, id, "answering"), 5, "the turn to be answered")
+    monkeypatch.setattr(turns, "renew_leases", slow)
+    owner.leases._slept = True
+    await until(lambda: _come(owner, began), 5, "all words to come")
+    assert asked == 1
+    gate.set()
+    for turn_id in began:
+        assert (await owner.over(turn_id))["a"][0] == "success"
+
+
+async def _come(owner: Owner, began: list[str]) -> bool:
+    """Whether the models have said everything, and the words wait."""
+    running = [owner.state.generation.turns.get(turn_id) for turn_id in began]
+    return all(turn is None or turn.finished for turn in running)
+
+
+class Stalled:
+    """A Redis that answers nothing."""
+
+    connected = True
+
+    def name(self, *parts: str) -> str:
+        return ":".join(parts)
+
+    def command(self, *command: Any) -> None:
+        pass
+
+    def grow(self, *given: Any) -> None:
+        pass
+
+
+async def test_words_that_wait_for_redis_and_for_the_lease_are_not_shown() -> None:
+    """Redis is late, and the process was frozen: readers here must not see what a taken turn would have said."""
+    answer = Answer("turn", 1, "", [message("user", None), message("reply", "a")])
+    bus: Any = Stalled()
+    patience = Patience(0.01)
+    voice = Voice(answer, lambda: None, lambda payload: None, Gather(0), patience, bus=bus, channel="channel")
+    voice.say("a", "sent ")
+    await asyncio.sleep(0)
+    voice.owned = lambda: False
+    voice.say("a", "not sent")
+    voice.wait_no_longer()
+    assert answer.replies["a"].text == "sent "
+    voice.owned = always
+    voice.go_on()
+    assert answer.replies["a"].text == "sent not sent"
+
+
+def message(id: str, side: str | None) -> dict[str, Any]:
+    return {"id": id, "participant": side, "role": "x", "status": "pending", "content": ""}
+
+
+async def test_a_right_that_ended_ends_whom_it_admitted(owner: Owner) -> None:
+    """Revoked, and admitted again by a new token before the check runs: the old readers go, the new ones stay."""
+    session, database = await owner.session(), owner.state.database
+
+    async def readers() -> list[Follower]:
+        account = await accounts.select_account(database, owner.someone.id, owner.someone.token_version)
+        right = Right(database, session, account)
+        return [await owner.state.relay.join(right, socket_dialect) for _ in range(3)]
+
+    old = await readers()
+    await accounts.revoke_tokens(database, owner.someone.id)
+    owner.someone = replace(owner.someone, token_version=owner.someone.token_version + 1)
+    new = await readers()
+    owner.state.relay.check_rights(session)
+    await until(lambda: _sent_away(old), 5, "the old readers to be sent away")
+    assert not [follower for follower in new if follower.ended]
+
+
+async def _sent_away(followers: list[Follower]) -> bool:
+    return all(follower.ended is not None for follower in followers)

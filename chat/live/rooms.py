@@ -464,11 +464,10 @@ class Room:
 
     def check_rights(self, account_id: str = "") -> None:
         """Admit followers again, those of an account or all; those whose right has ended are sent away."""
-        groups: dict[tuple[str, bool, str], list[Follower]] = {}
+        groups: dict[tuple[str, int, bool, str], list[Follower]] = {}
         for follower in self.followers:
-            right = follower.right
-            if account_id in ("", right.account_id):
-                groups.setdefault((right.account_id, right.member, right.share_token), []).append(follower)
+            if account_id in ("", follower.right.account_id):
+                groups.setdefault(follower.right.grounds, []).append(follower)
         for group in groups.values():
             self._source.spawn(_check(group))
 

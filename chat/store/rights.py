@@ -29,6 +29,12 @@ class Right:
     def account_id(self) -> str:
         return self.account.id if self.account is not None else ""
 
+    @property
+    def grounds(self) -> tuple[str, int, bool, str]:
+        """Return what the admission stands on: readers with the same grounds keep or lose the right together."""
+        version = self.account.token_version if self.account is not None else 0
+        return self.account_id, version, self.member, self.share_token
+
     async def select(self) -> Session:
         """Return the session as it is now. Raises `not_found` when the right has ended or the id is used again."""
         if self.share_token:
