@@ -238,6 +238,7 @@ class Room:
         self._listening: asyncio.Task[None] | None = None
         self._learning: asyncio.Task[None] | None = None
         self._again = False
+        self._rights_due = False  # followers are to be admitted again with the next learning
         self._loaded: asyncio.Task[None] | None = None
         self._pasts: dict[str, asyncio.Task[Past]] = {}
 
@@ -278,8 +279,8 @@ class Room:
     def hear(self, payload: str) -> None:
         """Learn from one message of the bus."""
         if payload == GAP:
+            self._rights_due = True  # the news that a right has ended may have been lost as well
             self.learn_again()
-            self.check_rights()  # the news that a right has ended may have been lost as well
             return
         try:
             message = decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :])
@@ -353,6 +354,9 @@ class Room:
         while self._again:
             self._again = False
             self._source.count("gaps_filled")
+            if self._rights_due:
+                self._rights_due = False
+                self.check_rights()
             try:
                 await self.learn()
             except StorageUnavailable:
