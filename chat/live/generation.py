@@ -140,10 +140,10 @@ class Generation:
         self, session: Session, account: Account, address: str, content: str, insert: Insert, limits: Limits
     ) -> StoredTurn:
         """Write a turn and launch it. A caller that leaves, or has no more patience, changes nothing of either."""
-        if self.draining:
-            raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         per_minute = self.settings.messages_per_minute
         await self.limits.hit(f"messages:{account.id}", per_minute, 60, "You are sending messages too quickly.")
+        if self.draining:  # asked last: nobody would wait for a turn that is entered behind the drain's back
+            raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         turn = Turn(new_id(), session, account.id)
         self.turns[turn.id] = turn
         starting = self.tasks.spawn(self._insert(turn, address, content, insert, limits))
