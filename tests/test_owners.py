@@ -16,7 +16,7 @@ from chat.live import leases
 from chat.live.answers import Answer
 from chat.live.bus import Gather
 from chat.live.leases import Leases
-from chat.live.rooms import Follower
+from chat.live.rooms import Follower, Room
 from chat.live.voice import Patience, Voice, always
 from chat.settings import read_settings
 from chat.state import State, open_state
@@ -289,3 +289,52 @@ async def test_a_right_that_ended_ends_whom_it_admitted(owner: Owner) -> None:
 
 async def _sent_away(followers: list[Follower]) -> bool:
     return all(follower.ended is not None for follower in followers)
+
+
+async def test_who_joins_beside_a_reader_that_leaves_has_the_room_subscribed(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reader leaves while its room subscribes: the second must not read before the room hears."""
+    session, opened, load, gate = await owner.session(), Room.open, Room.load, asyncio.Event()
+    heard: list[bool] = []
+
+    async def slow(self: Room, broadcast: Any) -> None:
+        await gate.wait()
+        await opened(self, broadcast)
+
+    async def loaded(self: Room) -> None:
+        heard.append(self._listening is not None)
+        await load(self)
+
+    monkeypatch.setattr(Room, "open", slow)
+    monkeypatch.setattr(Room, "load", loaded)
+    relay = owner.state.relay
+    first = asyncio.create_task(relay.join(session, socket_dialect))
+    await until(lambda: _has(relay.rooms), 5, "the room")
+    first.cancel()
+    second = asyncio.create_task(relay.join(session, socket_dialect))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    gate.set()
+    follower = await second
+    assert heard == [True]
+    await relay.part(follower)
+    assert not relay.rooms
+
+
+async def _has(rooms: dict[str, Room]) -> bool:
+    return bool(rooms)
+
+
+async def test_a_turn_that_comes_with_the_drain_is_refused(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drain begins while the limits are asked: it would neither wait for that turn nor end it."""
+    generation = owner.state.generation
+
+    async def slow(*given: Any) -> None:
+        generation.draining = True
+
+    monkeypatch.setattr(owner.state.limits, "hit", slow)
+    with pytest.raises(ChatError) as refused:
+        await owner.begin(await owner.session(), "/echo hello")
+    assert refused.value.code == "draining"
+    assert not generation.turns

@@ -188,19 +188,15 @@ class Relay:
     async def _room(self, session: Session) -> Room:
         """Return the session's room, open. Call under its lock."""
         room = self.rooms.get(session.key)
-        if room is not None:
-            return room
-        # Shielded: a join that is cancelled inside broadcaster's subscribe would leave half a subscription.
-        opening = self.tasks.spawn(self._open(session))
+        if room is None:
+            room = self.rooms[session.key] = Room(self, session, self._channel("session", session.key))
+            room.opening = self.spawn(room.open(self.broadcast))
         try:
-            return await asyncio.shield(opening)
+            # Shielded: a join that is cancelled inside broadcaster's subscribe would leave half a subscription.
+            await asyncio.shield(room.opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(lambda opened: self.spawn(self._close_empty(opened.result())))
+            self.spawn(self._close_empty(room))
             raise
-
-    async def _open(self, session: Session) -> Room:
-        room = self.rooms[session.key] = Room(self, session, self._channel("session", session.key))
-        await room.open(self.broadcast)
         return room
 
     async def _close_empty(self, room: Room) -> None:

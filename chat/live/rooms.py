@@ -234,6 +234,7 @@ class Room:
         self.news_at = time.monotonic()
         self._source = source
         self._ahead: list[TurnWords] = []
+        self.opening: asyncio.Task[None]  # set by the relay; everybody who enters waits for it
         self._subscription: AbstractAsyncContextManager[Any] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._learning: asyncio.Task[None] | None = None
@@ -253,10 +254,11 @@ class Room:
     async def load(self) -> None:
         """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`."""
         if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
-            self._loaded = asyncio.ensure_future(self.learn())
+            self._loaded = self._source.spawn(self.learn())
         await asyncio.shield(self._loaded)
 
     async def close(self) -> None:
+        await asyncio.wait({self.opening})
         for task in (self._listening, self._learning):
             if task is not None:
                 task.cancel()
@@ -398,7 +400,7 @@ class Room:
     async def past(self, turn_id: str) -> Past:
         """Read an older turn, once for all followers that ask meanwhile."""
         if turn_id not in self._pasts:
-            task = self._pasts[turn_id] = asyncio.ensure_future(self._source.past(self.session, turn_id))
+            task = self._pasts[turn_id] = self._source.spawn(self._source.past(self.session, turn_id))
             task.add_done_callback(lambda _: self._pasts.pop(turn_id, None))
         return await asyncio.shield(self._pasts[turn_id])
 
