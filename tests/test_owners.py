@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chat.errors import ChatError
 from chat.formats.events import socket_dialect
 from chat.live import leases
 from chat.live.answers import Answer
@@ -309,10 +310,10 @@ async def test_who_joins_beside_a_reader_that_leaves_has_the_room_subscribed(
     monkeypatch.setattr(Room, "open", slow)
     monkeypatch.setattr(Room, "load", loaded)
     relay = owner.state.relay
-    first = asyncio.create_task(relay.join(session, socket_dialect))
+    first = asyncio.create_task(relay.join(Right(owner.state.database, session, owner.someone), socket_dialect))
     await until(lambda: _has(relay.rooms), 5, "the room")
     first.cancel()
-    second = asyncio.create_task(relay.join(session, socket_dialect))
+    second = asyncio.create_task(relay.join(Right(owner.state.database, session, owner.someone), socket_dialect))
     for _ in range(20):
         await asyncio.sleep(0)
     gate.set()

@@ -22,6 +22,7 @@ from chat.state import State, open_state
 from chat.store import accounts, sessions, turns
 from chat.store.rights import Right
 from tests.conftest import CLOSED
+from tests.harness import until
 from tests.harness.api import Guest, guest, new_session, post_turn, stop
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
@@ -191,3 +192,24 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
         replies = [each["status"] for each in snapshot["messages"] if each["role"] == "assistant"]
         assert replies == ["stopped", "success"]
         await here.relay.part(follower)
+
+
+async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
+    postgres_server: Postgres, redis_server: Redis
+) -> None:
+    """Redis takes nothing for a moment, its connection stays: a right that ended then ends elsewhere, too."""
+    async with house(postgres_server, redis_server) as here, AsyncExitStack() as stack:
+        other = await open_state(here.state.settings, stack)
+        account = await accounts.select_account(other.database, here.someone.id, 1)
+        follower = await other.relay.join(Right(other.database, here.session, account), socket_dialect)
+        await accounts.revoke_tokens(other.database, account.id)
+        assert here.state.bus is not None and here.state.bus._wire is not None
+        here.state.bus._wire.pause_writing()
+        here.relay.check_rights(here.session)
+        here.state.bus._wire.resume_writing()
+
+        async def sent_away() -> bool:
+            return follower.ended is not None
+
+        await until(sent_away, 5, "the follower to be sent away")
+        await other.relay.part(follower)

@@ -136,6 +136,7 @@ class Relay:
         with contextlib.suppress(RelayUnavailable, TimeoutError):
             async with asyncio.timeout(self.settings.relay_ack):
                 await self.broadcast.publish(self._beat_channel, "alive")
+            self._tell_untold()
         now, date = time.monotonic(), time.time()
         for room in list(self.rooms.values()):
             room.expire(date)
@@ -369,10 +370,13 @@ class Relay:
 
     def _redis_is_back(self) -> None:
         """Give Redis the texts it may have lost, and have other rooms learn what could not be published to them."""
-        untold, self._untold = self._untold, {}
         for voice in self.voices:
             voice.restore()
-            untold[voice.channel] = None
+            self._untold[voice.channel] = None
+        self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        untold, self._untold = self._untold, {}
         for channel in untold:
             self._publish(channel, encode(LearnAgain() if channel != self._everyone else RightsChanged()))
 

@@ -281,8 +281,7 @@ class Room:
     def hear(self, payload: str) -> None:
         """Learn from one message of the bus."""
         if payload == GAP:
-            self._rights_due = True  # the news that a right has ended may have been lost as well
-            self.learn_again()
+            self._take(LearnAgain())
             return
         try:
             message = decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :])
@@ -306,6 +305,7 @@ class Room:
             case RightsChanged():
                 self.check_rights()
             case LearnAgain():
+                self._rights_due = True  # the news that a right has ended may have been lost as well
                 self.learn_again()
             case StopTurn(turn_id):
                 self._source.stop_here(turn_id)
