@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -293,6 +294,39 @@ async def test_positions_are_distinct_under_parallel_posts(pair: dict[str, str])
         first = rows[0].position
         assert [row.position for row in rows] == list(range(first, first + 3 * len(done)))
         assert [row.role for row in rows] == ["user", "assistant", "assistant"] * len(done)
+
+
+async def test_a_locked_session_holds_up_nobody_else(postgres_server: Postgres, redis_server: Redis) -> None:
+    """Eight posts wait for a row that somebody holds; others read and are answered meanwhile."""
+    import asyncpg
+
+    url = postgres_server.create_database()
+    async with Service(CLOSED | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}) as service:
+        people = [await guest(service.url) for _ in range(2)]
+        locked, free = [(await new_session(service.url, person.access))["id"] for person in people]
+        other = await asyncpg.connect(url)
+        try:
+            await other.execute("BEGIN")
+            await other.execute("SELECT * FROM sessions WHERE id = $1 FOR UPDATE", locked)
+            posts = [asyncio.create_task(post_turn(service.url, people[0].access, locked, "/count 1")) for _ in range(8)]
+            await until(lambda: _waiting(other), what="a post to wait")
+            answer = await post_turn(service.url, people[1].access, free, "/count 3")
+            assert answer.status == 200 and answer.ended
+            assert len((await call(service.url, "GET", "/api/sessions/", people[0].access)).json()) == 1
+            assert await _waiting(other) <= 1
+        finally:
+            await other.close()
+        # A machine so slow that a post waited three seconds has told its client to come again.
+        assert {(await post).status for post in posts} <= {200, 409, 503}
+        assert (await post_turn(service.url, people[0].access, locked, "/count 1")).status == 200
+
+
+async def _waiting(connection: Any) -> int:
+    """How many connections to this database wait for a lock."""
+    await connection.execute("SELECT pg_stat_clear_snapshot()")  # one transaction sees the same for ever otherwise
+    return int(await connection.fetchval(
+        "SELECT COUNT(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    ))  # fmt: skip
 
 
 # -- clocks and keys (rows 35 and 36)

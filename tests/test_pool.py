@@ -57,7 +57,11 @@ async def counted(database: Database, name: str) -> int:
 async def waiting(holder: asyncpg.Connection) -> int:
     """How many connections wait for a lock."""
     await holder.execute("SELECT pg_stat_clear_snapshot()")  # one transaction sees the same for ever otherwise
-    return int(await holder.fetchval("SELECT COUNT(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+    return int(
+        await holder.fetchval(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+    )
 
 
 async def test_eight_writers_of_one_locked_row_hold_one_connection(
