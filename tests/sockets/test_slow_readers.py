@@ -27,7 +27,7 @@ from .conftest import traceback_in
 SEND_TIMEOUT = 3  # seconds
 KERNEL_TIMEOUT = 6  # seconds
 NUMBER = 8000  # tokens of a turn
-RATE = 15_000  # bytes a second: a plain uvicorn's buffer takes longer than the send timeout to go out at this rate
+RATE = 20_000  # bytes a second: a plain uvicorn's buffer takes longer than the send timeout to go out at this rate
 
 
 @pytest.fixture(scope="module", params=["serve", "uvicorn"])
