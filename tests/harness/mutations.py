@@ -71,7 +71,7 @@ MUTATIONS = (
     Mutation(
         "fence",
         "an owner that was frozen does not ask whether it still is one",
-        (("chat/live/leases.py", "        if not self._awake():\n            self.tasks", "        if False:\n            self.tasks"),),
+        (("chat/live/leases.py", "        if self._awake():\n            return True", "        if True:\n            return True"),),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
     ),
     Mutation(
@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "rights",
         "whose right to read has ended goes on reading",
-        (("chat/live/rooms.py", "if follower.recheck is not None and account_id", "if False and account_id"),),
+        (("chat/live/rooms.py", "if account_id in (\"\", right.account_id):", "if False:"),),
         (f"{MOMENTS}::test_a_right_that_ends_ends_open_readers",),
     ),
     Mutation(
