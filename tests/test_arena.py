@@ -195,6 +195,8 @@ async def test_the_leaderboard_follows_the_votes(arena: Service) -> None:
     board = (await call(arena.urls[-1], "GET", "/api/leaderboard/?mode=all")).json()
     assert [row["rank"] for row in board] == sorted(row["rank"] for row in board)
     assert {"rank", "id", "name", "elo_rating", "ci_lower", "ci_upper", "rating_change", "preliminary"} <= set(board[0])
+    points = [row[name] for row in board for name in ("elo_rating", "ci_lower", "ci_upper", "rating_change")]
+    assert points == [None if each is None else round(each, 2) for each in points]
     lines = (await call(arena.url, "GET", "/api/arena/votes.jsonl")).text.splitlines()
     records = [json.loads(line) for line in lines]
     assert len(records) == sum(row["battles"] for row in board) // 2
