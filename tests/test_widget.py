@@ -285,6 +285,19 @@ async def test_tabs_share_a_session(visit: Any) -> None:
     await first.see("chat.root.querySelector('.prose')?.textContent === given", given=counted(4))
 
 
+async def test_another_tab_s_storage_is_none_of_its_business(visit: Any) -> None:
+    """What the page keeps beside it, changed in another tab while the first message is on its way, loses nothing."""
+    shop = await (await (await visit()).there()).open()
+    other = await (await visit()).there()
+    await shop.ask("chat.make = ((make) => async () => { await make(); window.made = true; })(chat.make.bind(chat))")
+    await shop.say("/count 60")
+    await shop.see("window.made")
+    for n in range(5):
+        await other.ask("localStorage.setItem('cart', given)", str(n))
+    assert await shop.answered() == counted(60)
+    assert len([url for url in shop.requests if url.startswith("ws")]) == 1
+
+
 async def test_a_lost_connection_goes_on_where_it_was(visit: Any, pages: Pages) -> None:
     """The socket is cut three times in one answer: no word is lost or doubled, and what stood there stays as it was."""
     async with Proxy.before(pages.base) as proxy:
@@ -770,7 +783,7 @@ async def test_the_reader_is_left_where_they_are(visit: Any) -> None:
     known = await shop.ask("return talk.list.at(-1).text.length")
     await shop.see("talk.list.at(-1).text.length > given + 200", given=known)
     assert await shop.ask("return $('.log').scrollTop") == 100
-    await shop.button("Show the latest").click()
+    await shop.button("Latest").click()
     await shop.see(f"chat.follows && {bottom} < 40 && !$('.latest')")
 
 

@@ -5,7 +5,7 @@ const words = {
 	title: 'Chat', open: 'Open chat', close: 'Close', reset: 'New chat', greeting: 'Ask me anything',
 	battle: 'Two models answer, and you judge', write: 'Write a message', send: 'Send',
 	stop: 'Stop', log: 'Conversation', you: 'You', model: 'Assistant', pending: 'Thinking', sending: 'Waiting to be sent',
-	latest: 'Show the latest', connecting: 'Connecting', syncing: 'Catching up', offline: 'Offline',
+	latest: 'Latest', connecting: 'Connecting', syncing: 'Catching up', offline: 'Offline',
 	over: 'This chat cannot be reached.', copy: 'Copy', 
 	again: 'Try again', more: 'Continue', like: 'Good answer', dislike: 'Bad answer', model_a: 'A is better', model_b: 'B is better',
 	tie: 'Tie', both_bad: 'Both are bad', which: 'Which answer is better?', voted: 'Thanks for your vote',
@@ -20,7 +20,7 @@ const ICONS = {
 
 // -- trees: how a page should look
 
-/** `what`: `tag.class.class` */
+// what: tag.class.class
 const h = (what, set, ...kids) => {
 	const [tag, ...classes] = what.split('.')
 	return {tag, set: {...classes[0] && {class: classes.join(' ')}, ...set}, kids: kids.flat(9).filter((kid) => kid && kid !== true)}
@@ -71,7 +71,7 @@ const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/, FENCE = /^ *(```+|~~~+) *([^`]*)
 const HEADING = /^(#{1,6}) +(.*)$/, QUOTE = /^ {0,3}> ?/, DASHES = /^[ |:-]*-[ |:-]*$/
 const starts = (line) => [ITEM, FENCE, RULE, HEADING, QUOTE].some((kind) => kind.test(line))
 const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/ *(?<!\\)\| */).map((cell) => cell.replace(/\\\|/g, '|'))
-const link = (url, ...kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, title: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
+const link = (url, ...kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
 
 const spans = (text) => {
 	const out = []
@@ -172,9 +172,10 @@ svg{width:1.25em;display:block;margin:auto;fill:none;stroke:currentColor;stroke-
 .send{width:36px;height:36px}
 .panel{display:flex;flex-direction:column;height:var(--parley-height,34em);border:var(--edge);border-radius:var(--r);background:var(--bg);color:inherit;overflow:hidden;position:relative}
 dialog:not([open]){display:none}
-dialog.panel{inset-block-end:88px;width:min(var(--parley-width,25em),100vw - 40px);height:min(var(--parley-height,40em),100dvh - 108px);max-width:none;max-height:none;box-shadow:0 16px 60px #0003}
-.arena{--parley-width:58em}
-header,.alert,.acts,.code div{display:flex;align-items:center;gap:4px;flex-wrap:wrap;justify-content:space-between}
+dialog.panel{inset-block-end:88px;width:min(var(--parley-width,var(--w,25em)),100vw - 40px);height:min(var(--parley-height,40em),100dvh - 108px);max-width:none;max-height:none;box-shadow:0 16px 60px #0003}
+.arena{--w:58em}
+header,.alert,.acts,.note,.code div{display:flex;align-items:center;gap:4px}
+.alert,.code div{justify-content:space-between}
 header,.alert{padding:10px;padding-inline-start:16px;border-block-end:var(--edge)}
 header div{flex:1}
 h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
@@ -190,10 +191,10 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .log,pre,.composer:focus-within{outline-offset:-2px}
 .empty{margin:auto 0;display:grid;gap:8px}
 .plain{border:var(--edge);padding:6px 12px;color:var(--fg)}
-.you{align-self:end;max-width:85%;padding:8px 14px;border:1px solid #0000;border-radius:var(--r);border-end-end-radius:4px;background:color-mix(in oklab,var(--a) 16%,var(--bg))}
+.you,.log>.note{align-self:end}
+.you{max-width:85%;padding:8px 14px;border:1px solid #0000;border-radius:var(--r);border-end-end-radius:4px;background:color-mix(in oklab,var(--a) 16%,var(--bg))}
 .you,.prose{overflow-wrap:anywhere}
 .you,.prose p{white-space:pre-line}
-.note{align-self:end}
 .pair,.votes{display:grid;gap:8px;grid-template-columns:repeat(auto-fit,minmax(250px,1fr))}
 .votes{grid-template-columns:repeat(auto-fit,minmax(120px,1fr))}
 .pair article{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
@@ -216,7 +217,7 @@ td{border-block-start:var(--edge)}
 th{background:var(--tint)}
 .end{text-align:end}
 .vote{text-align:center}
-.acts{justify-content:start}
+.acts{flex-wrap:wrap}
 .acts svg{width:1em}
 .dislike svg{rotate:180deg}
 .latest{position:absolute;inset:auto 0 76px;margin:auto;border:var(--edge);background:var(--bg)}
@@ -261,7 +262,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.begun = true
 		addEventListener('online', () => this.check())
 		addEventListener('offline', () => this.drop(1006))
-		addEventListener('storage', () => this.id !== this.session?.id && !this.making && this.connect(this.clear()))
+		addEventListener('storage', ({key}) => key === this.base && this.id !== this.session?.id && !this.making && this.connect(this.clear()))
 		document.addEventListener('visibilitychange', () => this.check())
 		visualViewport.onresize = visualViewport.onscroll = fit
 		fit()
@@ -451,7 +452,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		if (said?.id) this.put({...said, turn})
 		if (type === 'message_complete') this.emit('message', said)
 		if (type === 'message_chunk' && message) {
-			const over = message.size - event.offset // known already
+			const over = message.size - event.offset
 			if (over < 0) return this.drop(1006) // come back for what is missing
 			const fresh = [...event.chunk].slice(over)
 			this.put({...message, status: 'streaming'}, message.text + fresh.join(''), message.size + fresh.length)
@@ -552,7 +553,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			h(`div.you.${status}`, {key: id, role: 'article', 'aria-label': words.you, dir: 'auto'}, text),
 			status === 'sending' && /offline|connecting/.test(this.state) && h('div.note', {}, words.sending),
 			problem && h('div.note.bad', {role: 'alert'}, sentence(problem), plain('again', () => this.say(text, id))),
-			replies[0] && h(pair ? 'div.pair' : 'div', {key: `${id} replies`}, replies.map((reply) => this.reply(reply, user, pair, last))),
+			replies[0] && h(pair ? 'div.pair' : 'div', {key: id + '+'}, replies.map((reply) => this.reply(reply, user, pair, last))),
 			pair && !this.shared && replies.every((reply) => reply.status === 'success') && h('div.vote', {}, user.feedback ? words.voted : [words.which,
 				h('div.votes', {}, ['model_a', 'model_b', 'tie', 'both_bad'].map((each) => plain(each, () => this.vote(id, each))))]),
 		]
@@ -582,7 +583,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			if (this.send(box.value)) box.value = ''
 		}
 		return h('div.composer', {key: 'composer'},
-			h('textarea', {rows: 1, dir: 'auto', maxlength: 16000, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
+			h('textarea', {rows: 1, dir: 'auto', maxlength: 16e3, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
 				onkeydown: (event) => event.key === 'Enter' && !event.shiftKey && !event.isComposing && submit(event)}),
 			button(running ? 'stop' : 'send', running ? () => this.stop() : submit, 'send'))
 	}
