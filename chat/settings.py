@@ -107,7 +107,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     relay_prefix: str = "parley"
     relay_ack: float = 0.25
     publish_every: float = 0.001
-    log_kept: float = 300.0
     relay_silence: float = 3.0
     relay_tls_verify: bool = True
     # [turns]

@@ -13,7 +13,7 @@ from chat.store.mask import model_card
 
 from . import inputs
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 async def health(request: Request) -> Response:
