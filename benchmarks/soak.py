@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.harness.chaos import Report, chaos, world
 
-LOG_KEPT = 30.0  # seconds an ended turn's log is kept: at the default 300 memory would grow for the first five minutes
 
 
 def summary(report: Report, seconds: float) -> str:
@@ -52,7 +51,6 @@ async def main(arguments: argparse.Namespace) -> int:
             here,
             arguments.seed,
             arguments.minutes * 60,
-            environment={"PARLEY_LOG_KEPT": str(LOG_KEPT)},
             sessions=sessions,
             readers=arguments.readers // sessions,
             every=(arguments.every, arguments.every),
