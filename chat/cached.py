@@ -1,4 +1,4 @@
-"""A value that is costly to find out and asked for by many: found out once, and kept for a moment. Pure."""
+"""A value that is costly to compute and asked for by many: computed once, and kept for a moment. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Cached(Generic[T]):
-    """Who finds the value older than `seconds` has it found out again; who asks meanwhile gets the same outcome."""
+    """A value older than `seconds` is computed again; all callers that ask meanwhile share one computation."""
 
     def __init__(self, seconds: float, find_out: Callable[[], Awaitable[T]]) -> None:
         self._seconds = seconds
@@ -20,11 +20,11 @@ class Cached(Generic[T]):
         self._finding: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """Raises what finding out raises, for all who wait; the next who asks tries again."""
+        """Return the value. An error of the computation is raised for all its callers; the next caller tries again."""
         if self._found is not None and time.monotonic() - self._found[0] < self._seconds:
             return self._found[1]
         if self._finding is None:
-            # A task of its own: were it the first caller's, that one's leaving would end it for the others.
+            # A task of its own: inside the first caller's, that caller's cancellation would end it for the others.
             self._finding = asyncio.create_task(self._find())
             self._finding.add_done_callback(self._done)
         return await asyncio.shield(self._finding)
@@ -38,4 +38,4 @@ class Cached(Generic[T]):
     def _done(self, finding: asyncio.Task[T]) -> None:
         self._finding = None
         if not finding.cancelled():
-            finding.exception()  # read it: everybody who waited may have left
+            finding.exception()  # read here: all callers may have left, and asyncio would report it as never retrieved

@@ -202,7 +202,7 @@ async def delete_expired(database: Database) -> None:
            RETURNING id""",
         {"then": now - 3_600_000},
     )
-    # Who has said something since lives on from there; it is not written down with every message.
+    # A guest whose sessions changed since lives on from then; a message does not write this down each time.
     await database.execute(
         """UPDATE accounts SET expires_at = COALESCE(
                   (SELECT MAX(s.updated_at) + :lifetime FROM sessions s

@@ -26,7 +26,7 @@ import databases
 
 from ..errors import ChatError, StartupError
 from .places import checked_url, place, private_file, take_lock
-from .queries import Line, PostgresQuery, Query, Row, Values, is_locked
+from .queries import Connections, PostgresQuery, Query, Row, Values, is_locked
 from .schema import Migration, schema_steps
 
 log = logging.getLogger("parley.database")
@@ -103,11 +103,11 @@ class Database:
         self._exclusive = exclusive
         self._lock_file: int | None = None
         self._running: set[asyncio.Future[Any]] = set()
-        self._lines: dict[bool, Line] = {}  # SQLite's connections: whether they read → those that do
+        self._lines: dict[bool, Connections] = {}  # SQLite's connections: whether they read → those that do
         self._clock_offset = 0.0
         self._pool_size = pool_size
         self._pooler = False  # whether a pooler stands between us and PostgreSQL
-        # Those that write leave a connection to those that read, whatever they wait for.
+        # Writers leave one connection of the pool to readers: all of them may be waiting for one locked row.
         self._writers = asyncio.Semaphore(max(1, pool_size - 1))
         self._keyed: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # those in use, by `line`
         self._waiting: set[asyncio.Future[Any]] = set()  # calls PostgreSQL has not been asked for yet
@@ -157,7 +157,7 @@ class Database:
         for reading, (count, at_once) in SQLITE.items():
             # A connection of `databases` belongs to the task that asks for it: each is made in one of its own and kept.
             made = [await asyncio.create_task(self._sqlite_connection()) for _ in range(count)]
-            self._lines[reading] = Line(made, at_once)
+            self._lines[reading] = Connections(made, at_once)
 
     async def _sqlite_connection(self) -> Any:
         connection = self._database.connection()
@@ -250,7 +250,7 @@ class Database:
         return running
 
     async def _in_line(self, work: Callable[[Query], Awaitable[T]], whole: bool, line: str | None) -> T:
-        """Do what writes when it is its turn."""
+        """Do work that writes, after earlier work of the same `line` and when a connection is free for a writer."""
         lock = contextlib.nullcontext() if line is None else self._keyed.setdefault(line, asyncio.Lock())
         async with lock, self._writers:
             self._waiting.discard(asyncio.current_task())
@@ -264,7 +264,7 @@ class Database:
         if not whole:
             return await work(PostgresQuery(connection))
         async with connection.transaction():
-            if self._pooler:  # what is set otherwise would stay behind on somebody else's connection
+            if self._pooler:  # a plain SET would stay behind on a connection that other clients use next
                 settings = "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in SERVER_SETTINGS.items())
                 await connection.raw_connection.execute(settings)
             return await work(PostgresQuery(connection))

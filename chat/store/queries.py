@@ -1,7 +1,7 @@
 """Statements on one connection, named values in and dictionaries out, on PostgreSQL and on SQLite.
 
-A SQLite connection works in a thread of its own, and visiting it costs more than most statements do: a `Line` gathers
-what is asked for while a visit goes on and has it done in the next one.
+A SQLite connection works in a thread of its own, and visiting it costs more than most statements do: `Connections`
+gathers the calls that come while a visit goes on, and has them done in the next one.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Call:
             self.answer.set_exception(problem)
 
 
-class Line:
+class Connections:
     """Connections of SQLite that do the same kind of work, and the calls that stand in line for them."""
 
     def __init__(self, connections: list[Any], at_once: int) -> None:

@@ -16,7 +16,7 @@ from .queries import Query, Row, Values, Work, is_locked
 log = logging.getLogger("parley.schema")
 
 SAID_EVERY = 2.0  # seconds between two lines about a step that takes its time
-PAUSE = 0.5  # seconds between two attempts at a lock: who stood in line behind ours goes first
+PAUSE = 0.5  # seconds between two attempts at a lock: those queued behind ours go first
 LOCK = 7051959  # the number of PostgreSQL's advisory lock: nobody else's, we hope
 
 Step = tuple[int, list[str]]
@@ -50,7 +50,7 @@ class Migration:
         self._postgres = postgres
         self._now = now
         self._ask = ask
-        self._at = "nothing"  # what is being done, and by which process of PostgreSQL
+        self._at = "nothing"  # the statement under way, for the log; `_pid`: PostgreSQL's process that runs it
         self._pid = 0
 
     async def run(self, transact: Callable[[Work], Awaitable[Any]]) -> int:
@@ -73,8 +73,8 @@ class Migration:
     async def _attempt(self, transact: Callable[[Work], Awaitable[Any]], step: Step) -> bool:
         """Apply a step unless another process has done so; whether it was this one.
 
-        A lock that is not there within a moment is given up and asked for again: all who use the table would stand in
-        line behind us meanwhile.
+        A lock that is not granted within seconds is given up and requested again: every other user of the table would
+        queue behind our request meanwhile.
         """
         while True:
             try:
@@ -102,7 +102,7 @@ class Migration:
         return True
 
     async def _say(self) -> None:
-        """Say every few seconds what takes so long, until it is cancelled."""
+        """Log every few seconds which statement takes so long and which processes block it, until cancelled."""
         began = time.monotonic()
         while True:
             await asyncio.sleep(SAID_EVERY)
