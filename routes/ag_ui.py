@@ -28,18 +28,18 @@ from .messages import Wish
 from .sessions import Id
 
 
-class Part(msgspec.Struct):
+class RunPart(msgspec.Struct):
     type: str = "text"
     text: str = ""
     content: str = ""
 
 
-class Message(msgspec.Struct):
+class RunMessage(msgspec.Struct):
     """Only the last one of a user counts: the conversation we have is the one that is told."""
 
     role: str
     id: Id | None = None
-    content: str | list[Part] | None = None
+    content: str | list[RunPart] | None = None
 
 
 class Run(Wish, kw_only=True):
@@ -47,7 +47,7 @@ class Run(Wish, kw_only=True):
 
     threadId: Id
     runId: Id
-    messages: Annotated[list[Message], Meta(max_length=1000)]
+    messages: Annotated[list[RunMessage], Meta(max_length=1000)]
     forwardedProps: Choice | None = None
 
 
@@ -80,7 +80,7 @@ async def run(request: Request) -> Response:
     return await _told(request, session, turn.id, account)
 
 
-def _text(place: int, message: Message) -> str:
+def _text(place: int, message: RunMessage) -> str:
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
     if any(part.type != "text" for part in message.content):

@@ -29,7 +29,7 @@ HEADERS = {"X-Vercel-AI-UI-Message-Stream": "v1"}
 
 
 class ChatRequest(Wish, kw_only=True):
-    """What `useChat` posts. The `body` of its options stands beside these fields, and may choose the models."""
+    """A request of `useChat`. The `body` of its options stands beside these fields, and may choose the models."""
 
     id: Id  # of the chat
     messages: Annotated[list[UIMessage], Meta(max_length=1000)]

@@ -31,14 +31,14 @@ STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refus
 HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 
 
-class Part(msgspec.Struct):
+class EntryPart(msgspec.Struct):
     type: str
     text: str = ""
 
 
 class Entry(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | list[EntryPart] | None = None
 
 
 class StreamOptions(msgspec.Struct):

@@ -19,7 +19,7 @@ CLOSING = b"data: [DONE]\n\n"
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What every chunk of a completion repeats. `created`: Unix seconds."""
+    """The fields that every chunk of a completion repeats. `created`: Unix seconds."""
 
     id: str
     created: int

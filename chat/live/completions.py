@@ -20,7 +20,7 @@ PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is 
 
 
 class Caller(NamedTuple):
-    """Whose completion it is: the name of its counters, how many people's worth of them it may use, and from where."""
+    """The owner of a completion: the name of its counters, how many people's worth of them it may use, and from where."""
 
     name: str
     people: int = 1
