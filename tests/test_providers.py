@@ -298,6 +298,69 @@ async def test_a_vendor_that_recovers_answers_the_second_call(providers: Provide
     assert (await ask(providers, "ok", prompt)).finish is not None
 
 
+# --- what an operator can act on
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("401", "the key in VENDOR_KEY was not accepted"),
+        ("403", "the key in VENDOR_KEY was not accepted"),
+        ("404", "there is no model 'fake-404': look at `model_code` and `base_url`"),
+        ("quota", "the account of the key in VENDOR_KEY has no credit or quota left"),
+        ("no-header", "there was no answer in time: look at the network, `first_token_timeout`"),
+        ("rst-first", "the connection failed: look at `base_url`"),
+    ],
+)
+async def test_the_log_names_the_setting_to_look_at(
+    mode: str, words: str, providers: Providers, vendors: Vendors, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(providers, mode, "hello", HASTY)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert words in line
+    assert vendors.url in line
+
+
+async def test_a_dead_host_is_logged_with_its_address_and_cause(api: str, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        nowhere = Providers(Settings(models=fakes(api, url)), {"VENDOR_KEY": KEY})
+        await ask(nowhere, "ok", "hello")
+        await nowhere.close()
+    [line] = [record.getMessage() for record in caplog.records]
+    assert f"at {url}" in line
+    assert "ConnectionRefusedError" in line
+
+
+async def test_a_password_in_an_address_is_not_logged(api: str, caplog: pytest.LogCaptureFixture) -> None:
+    hidden = Providers(Settings(models=fakes(api, "http://user:pa@ss@127.0.0.1:9")), {"VENDOR_KEY": KEY})
+    assert (await ask(hidden, "ok", "hello")).error is not None
+    await hidden.close()
+    assert "http://127.0.0.1:9" in caplog.text
+    assert "pa@ss" not in caplog.text and "pa%40ss" not in caplog.text
+
+
+async def test_a_host_without_a_name_is_logged_with_its_cause(api: str, caplog: pytest.LogCaptureFixture) -> None:
+    nowhere = Providers(Settings(models=fakes(api, "http://no-such-host.invalid")), {"VENDOR_KEY": KEY})
+    assert (await ask(nowhere, "ok", "hello")).code == "provider_unavailable"
+    await nowhere.close()
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "no-such-host.invalid" in line
+    assert "gaierror" in line or "DNSError" in line
+
+
+async def test_an_address_that_is_none_fails_its_own_model_alone(api: str, vendors: Vendors) -> None:
+    good = fakes(api, vendors.url)[0]
+    bad = Model(id="bad", provider=APIS[api], base_url="http://[bad")
+    opened = Providers(Settings(models=(bad, good)), {"VENDOR_KEY": KEY})
+    await opened.load()
+    assert opened.ready
+    assert (await ask(opened, "bad", "hello")).error is not None
+    assert (await ask(opened, good, "hello")).finish is not None
+    await opened.close()
+
+
 # --- reading a refusal
 
 
@@ -541,7 +604,7 @@ def test_a_model_whose_key_is_not_there_is_not_offered() -> None:
     settings = Settings(models=(*demo_models(), keyed))
     assert list(Providers(settings, {}).models) == ["scholar", "poet"]
     assert list(Providers(settings, {"VENDOR_KEY": " "}).models) == ["scholar", "poet"]
-    assert list(Providers(settings, {"VENDOR_KEY": KEY}).models) == ["scholar", "poet", "keyed"]
+    assert list(Providers(settings, {"VENDOR_KEY": KEY}).models) == ["keyed", "scholar", "poet"]
 
 
 def test_a_model_that_is_not_offered_is_unavailable() -> None:
@@ -583,6 +646,31 @@ def test_an_sdk_is_imported_only_for_a_model_that_needs_it(configured: list[str]
     """Each costs tens of megabytes on the smallest machine there is."""
     python = [sys.executable, "-c", LAZY, *configured]
     assert subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == imported
+
+
+LOADING = """
+import asyncio
+from chat.providers import ChatMessage, Limits, Providers
+from chat.settings import Model, Settings
+kinds = {"d": "demo", "a": "openai_chat", "b": "anthropic_messages"}
+async def main():
+    beats, providers = 0, Providers(Settings(models=tuple(Model(id=i, provider=k) for i, k in kinds.items())), {})
+    assert not providers.ready
+    loading = asyncio.create_task(providers.load())
+    said = [piece async for piece in providers.stream("d", [ChatMessage("user", "/count 3")], Limits(max_tokens=9))]
+    assert len(said) == 4 and not loading.done() and not providers.ready
+    while not loading.done():
+        await asyncio.sleep(0.005)
+        beats += 1
+    assert providers.ready and beats > 20, beats
+    await providers.close()
+asyncio.run(main())
+"""
+
+
+def test_the_sdks_are_imported_beside_the_loop() -> None:
+    """A demo model answers meanwhile; ready is said when all can be asked."""
+    subprocess.run([sys.executable, "-c", LOADING], cwd=ROOT, check=True)
 
 
 # --- the demo models

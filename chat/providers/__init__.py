@@ -8,10 +8,11 @@ and beside the loop: together they cost 80 MB and three seconds.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -149,5 +150,20 @@ def _succeeded(task: asyncio.Task[Any]) -> bool:
 
 def _open(name: str, models: Sequence[Model], environ: Mapping[str, str]) -> Provider:
     kind = {"demo": "Demo", "openai_chat": "OpenAIChat", "anthropic_messages": "AnthropicMessages"}[name]
-    provider: Provider = getattr(importlib.import_module(f".{name}", __name__), kind)(models, environ)
+    with _collector_off():
+        provider: Provider = getattr(importlib.import_module(f".{name}", __name__), kind)(models, environ)
     return provider
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Import without looking for cycles: Python would look through an SDK's 300,000 objects many times, each for long.
+
+    Nothing else runs meanwhile, the event loop included. What was imported stays, so it is never looked at later.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
