@@ -139,7 +139,7 @@ def _rounded(points: float | None) -> float | None:
 
 
 async def details(request: Request) -> Response:
-    """What the leaderboard is computed from: who met whom, and which votes were left out and why."""
+    """The facts a leaderboard is computed from: who met whom, and which votes were left out and why."""
     found = await inputs.state(request).leaderboard.details(*_which(request))
     names = ("model_a", "model_b", "preference", "votes")
     body = {

@@ -78,7 +78,7 @@ async def shared(request: Request) -> Response:
 
 
 async def debug(request: Request) -> Response:
-    """What a session says, event by event; on a local start only."""
+    """A session's events as they come; on a local start only."""
     if inputs.state(request).settings.production:
         raise not_found("page")
     return _send(request, "debug.html", PAGE)
@@ -89,7 +89,7 @@ async def widget(request: Request) -> Response:
 
 
 async def asset(request: Request) -> Response:
-    """What the pages are made of. Only names that were there at the start: no path can lead elsewhere."""
+    """The files that the pages are made of. Only names that were there at the start: no path can lead elsewhere."""
     name = request.path_params["name"]
     if name not in ASSETS:
         raise not_found("file")
@@ -100,7 +100,7 @@ ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css
 
 
 async def widget_settings(request: Request) -> Response:
-    """What the operator wants a widget to say first; asked when it is first opened."""
+    """The first words of a widget as the operator wants them; the widget asks when it is first opened."""
     settings = inputs.state(request).settings
     wishes = {"title": settings.name, "suggestions": settings.suggestions}
     wishes |= {"greeting": settings.greeting} if settings.greeting else {}

@@ -52,7 +52,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Details:
-    """What a leaderboard is computed from: how each pair met and ended, and what was left out, by reason."""
+    """The facts a leaderboard is computed from: how each pair met and ended, and what was left out, by reason."""
 
     tally: list[Tally]
     left_out: list[tuple[str, int]]
