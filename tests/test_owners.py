@@ -15,7 +15,7 @@ from chat.errors import ChatError
 from chat.formats.events import socket_dialect
 from chat.live import leases
 from chat.live.answers import Answer
-from chat.live.bus import Gather
+from chat.live.bus import GAP, Gather
 from chat.live.leases import Leases
 from chat.live.rooms import Follower, Room
 from chat.live.voice import Patience, Voice, always
@@ -339,3 +339,31 @@ async def test_a_turn_that_comes_with_the_drain_is_refused(owner: Owner, monkeyp
         await owner.begin(await owner.session(), "/echo hello")
     assert refused.value.code == "draining"
     assert not generation.turns
+
+
+async def test_rights_are_checked_when_storage_is_back(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap while storage is away: a right that had ended ends when storage answers, without another gap."""
+    session = await owner.session()
+    follower = await owner.state.relay.join(Right(owner.state.database, session, owner.someone), socket_dialect)
+    await accounts.revoke_tokens(owner.state.database, owner.someone.id)
+    select, away = sessions.select_unchecked, True
+
+    async def unreachable(*given: Any) -> Any:
+        if away:
+            raise StorageUnavailable
+        return await select(*given)
+
+    check = Right.check
+
+    async def checked(right: Right) -> None:
+        if away:
+            raise StorageUnavailable
+        await check(right)
+
+    monkeypatch.setattr(sessions, "select_unchecked", unreachable)
+    monkeypatch.setattr(Right, "check", checked)
+    follower.room.hear(GAP)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    away = False
+    await until(lambda: _sent_away([follower]), 5, "the reader to be sent away")

@@ -356,15 +356,16 @@ class Room:
         while self._again:
             self._again = False
             self._source.count("gaps_filled")
-            if self._rights_due:
-                self._rights_due = False
-                self.check_rights()
             try:
                 await self.learn()
             except StorageUnavailable:
                 self._again = True
             except ChatError:
                 return  # the session is gone, and its followers are sent away
+            else:  # storage answers: asked before, a check would have been forgotten with its failure
+                if self._rights_due:
+                    self._rights_due = False
+                    self.check_rights()
             await asyncio.sleep(LEARN_EVERY)
 
     async def learn(self) -> None:
