@@ -230,7 +230,7 @@ class Generation:
 
     async def _answer(self, turn: Turn, room: Room, limits: Limits) -> None:
         assert turn.stored is not None
-        self._speak(turn, room, turn.stored)
+        self.speak(turn, room, self.answer_of(turn))
         started = time.monotonic()
         try:
             position = turn.stored.rows[0]["position"]
@@ -250,10 +250,15 @@ class Generation:
             if pacing is not None:
                 pacing.cancel()
 
-    def _speak(self, turn: Turn, room: Room, stored: StoredTurn) -> None:
-        """Tell all readers that the turn has begun."""
+    def answer_of(self, turn: Turn) -> Answer:
+        """Return the turn's answer as its rows have it."""
+        stored = turn.stored
+        assert stored is not None
         messages = self.relay.mask.messages(turn.session, list(stored.rows))
-        answer = Answer(turn.id, stored.position, stored.previous, messages)
+        return Answer(turn.id, stored.position, stored.previous, messages)
+
+    def speak(self, turn: Turn, room: Room, answer: Answer) -> None:
+        """Tell all readers that the turn has begun, or goes on here."""
         turn.voice = self.relay.voice(room, room.begin(answer))
         turn.voice.owned = lambda: self.surely_owned(turn)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}

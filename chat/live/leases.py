@@ -17,7 +17,7 @@ from ..store.database import Database, StorageUnavailable
 from ..store.queries import Row
 from ..store.turns import StoredTurn
 from ..tasks import Tasks
-from .answers import ENDED, Answer
+from .answers import ENDED
 from .generation import Generation
 from .relay import Relay
 from .rooms import Room
@@ -182,18 +182,13 @@ class Leases:
 
     async def _inherit(self, turn: Turn, room: Room) -> None:
         """Learn the longest text known of a turn: from the checkpoint, Redis, and the room here."""
-        stored = turn.stored
-        assert stored is not None
         turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
-        messages = self.relay.mask.messages(turn.session, list(stored.rows))
-        answer = Answer(turn.id, stored.position, stored.previous, messages)
+        answer = self.generation.answer_of(turn)
         await self.relay.live_texts(answer)
-        answer = room.begin(answer)
-        turn.voice = self.relay.voice(room, answer)
-        turn.voice.begin()
+        self.generation.speak(turn, room, answer)
         if not turn.open:  # only the turn itself was left to end
             await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
         for side in sorted(turn.open):
-            ending = answer.replies[side].ending
+            ending = turn.out.answer.replies[side].ending
             if ending is not None:  # readers were told so, and that stays true
                 await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]), 0.0)

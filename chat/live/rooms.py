@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, Protocol
@@ -233,7 +234,7 @@ class Room:
         self.version = session.version
         self.news_at = time.monotonic()
         self._source = source
-        self._ahead: list[TurnWords] = []
+        self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)
         self.opening: asyncio.Task[None]  # set by the relay; everybody who enters waits for it
         self._subscription: AbstractAsyncContextManager[Any] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -321,10 +322,10 @@ class Room:
     def _words(self, words: TurnWords) -> None:
         answer = self._answer_of(words.turn_id)
         if answer is None:
-            self._ahead = [*self._ahead[-AHEAD_MAX:], words]
+            self._ahead.append(words)
             return
         if not answer.learn_pieces(words.pieces):
-            self._ahead = [*self._ahead[-AHEAD_MAX:], words]
+            self._ahead.append(words)
             self.learn_again()
         self.notify()
 
@@ -379,7 +380,8 @@ class Room:
         if answer is not None:
             await self._source.live_texts(answer)
             self.begin(answer)
-        ahead, self._ahead = self._ahead, []
+        ahead = list(self._ahead)
+        self._ahead.clear()
         for words in ahead:
             current = self.answer
             if current is None or words.turn_id != current.turn_id or current.learn_pieces(words.pieces):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from functools import partial
 
 from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
 from ..settings import Settings
@@ -112,7 +113,7 @@ class Streams:
         settings, result, said = self.settings, turn.results[side], 0
         limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
         stream = self.providers.stream(turn.replies[side]["model"], prompt, limits)
-        say = self._hold if turn.rhythm is not None else self._say
+        say = partial(self._hold, turn) if turn.rhythm is not None else turn.out.say
         if (meter := turn.meters.get(side)) is not None:
             meter.call()
         async with contextlib.aclosing(stream):
@@ -130,11 +131,8 @@ class Streams:
                 if said > settings.reply_max:
                     result.status, result.reason = "failed", "too_long"
                     return
-                say(turn, side, piece.text)
+                say(side, piece.text)
         raise ProviderError("provider_truncated")
-
-    def _say(self, turn: Turn, side: str, text: str) -> None:
-        turn.out.say(side, text)
 
     def _hold(self, turn: Turn, side: str, text: str) -> None:
         turn.held[side] += text
