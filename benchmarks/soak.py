@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.harness.chaos import Report, chaos, world
 
 
-
 def summary(report: Report, seconds: float) -> str:
     counts, journal = report.counts, report.journal
     ends = ", ".join(f"{n} {end}" for end, n in report.statuses.most_common())

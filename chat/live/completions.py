@@ -20,7 +20,7 @@ PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is 
 
 
 class Caller(NamedTuple):
-    """The owner of a completion: the name of its counters, how many people's worth of them it may use, and from where."""
+    """The owner of a completion: the name of its counters, for how many people it counts, and its address."""
 
     name: str
     people: int = 1
