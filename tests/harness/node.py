@@ -71,20 +71,25 @@ class Client:
                         self._looked += 1
                         if wanted(self.seen[self._looked - 1]):
                             return self.seen[self._looked - 1]
-                    assert not self._reading.done(), f"the client ended before {what}: {self.seen[-3:]}"
+                    assert not self._reading.done(), f"the client ended before {what}: {str(self.seen[-2:])[:600]}"
                     await self._new.wait()
         except TimeoutError:
-            raise TimeoutError(f"{what}: not within {PATIENCE} s; last: {self.seen[-3:]}") from None
+            raise TimeoutError(f"{what}: not within {PATIENCE} s; last: {str(self.seen[-2:])[:600]}") from None
 
     async def does(self, command: str, **more: Any) -> None:
         """Give a command and wait for its end."""
         await self.do(command, **more)
         await self.sees(lambda seen: seen.get("done") == command, command)
 
+    async def sees_more(self) -> None:
+        """Wait until a conversation is shown that is longer than the one last looked at."""
+        known = len("".join(_said(_shown(self.seen[: self._looked]))))
+        await self.sees(lambda seen: len("".join(_said(seen.get("messages", [])))) > known, "more of the answer")
+
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as it was last shown."""
-        return next((seen["messages"] for seen in reversed(self.seen) if "messages" in seen), [])
+        return _shown(self.seen)
 
     @property
     def problems(self) -> list[str]:
@@ -92,9 +97,17 @@ class Client:
 
     def texts(self) -> list[str]:
         """What stands in the last message or, of an arena turn, in both sides, by whichever means the client has."""
-        said: list[str] = []
-        for message in reversed(self.messages):
-            if message["role"] != "assistant":
-                break
-            said = message["texts"] + said
-        return said
+        return _said(self.messages)
+
+
+def _shown(seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return next((each["messages"] for each in reversed(seen) if "messages" in each), [])
+
+
+def _said(messages: list[dict[str, Any]]) -> list[str]:
+    said: list[str] = []
+    for message in reversed(messages):
+        if message["role"] != "assistant":
+            break
+        said = message["texts"] + said
+    return said
