@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis as RedisClient
 
 from tests.harness import until
 from tests.harness.api import call
@@ -369,8 +370,12 @@ async def test_the_owner_is_frozen_longer_than_its_lease(scene: Scene) -> None:
     await scene.check(codes={1006, 1011})  # what a server does to a socket whose ping went out before the freeze
 
 
-async def test_the_owner_is_frozen_and_nobody_comes_before_it_goes_on(scene: Scene) -> None:
-    """Frozen until others were told, then thawed with a provider that has piled up text: none of it is said."""
+@pytest.mark.parametrize("deaf", [False, True], ids=["hears", "deaf"])
+async def test_the_owner_is_frozen_and_nobody_comes_before_it_goes_on(scene: Scene, deaf: bool) -> None:
+    """Frozen until others were told, then thawed with a provider that goes on: none of it is said.
+
+    deaf: Redis gives its listeners up meanwhile, so that the owner is not told that the answer has ended.
+    """
     stage = scene.stage
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 600")
@@ -379,6 +384,9 @@ async def test_the_owner_is_frozen_and_nobody_comes_before_it_goes_on(scene: Sce
     stage.service.pause(0)
     await scene.over(TAKEN)
     stored = (await scene.reply()).content
+    if deaf:
+        async with RedisClient.from_url(stage.redis.url) as redis:
+            await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     scene.journal.fault("it goes on")
     stage.service.resume(0)
     await ended([near, far], within=5)
