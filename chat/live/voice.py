@@ -80,6 +80,7 @@ class Voice:
         self._patience = patience
         self._bus = bus
         self.channel = channel
+        self._keys = {} if bus is None else {side: text_key(bus, answer.turn_id, side) for side in answer.replies}
         self._sent = {side: len(reply.text) for side, reply in answer.replies.items()}  # characters
         self._bytes = {side: len(reply.text.encode()) for side, reply in answer.replies.items()}  # of the same in Redis
         self._unsent = dict.fromkeys(answer.replies, "")
@@ -108,7 +109,7 @@ class Voice:
         self._publish(encode(ReplyEnded(self.answer.turn_id, side, message)))
         if self.answer.over and self._bus is not None:
             for side in self.answer.replies:
-                self._bus.command("EXPIRE", self.key(side), KEEP_ENDED)
+                self._bus.command("EXPIRE", self._keys[side], KEEP_ENDED)
         self._notify()
 
     def cut(self, side: str) -> None:
@@ -142,10 +143,6 @@ class Voice:
         if not self._silent:
             for side in self._sent:
                 self._set(side)
-
-    def key(self, side: str) -> str:
-        assert self._bus is not None
-        return text_key(self._bus, self.answer.turn_id, side)
 
     # -- how text leaves
 
@@ -181,7 +178,7 @@ class Voice:
         for side, _, text in pieces:
             data = text.encode()
             self._bytes[side] += len(data)
-            texts.append((self.key(side), data))
+            texts.append((self._keys[side], data))
         self._unanswered = True
         self._patience.begin(self)
         sides = [side for side, _, _ in pieces]
@@ -190,7 +187,7 @@ class Voice:
         if not self._kept:
             self._kept = True
             for side in self._sent:
-                bus.command("EXPIRE", self.key(side), KEEP)
+                bus.command("EXPIRE", self._keys[side], KEEP)
 
     def _answered(self, sides: list[str], lengths: list[int] | Exception) -> None:
         self._patience.end(self)
@@ -236,7 +233,7 @@ class Voice:
         text = self.answer.replies[side].text[: self._sent[side]].encode()
         self._bytes[side] = len(text)
         if self._bus is not None:
-            self._bus.command("SET", self.key(side), text, "EX", KEEP)
+            self._bus.command("SET", self._keys[side], text, "EX", KEEP)
 
 
 def text_key(bus: RedisBus, turn_id: str, side: str) -> str:
