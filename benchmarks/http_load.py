@@ -2,10 +2,12 @@
 
     {"kind": "once",    "port", "requests", "connections"}            every request once; the answers' bodies
     {"kind": "rate",    "port", "requests", "connections", "seconds"} in turn for so long; how many a second
-    {"kind": "streams", "port", "requests", "tokens", "probe"}        all at once, each read to its end and checked
+    {"kind": "streams", "port", "requests", "tokens", "probe", "spread"}  all within `spread` seconds, each read to its
+                                                                      end and checked
 
 A request is [method, path, headers, body or null]. `streams` also asks for the path `probe` twenty times a second:
-how long that takes is how long the server's loop was busy with something else.
+how long that takes is how long the server's loop was busy with something else. Where tokens carry the time at which
+they were written, `late` is how long each took to get here.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ import re
 import sys
 import time
 
-MARKER = re.compile(rb"\xe2\x9f\xa8(\d+)(?::\d+)?\xe2\x9f\xa9")
+MARKER = re.compile(rb"(?:\xe2\x9f\xa8|\\u27e8)(\d+)(?::(\d+))?(?:\xe2\x9f\xa9|\\u27e9)")
 PATIENCE = 120  # seconds until a stream that has not ended counts as incomplete
 
 
@@ -88,26 +90,32 @@ async def rate(port: int, requests: list, connections: int, seconds: float) -> d
     return {"answers": len(took), "per_second": len(took) / seconds, "errors": errors, **quantiles(took)}
 
 
-async def streams(port: int, requests: list, tokens: int, probe: str) -> dict:
+async def streams(port: int, requests: list, tokens: int, probe: str, spread: float = 0) -> dict:
+    late: list[float] = []
     first: list[float] = []
     broken: list[list] = []
     complete = 0
 
-    async def stream(request: list) -> None:
+    async def stream(i: int, request: list) -> None:
         nonlocal complete
-        asked, received = time.monotonic(), bytearray()
+        await asyncio.sleep(spread * i / len(requests))
+        asked, received, numbers, place = time.monotonic(), bytearray(), [], 0
         with contextlib.suppress(OSError, asyncio.TimeoutError):  # counted: it is not complete
             async with asyncio.timeout(PATIENCE):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 writer.write(wire(request, keep=False))
-                found = False
                 while data := await reader.read(65536):
+                    now = time.monotonic()
                     received += data
-                    if not found and b"\xe2\x9f\xa8" in data:
-                        found = True
-                        first.append(time.monotonic() - asked)
+                    for found in MARKER.finditer(received, place):
+                        place = found.end()
+                        if not numbers:
+                            first.append(now - asked)
+                        numbers.append(int(found[1]))
+                        if found[2]:
+                            late.append(now - int(found[2]) / 1e6)
                 writer.close()
-        whole = [int(n) for n in MARKER.findall(received)] == list(range(tokens))
+        whole = numbers == list(range(tokens))
         complete += whole
         if not whole and not broken:
             broken.append(request)
@@ -125,9 +133,10 @@ async def streams(port: int, requests: list, tokens: int, probe: str) -> dict:
     lags: list[float] = []
     begun = time.monotonic()
     looking = asyncio.create_task(look())
-    await asyncio.gather(*(stream(request) for request in requests))
+    await asyncio.gather(*(stream(i, request) for i, request in enumerate(requests)))
     looking.cancel()
     lag = {f"lag_{name}": value for name, value in quantiles(lags).items()}
+    lag |= {f"late_{name}": value for name, value in quantiles(late).items()}
     result = {"streams": len(requests), "complete": complete, "seconds": time.monotonic() - begun}
     return {**result, **quantiles(first), **lag}
 

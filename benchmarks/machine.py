@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ def busy() -> float:
     time.sleep(1)
     total, idle = (after - then for after, then in zip(times(), before, strict=True))
     return 1 - idle / total
+
+
+def optimised() -> bool:
+    """Whether this Python, which runs the service and its Python peers, was built with profile-guided optimisation."""
+    return "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
 
 
 class Process:

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 
 from machine import CLIENT, HERE, ROOT, Load, Process, venv
 from targets import PEERS, Target
@@ -23,6 +24,8 @@ RAISED = {
     "PARLEY_SOCKETS_PER_ADDRESS": MANY,
     "PARLEY_MESSAGES_PER_MINUTE": MANY,
     "PARLEY_TURNS_PER_ACCOUNT": MANY,
+    "PARLEY_GUESTS_PER_HOUR": MANY,  # names that this checkout does not know are left out
+    "PARLEY_SESSIONS_PER_HOUR": MANY,
     "PARLEY_GUESTS_PER_MINUTE": MANY,
     "PARLEY_SESSIONS_PER_MINUTE": MANY,
     "PARLEY_DAILY_TOKENS_ACCOUNT": "0",
@@ -55,28 +58,36 @@ def http_load(job: dict) -> dict:
 class Parley(Target):
     label = "Parley"
     load_options = ("--only", '"message_chunk"', "--greeted", "yes")
-    in_scenarios = (*Target.in_scenarios, "http", "streams", "waits")
+    in_scenarios = (*Target.in_scenarios, "http", "streams", "upstream-S2", "upstream-streams", "waits")
+    root = ROOT
+    model = "demo-scholar"
     database_url = ""  # a fresh SQLite file unless a subclass or a scenario says otherwise
     with_redis = True
 
     def start(self) -> None:
         python = venv("service", ROOT / "requirements.txt")
         self.folder = tempfile.TemporaryDirectory()
+        known = (self.root / "chat/settings.py").read_text()
         env = {
-            **RAISED,
+            **{name: value for name, value in RAISED.items() if f" {name[7:].lower()}:" in known},
             "PARLEY_ENV": "production",
             "SECRET_KEY": secrets.token_hex(32),
             "DATABASE_URL": self.database_url or f"sqlite:///{self.folder.name}/parley.db",
             "OPENAI_API_KEY": "",  # a key in this shell would cost memory, and could cost money
             "ANTHROPIC_API_KEY": "",
+            **self.models(),
         }
         if not self.with_redis:
             env["REDIS_URL"] = ""
         self.python, self.env = python, env
-        release = [python, ROOT / "service.py", "release"]
+        release = [python, self.root / "service.py", "release"]
         subprocess.run(release, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
-        self.serve(python, ROOT / "service.py", "serve", **env)
+        self.serve(python, self.root / "service.py", "serve", **env)
         self.tokens = [answer["tokens"]["access"] for answer in self.ask([["POST", "/api/auth/anonymous/", {}, {}]])]
+
+    def models(self) -> dict[str, str]:
+        """What the environment says of the models on offer; those of settings.toml if nothing."""
+        return {}
 
     def fill(self, sessions: int, messages: int, votes: int) -> None:
         """Give the first guest years of use; see fill.py."""
@@ -88,7 +99,7 @@ class Parley(Target):
         """Seconds from the command to an open port, on a database that is there."""
         self.processes.pop().stop()
         began = time.monotonic()
-        self.serve(self.python, ROOT / "service.py", "serve", **self.env)
+        self.serve(self.python, self.root / "service.py", "serve", **self.env)
         return time.monotonic() - began
 
     def ask(self, requests: list) -> list[dict]:
@@ -100,12 +111,12 @@ class Parley(Target):
         return [body for _, body in answers]
 
     def new_session(self, token: str) -> list:
-        body = {"mode": "direct", "model_a_id": "demo-scholar"}
+        body = {"mode": "direct", "model_a_id": self.model}
         return ["POST", "/api/sessions/", {"Authorization": f"Bearer {token}"}, body]
 
     def new_turn(self, content: str) -> list:
         """A turn in a session of its own, made along with it, answered to its end as bare text."""
-        body = {"content": content, "mode": "direct", "model_a_id": "demo-scholar"}
+        body = {"content": content, "mode": "direct", "model_a_id": self.model}
         return ["POST", "/api/messages/stream/?format=text", {"Authorization": f"Bearer {self.tokens[0]}"}, body]
 
     def prepare(self, sessions: int) -> None:
@@ -143,6 +154,29 @@ class Parley(Target):
     def stop(self) -> None:
         super().stop()
         self.folder.cleanup()
+
+
+class ParleyOpenAI(Parley):
+    label = "Parley, OpenAI upstream"
+    in_scenarios = ("upstream-S2", "upstream-streams")
+    model = "upstream"
+    provider, path = "openai_chat", "/v1"
+
+    def models(self) -> dict[str, str]:
+        place = {"base_url": self.upstream() + self.path, "api_key_env": "VENDOR_KEY"}
+        model = {"id": self.model, "provider": self.provider, "model_code": "m", **place}
+        return {"PARLEY_MODELS": json.dumps([model]), "VENDOR_KEY": "none of your business"}
+
+
+class ParleyAnthropic(ParleyOpenAI):
+    label = "Parley, Anthropic upstream"
+    provider, path = "anthropic_messages", ""
+
+
+def of(kind: type[Parley], root: Path) -> type[Parley]:
+    """Return the same target of another checkout, on this one's Python and packages."""
+    attributes = {"root": root, "label": f"{kind.label} ({root.name})"}
+    return type(f"{kind.__name__}Of{root.name.title()}", (kind,), attributes)
 
 
 class ParleyInProcess(Parley):

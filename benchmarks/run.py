@@ -1,18 +1,20 @@
 """Measure Parley and its peers side by side: see README.md.
 
-scripts/bench [S1 S2 S3 idle memory growth http streams waits] [--peers parley,ws,…] [--seconds n] [--rounds n]
-              [--quick]
+scripts/bench [S1 S2 S3 idle memory growth http streams upstream-S2 upstream-streams waits] [--peers parley,ws,…]
+              [--seconds n] [--rounds n] [--beside checkout] [--quick]
 """
 
 import argparse
 import json
+import platform
 import resource
 import sys
+from pathlib import Path
 
 import report
 import targets
-from machine import CLIENT, HERE, SERVER, Missing, busy
-from parley import Bare, Parley, ParleyInProcess
+from machine import CLIENT, HERE, SERVER, Missing, busy, optimised
+from parley import Bare, Parley, ParleyAnthropic, ParleyInProcess, ParleyOpenAI, of
 from scenarios import SCENARIOS, Sample
 from targets import Target
 
@@ -32,6 +34,10 @@ TARGETS = {
     "loop": targets.Loop,
     "limit": targets.Limit,
     "bare": Bare,
+    "parley-openai": ParleyOpenAI,
+    "parley-anthropic": ParleyAnthropic,
+    "relay": targets.Relay,
+    "litellm": targets.LiteLLM,
 }
 
 RESULTS = HERE / "results"
@@ -64,10 +70,14 @@ def main() -> None:
     parser.add_argument("--peers", help=f"of {','.join(TARGETS)}; all if none")
     parser.add_argument("--seconds", type=float, default=10, help="how long one measurement lasts (10)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each target is measured (3)")
+    parser.add_argument("--beside", type=Path, help="another checkout, whose Parley takes turns with ours")
     parser.add_argument("--quick", action="store_true", help="one round of 3 s: does it work, not how fast is it")
     given = parser.parse_args()
     if given.quick:
         given.rounds, given.seconds = 1, 3.0
+    if given.beside:
+        ours = [(name, kind) for name, kind in TARGETS.items() if issubclass(kind, Parley)]
+        TARGETS.update({f"{name}-beside": of(kind, given.beside.resolve()) for name, kind in ours})
     scenarios = given.scenarios or list(SCENARIOS)
     names = given.peers.split(",") if given.peers else list(TARGETS)
     unknown = [name for name in scenarios if name not in SCENARIOS] + [name for name in names if name not in TARGETS]
@@ -77,6 +87,7 @@ def main() -> None:
         print("*** ONE CORE: server and client share it, no number here means anything ***", file=sys.stderr)
     if (used := busy()) > QUIET:
         print(f"*** BUSY MACHINE: others use {used:.0%} of its cores, costs and latencies are not to be trusted ***")
+    print(f"Python {platform.python_version()}, {'' if optimised() else 'NOT '}built with profile-guided optimisation")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

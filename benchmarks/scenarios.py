@@ -256,6 +256,37 @@ def streams(kind: type[Target], seconds: float) -> Sample:
     return with_target(kind, measure)
 
 
+def upstream_s2(kind: type[Target], seconds: float) -> Sample:
+    """S2 once more, for targets whose tokens come from a model vendor; Parley's demo model beside them."""
+    return s2(kind, seconds)
+
+
+def upstream_streams(kind: type[Target], seconds: float) -> Sample:
+    """60, 100 and 200 HTTP turns that begin within a second, 30 tokens a second each: CPU of a token, and how late."""
+
+    def measure(target: Target) -> Sample:
+        sample = {"memory_mib": target.memory()}
+        tokens = round(30 * seconds)
+        for count in (20, 60, 100, 200):  # the first warms up: SDKs are imported, connections are made
+            requests = target.turns(count, tokens, 30)
+            job = {"kind": "streams", "port": target.port, "requests": requests, "tokens": tokens, "spread": 1}
+            spent = -target.cpu()
+            result = http_load(job | {"probe": target.probe})
+            spent += target.cpu()
+            sample |= {
+                f"us_{count}": spent / max(result["complete"] * tokens, 1) * 1e6,
+                f"core_{count}": spent / result["seconds"],
+                f"first_p50_{count}": result["p50_ms"],
+                f"first_p99_{count}": result["p99_ms"],
+                f"late_p50_{count}": result["late_p50_ms"],
+                f"late_p99_{count}": result["late_p99_ms"],
+                f"complete_{count}": 100 * result["complete"] / count,
+            }
+        return sample
+
+    return with_target(kind, measure)
+
+
 def waits(kind: type[Target], seconds: float) -> Sample:
     """What else a user waits for, after years of use: one request at a time, ms; and the second start, s."""
     sessions, messages, votes = (10_000, 1_000, 1_000_000) if seconds >= 5 else (1_000, 100, 10_000)
@@ -290,5 +321,7 @@ SCENARIOS = {
     "growth": growth,
     "http": http,
     "streams": streams,
+    "upstream-S2": upstream_s2,
+    "upstream-streams": upstream_streams,
     "waits": waits,
 }

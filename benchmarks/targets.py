@@ -2,6 +2,7 @@
 set off. Parley itself is in parley.py, with the same four verbs.
 """
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -32,6 +33,7 @@ class Target:
 
     label = ""
     load_options: tuple[str, ...] = ()
+    probe = "/api/health/"  # answered at once by a loop that has nothing else to do
     in_scenarios: tuple[str, ...] = ("S1", "S2", "S3", "idle", "memory", "growth")
 
     def __init__(self, redis: Redis, **attributes: object) -> None:
@@ -57,6 +59,16 @@ class Target:
         process = Process(*command, cores=SERVER, log=type(self).__name__.lower(), env=env)
         self.processes.append(process)
         wait_for_port(self.port, process)
+
+    def upstream(self) -> str:
+        """Start a model vendor on the client's cores; its address."""
+        port = free_port()
+        env = {**os.environ, "PORT": str(port)}
+        python = venv("peers", PEERS / "requirements.txt")
+        vendor = Process(python, "upstream.py", cores=CLIENT, log="upstream", env=env)
+        self.helpers.append(vendor)
+        wait_for_port(port, vendor)
+        return f"http://127.0.0.1:{port}"
 
     def socket(self, session: int) -> str:
         """The line of load.c's targets file that opens one socket in this session."""
@@ -247,3 +259,33 @@ class Limit(Target):
 
     def start(self) -> None:
         self.serve(compiled(PEERS / "limit.c"), self.port)
+
+
+class Relay(PythonTarget):
+    label = "Starlette + httpx relay"
+    in_scenarios = ("upstream-streams",)
+    app = "relay:app"
+    model = "m"
+
+    def start(self) -> None:
+        os.environ["UPSTREAM"] = self.upstream()
+        super().start()
+
+    def turns(self, count: int, tokens: int, rate: float) -> list:
+        message = {"role": "user", "content": f"/count {tokens} {rate:g}"}
+        asked = {"model": self.model, "stream": True, "messages": [message]}
+        return [["POST", "/v1/chat/completions", {}, asked]] * count
+
+
+class LiteLLM(Relay):
+    label = "LiteLLM's proxy"
+    probe = "/health/liveliness"
+
+    def start(self) -> None:
+        python = venv("litellm", PEERS / "litellm.txt")
+        parameters = {"model": "openai/m", "api_base": f"{self.upstream()}/v1", "api_key": "none"}
+        text = json.dumps({"model_list": [{"model_name": "m", "litellm_params": parameters}]})
+        path = CACHE / "litellm.yaml"
+        path.write_text(text)
+        command = ["--config", path, "--host", "127.0.0.1", "--port", self.port, "--num_workers", 1]
+        self.serve(python.parent / "litellm", *command, LITELLM_LOG="ERROR", LITELLM_LOCAL_MODEL_COST_MAP="True")
