@@ -58,12 +58,17 @@ def phase(target: Target, load: Load, sessions: int, rate: float, seconds: float
     }
 
 
-def fan_out(target: Target, sessions: int, sockets: int, rate: float, seconds: float, warm: float = WARM) -> Sample:
+def fan_out(target: Target, sessions: int, sockets: int, rate: float, seconds: float) -> Sample:
+    """Whole answers to sockets that have just joined, from the first token to the last; warmed by others before."""
     load = join(target, sessions, sockets)
     try:
-        warmed = phase(target, load, sessions, rate, warm)
+        warmed = phase(target, load, sessions, rate, WARM)
         if warmed["lost_percent"]:  # what a saturated peer still holds back is not the measured phase's fault
-            load.wait(round(rate * warm), BACKLOG)
+            load.wait(round(rate * WARM), BACKLOG)
+    finally:
+        load.close()
+    load = join(target, sessions, sockets)
+    try:
         return phase(target, load, sessions, rate, seconds)
     finally:
         load.close()
