@@ -188,8 +188,10 @@ class Database:
             if self.postgres
             else "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) AS now"
         )
+        asked = time.time()
         row = await self.fetch_one(sql)
-        self._clock_offset = (row or {})["now"] - time.time() * 1000
+        # The middle of the wait: read after a slow answer, our clock would seem ahead and leases would be too short.
+        self._clock_offset = (row or {})["now"] - (asked + time.time()) / 2 * 1000
 
     def now(self) -> int:
         """Milliseconds since 1970 by the database's clock."""
