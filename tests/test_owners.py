@@ -14,7 +14,7 @@ import pytest
 from chat.errors import ChatError
 from chat.formats.events import socket_dialect
 from chat.live import leases
-from chat.live.answers import Answer
+from chat.live.answers import Answer, Cursor
 from chat.live.bus import GAP, Gather
 from chat.live.leases import Leases
 from chat.live.rooms import Follower, Room
@@ -367,3 +367,15 @@ async def test_rights_are_checked_when_storage_is_back(owner: Owner, monkeypatch
         await asyncio.sleep(0)
     away = False
     await until(lambda: _sent_away([follower]), 5, "the reader to be sent away")
+
+
+async def test_a_reader_whose_turn_is_gone_does_not_wait_for_news(owner: Owner) -> None:
+    """Its turn was made again while it was behind, and the session is quiet: it hears so at once."""
+    session = await owner.session()
+    await owner.over(await owner.begin(session, "/echo hello"))
+    right = Right(owner.state.database, session, owner.someone)
+    follower = await owner.state.relay.join(right, socket_dialect, one_turn=True)
+    follower.cursor = Cursor("made-again", (3,))
+    async with asyncio.timeout(5):
+        assert await follower.next() == []
+    assert follower.lost

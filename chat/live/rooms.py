@@ -178,7 +178,7 @@ class Follower(Sleeper):
     async def _owed(self) -> list[bytes] | None:
         """Return what is to be told now: of the room's answer, or else of the older turn the cursor is in.
 
-        None: there was nothing while storage was asked, and who sleeps now would miss the news of that time.
+        None: look again. Something came while storage was asked, or the turn turned out to be gone.
         """
         answer = self.room.answer
         if self.room.in_step(self):
@@ -203,7 +203,7 @@ class Follower(Sleeper):
             return None  # the room has moved the follower meanwhile
         if cursor.turn_id and (answer is None or not answer.fits(cursor)):
             self.lost = True
-            return []
+            return None
         tellings: list[Telling] = []
         if answer is not None:
             tellings, self.cursor = answer.owed(cursor)
