@@ -213,7 +213,7 @@ def chat(options: argparse.Namespace) -> int:
 
 
 class Talk:
-    """One guest and one session of a service, spoken to over HTTP."""
+    """A guest with a session of a service, reached over HTTP."""
 
     def __init__(self, url: str) -> None:
         self._url = url

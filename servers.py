@@ -135,7 +135,7 @@ def raise_descriptor_limit() -> int:
 def calm_the_collector() -> None:
     """Look for cycles seldom: with many turns Python's default looks through all that lives again and again, in vain.
 
-    What is opened at the start stays and is never looked at; nearly all that comes and goes has no cycles.
+    Objects made at the start are never scanned; nearly all later objects have no cycles.
     """
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -185,7 +185,7 @@ class Bounded(asyncio.Protocol):
 
 
 class ConsumerQueue(Sleeper):
-    """What waits for a consumer. In its place uvicorn has an `asyncio.Queue`: 2.6 KB for a socket that says nothing."""
+    """The messages that wait for a consumer. Uvicorn's `asyncio.Queue` would cost 2.6 KB for each idle socket."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
 
     def send_500_response(self) -> None:
-        """What uvicorn says to a handshake it stops in the middle of, in the one shape of our errors."""
+        """The answer of uvicorn to a handshake that it aborts, in the shape of our errors."""
         if not (self.initial_response or self.handshake_complete):
             sentence = "The service is restarting."
             body = {"error": "draining", "message": sentence, "detail": sentence}
@@ -507,7 +507,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
 
 
 class DirectAnswer:
-    """One answer's body, to be written to without a task between its head and its last part."""
+    """An answer's body, to be written to without a task between its head and its last part."""
 
     def __init__(self, connection: HeadProtocol, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -543,7 +543,7 @@ class DirectAnswer:
 def end_first(end: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run `end` before the server ends where it runs no lifespan: its signals come here first and are passed on after.
 
-    Else Daphne would cut every answer off, and then wait for ever for the threads of SQLite's connections.
+    Otherwise Daphne would cut every answer off and then wait for ever for the threads of SQLite's connections.
     """
     loop = asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []  # one, even if a platform says it twice
@@ -591,7 +591,7 @@ REDACTED = re.compile(r"\b(token|anonymous_token|ticket|share_token|key)=[^&\s\"
 
 
 class Discreet(logging.Filter):
-    """What a server prints of its clients, without what they can put there.
+    """A server's log of its clients, without secrets and text that clients can inject.
 
     Request lines have the tokens of those that cannot do better; and for each text that is not UTF-8, which closes its
     socket with 1007 and is no matter of ours, uvicorn would print a traceback.

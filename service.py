@@ -28,7 +28,7 @@ log = logging.getLogger("parley")
 
 
 def create_app(settings: Settings) -> Service:
-    """The service for these settings. It opens its resources when it is started, or else when it is first asked."""
+    """The service for these settings. The service opens its resources at startup, or else at the first request."""
     return Service(settings)
 
 
@@ -42,7 +42,7 @@ class Service(Starlette):
         )
         self.router.redirect_slashes = False
         self.settings = settings
-        # Outermost: what Starlette answers by itself passes it, too. Its middleware has nothing to say to a socket, and
+        # Outermost: Starlette's own answers pass the gate, too. Starlette's middleware does nothing for a socket and
         # would stay on its stack as long as it lives.
         self.gate = Gate(super().__call__, self.router, settings)
         self.chat: State | None = None
@@ -72,7 +72,7 @@ class Service(Starlette):
         try:
             await self._answer(scope, receive, send)
         finally:
-            # It refers to the scope again: all of a request would stay until the collector comes, which is seldom.
+            # The extension refers to the scope: a whole request would stay in memory until a collection, which is rare.
             scope.get("extensions", {}).pop(EXTENSION, None)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Who is calling: the credential a connection shows and the address it comes from, the same over HTTP and sockets.
+"""The caller of a connection: the credential and the address of a connection, the same over HTTP and sockets.
 
 Plain values in, plain values out: this file knows neither requests nor accounts.
 """

@@ -30,7 +30,7 @@ STATUS: dict[str, int] = {
     "internal": 500,
 }
 
-# What a reply may have failed of, and the sentence a reader is shown: the provider's own words stay in the log.
+# The reasons a reply can fail, and the sentence a reader is shown: the provider's own words stay in the log.
 REPLY_SENTENCES: dict[str, str] = {
     "provider_timeout": "The model took too long to answer.",
     "provider_rate_limited": "The model is busy. Please try again in a moment.",
@@ -73,7 +73,7 @@ class StartupError(Exception):
 
 
 class RelayUnavailable(Exception):
-    """Redis is away or did not answer in time. What was sent may have arrived all the same."""
+    """Redis is away or did not answer in time. A command that was sent may still have been executed."""
 
 
 class RelayRefused(RelayUnavailable):
@@ -81,7 +81,7 @@ class RelayRefused(RelayUnavailable):
 
 
 def not_found(what: str) -> ChatError:
-    """What is not there and what is not yours read the same, so that ids cannot be probed."""
+    """Missing objects and other people's objects give the same error, so that ids cannot be probed."""
     return ChatError("not_found", f"There is no such {what}.")
 
 

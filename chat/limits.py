@@ -23,7 +23,7 @@ ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets stil
 
 
 class Shared(Protocol):
-    """What all workers count in: Redis, by its bus."""
+    """The store of counters that all workers share: Redis, through its bus."""
 
     def name(self, *parts: str) -> str:
         """The key of these parts, this deployment's own."""
@@ -118,7 +118,7 @@ class RateLimits:
         self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
         for name in names:
             self._tell(name)
-        # Who lives is asked each time: a worker that started a moment ago must count for the others at once.
+        # The live workers are read each time: a worker that started a moment ago must count for the others at once.
         asked = [self._bus.command("ZRANGEBYSCORE", self._bus.name("workers"), int(now - ALIVE), "+inf")]
         asked += [self._bus.command("HGETALL", self._bus.name("open", name)) for name in names]
         try:

@@ -1,7 +1,7 @@
-"""What this worker counts, in Prometheus' words. Names of model metrics are OpenTelemetry's for generative AI:
+"""The metrics of this worker, in Prometheus' format. Names of model metrics are OpenTelemetry's for generative AI:
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 
-Model names are labels here, so it is for operators' eyes only. It knows nothing of who is asking.
+Model names are labels here, so it is for operators' eyes only. This file does not check the caller.
 """
 
 from __future__ import annotations

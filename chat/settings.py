@@ -1,4 +1,4 @@
-"""One frozen value with every setting: `settings.toml`, then the environment over it.
+"""A frozen value with every setting: `settings.toml`, then the environment over it.
 
 A setting is named once, here and in the file; `PARLEY_<NAME>` overrides it. Secrets have no default and come from the
 environment alone. Everything wrong is one `StartupError` line that names the setting and never prints a secret.
@@ -77,7 +77,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `settings.toml` says, section by section; units and reasons are in its comments."""
+    """The contents of `settings.toml`, section by section; units and reasons are in its comments."""
 
     # from the environment only
     secret_keys: tuple[Secret, ...] = ()  # oldest → newest: all verify, the last one signs

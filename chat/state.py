@@ -35,7 +35,7 @@ CHECKED_FOR = 0.25  # seconds: anyone may ask for health, as often as they like,
 
 @dataclass(frozen=True)
 class State:
-    """What handlers work with."""
+    """The objects that request handlers share."""
 
     settings: Settings
     database: Database

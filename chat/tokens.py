@@ -1,9 +1,9 @@
-"""Signed tokens: what proves who is calling. The one door to itsdangerous.
+"""Signed tokens: the proof of a caller's identity. The one door to itsdangerous.
 
 A token is `{id, kind, tv, exp, jti}` in the clear, signed; it carries ids only. Keys are a list, oldest → newest: all
-verify, the last one signs, so that a key is rotated by adding one and later dropping the oldest. One salt per kind:
-a ticket is no access token. `exp` stands in the payload because itsdangerous' own timestamps refuse a token that a
-worker with a clock one second ahead has signed.
+verify, the last one signs, so that a key is rotated by adding one and later dropping the oldest. Each kind has its own
+salt: a ticket is no access token. `exp` stands in the payload because itsdangerous' own timestamps refuse a token that
+a worker with a clock one second ahead has signed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GRACE = {"ticket": 0}  # seconds a token is good beyond its end, where that is n
 
 
 class Token(msgspec.Struct, frozen=True):
-    """What a verified token says. `tv` is the account's token version when it was made; `jti` makes it single-use."""
+    """The contents of a verified token. `tv` is the account's token version at creation; `jti` makes it single-use."""
 
     id: str
     kind: str
@@ -73,7 +73,7 @@ class Tokens:
     def pseudonym(self, purpose: str, text: str) -> str:
         """A name for an id or an address that nobody can trace back to it, or to its name for another purpose.
 
-        It stays the same while the oldest key is kept.
+        The pseudonym stays the same while the oldest key is kept.
         """
         return hmac.new(self._oldest, f"parley.{purpose}:{text}".encode(), hashlib.sha256).hexdigest()[:24]
 

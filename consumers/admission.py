@@ -1,4 +1,4 @@
-"""Who may open a socket: credentials, the session, and how many are open already."""
+"""The admission of sockets: credentials, the session, and how many are open already."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
 async def _admit_by_share(
     chat: State, session_id: str, share_token: str, account: Account | None, expires_at: float
 ) -> Right:
-    """Whoever has the link may read, also somebody with an account; its owner goes on as its owner."""
+    """Anyone with the link may read, with or without an account; its owner goes on as its owner."""
     if account is not None:
         try:
             own = await sessions.select_session(chat.database, session_id, account.id)
@@ -144,7 +144,7 @@ async def _session(chat: State, id: str, account: Account, guest: bool, choice: 
 
 
 def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
-    """What limits a socket before anyone knows who it is: one that waits silently costs memory, too."""
+    """The limits of a socket before authentication: a silent socket costs memory, too."""
     return buckets("address", address(socket, chat), chat.settings.sockets_per_address)
 
 

@@ -1,7 +1,8 @@
 """The AI SDK's `WebSocketChatTransport` on a session's socket: each of its requests is a follower of its own.
 
-Its frames `send`, `resume` and `abort` stand beside ours, and so do `start`, `chunk`, `end`, `error` and `no-active`
-beside our events: the client takes what carries a `requestId` of its own. https://ai-sdk.dev/docs/ai-sdk-ui/transport
+The SDK's frames `send`, `resume` and `abort` stand beside ours, and so do `start`, `chunk`, `end`, `error` and
+`no-active` beside our events: the client takes what carries a `requestId` of its own.
+https://ai-sdk.dev/docs/ai-sdk-ui/transport
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Requests:
     made: int = 0  # so many in all
 
     async def take(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
-        """Do what a frame asks. What is refused is said to its request."""
+        """Do what a frame asks. A refusal goes to the request that caused it."""
         request_id = frame.requestId or ""
         if isinstance(frame, frames.Abort):
             await self._abort(request_id)

@@ -1,4 +1,4 @@
-"""What a client may say on a socket: text in, typed frame or `ChatError` out. Pure."""
+"""The frames a client may send on a socket: text in, typed frame or `ChatError` out. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One socket in one session: admit it, join it to the room, say what the room says, do what its frames ask.
+"""A socket in a session: admit it, join it to the room, say what the room says, do what its frames ask.
 
 A socket is two coroutines in one group: one takes frames, one follows the room; a third does what frames ask, as long
 as there are some. Every send keeps a deadline. Whichever fails first ends the others. Generation is none of its
@@ -37,7 +37,7 @@ HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
 
 
 async def session(socket: WebSocket) -> None:
-    """The consumer of `/ws/chat/session/<session_id>`. What it refuses it says after accept: a browser sees it then."""
+    """The consumer of `/ws/chat/session/<session_id>`. Refusals are sent after accept, so that a browser sees them."""
     chat: State = socket.scope["state"]["chat"]
     outside = admission.outside(socket, chat)
     places = [name for name, _ in outside] if await chat.limits.enter(outside) else []  # whoever is accepted counts
@@ -120,7 +120,7 @@ class Conversation:
         except BaseExceptionGroup as ended:
             problem = ended.exceptions[0]  # the others ended because of it
             ended.__traceback__ = None  # Python 3.11's group stands in a frame that stands in this
-        # What keeps what was raised is kept by it in turn: all of a socket would stay until the collector comes.
+        # The group and the exception refer to each other: the socket's memory would stay until a collection.
         self._group = asyncio.TaskGroup()
         try:
             raise problem
@@ -146,7 +146,7 @@ class Conversation:
                 await self.direct.room(patience)
                 self.direct.write(said)
             else:
-                # Nobody sees bytes leave here, and a send waits for all that was taken before it: a reader that takes
+                # The progress of a send is not visible, and a send waits for all earlier bytes: a reader that takes
                 # a buffer full within the patience is slow, not silent.
                 async with asyncio.timeout(patience * (2 + self._written / HELD)):
                     await self.socket.send({"type": "websocket.send", "text": said.decode()})

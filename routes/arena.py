@@ -43,7 +43,7 @@ async def feedback(request: Request) -> Response:
 
 
 async def given(request: Request) -> Response:
-    """What its owner said of a session: the votes, and the likes and reports with their words."""
+    """The owner's feedback on a session: the votes, and the likes and reports with their words."""
     chat = inputs.state(request)
     account = await inputs.account(request)
     session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)

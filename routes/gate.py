@@ -1,4 +1,4 @@
-"""What every request and every socket meets before its route: hosts, origins, sizes; and headers on every answer.
+"""The checks of every request and socket before its route: hosts, origins, sizes; and headers on every answer.
 
 Starlette's own TrustedHost and CORS middleware leave sockets open to every page on the web.
 """

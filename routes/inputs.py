@@ -1,4 +1,4 @@
-"""What a request brings: who is calling, from where, and what is in the body. Raises `ChatError`, decides nothing."""
+"""The inputs of a request: the caller, the address and the body. Raises `ChatError`, decides nothing."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def decode(raw: bytes, kind: type[T]) -> T:
 
 
 def _path_and_problem(text: str) -> tuple[str, str]:
-    """What msgspec says, as the path of the field (`messages[0].role`) and what is wrong with it."""
+    """An error of msgspec as the path of the field (`messages[0].role`) and the problem."""
     what, _, path = text.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     found = FIELD.fullmatch(what)

@@ -39,7 +39,7 @@ EARLIEST = "earliest"  # X-Cursor of a stream that tells a turn from its start
 
 
 class Line(msgspec.Struct):
-    """One of the arena's message lines; it sends more fields than these."""
+    """A message line of the arena; the arena sends more fields than these."""
 
     role: Literal["user", "assistant", "system"]
     id: Id | None = None
@@ -49,7 +49,7 @@ class Line(msgspec.Struct):
 
 
 class Wish(Choice, kw_only=True):
-    """What every request for a turn may say of it. The choice and the title are of a new session."""
+    """The fields that every request for a turn may have. The choice and the title are of a new session."""
 
     session_id: Id | None = None
     title: Title | None = None
@@ -106,7 +106,7 @@ async def start(
 
 
 async def speaker(request: Request) -> Account | None:
-    """Who posts; None on a local start with open sessions for whoever has no token and is to be given a guest."""
+    """The account that posts; None for a caller without a token on a local start with open sessions: a new guest."""
     if inputs.state(request).settings.open_sessions:
         return await inputs.optional_account(request)
     return await inputs.account(request)

@@ -132,7 +132,7 @@ def _text(place: int, line: Entry) -> str:
 
 
 class Exchange:
-    """One completion as it is said to one client."""
+    """A completion as one client receives it."""
 
     def __init__(self, request: Request, completion: Completion, wish: CompletionRequest) -> None:
         self._request = request

@@ -1,4 +1,4 @@
-"""What operators ask: is it healthy, does it live, is it ready; and the models on offer."""
+"""Routes for operators: health, liveness and readiness; and the models on offer."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ REACH = 60  # characters behind a claim in which a name belongs to the claim
 def names_itself(text: str, names: Iterable[str]) -> bool:
     """Whether an answer says which model it is from or who made it. Errs on the side of not counting.
 
-    names: what the model and its vendor are called, beside the makers everybody knows. One pass over the claims and
-    one over the names: a single expression for both would look 60 characters ahead from every claim, for every name.
+    names: what the model and its vendor are called, beside the makers everybody knows. The function passes once over
+    the claims and once over the names: a single expression for both would look 60 characters ahead from every claim,
+    for every name.
     """
     known = sorted({*MAKERS, *(name.lower() for name in names)} - {""})
     claims = [found.end() for found in CLAIM.finditer(text)]

@@ -1,4 +1,4 @@
-"""Who meets whom in a blind battle: drawn by need and doubt, never a model that is failing. Pure."""
+"""The pairing of models for blind battles: drawn by need and doubt, never a model that is failing. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw(models: list[str], outages: Iterable[str], ratings: Iterable[Rating], d
 
 
 def pick(models: list[str], rated: Mapping[str, Rating], dice: random.Random) -> tuple[str, str]:
-    """One pair, sides shuffled after the draw.
+    """A pair of models, their sides shuffled after the draw.
 
     A model's weight falls with its battles (1/√(1 + n)), so that new ones are learned about; a pair whose intervals
     overlap, or are unknown, counts double: that is where a vote decides something.

@@ -11,7 +11,7 @@ WINNERS = {"model_a": "model_a", "model_b": "model_b", "tie": "tie", "both_bad":
 
 
 def vote_line(vote: Mapping[str, Any], name: Callable[[str, str], str]) -> bytes:
-    """One vote as JSON and a line's end.
+    """A vote as JSON, ended by a newline.
 
     name: a pseudonym by purpose and id. Accounts and turns have other ids elsewhere, where people see them: the file
     must not say how somebody voted. A deleted account's votes are each somebody's own.

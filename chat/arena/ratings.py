@@ -97,7 +97,7 @@ def _chances(difference: float) -> tuple[float, float]:
 
 
 def _tally(rows: Iterable[Row]) -> tuple[dict[str, Counter[str]], Pairs]:
-    """What each model and each pair has; whole numbers, sorted, so that the order of the rows changes no digit."""
+    """The counts of each model and pair; whole numbers, sorted, so that the order of the rows changes no digit."""
     records: defaultdict[str, Counter[str]] = defaultdict(Counter)
     pairs: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for model_a, model_b, winner, count in rows:
@@ -175,7 +175,7 @@ def _strengths(battles: Battles, size: int) -> list[float]:
 
 
 def _derivatives(battles: Battles, strengths: list[float]) -> tuple[list[float], Matrix, list[float]]:
-    """Of the log-likelihood: its slope; its curvature Σ p(1-p) per pair, row i to i+1, i+2, …; Σ (y-p)² per pair."""
+    """The log-likelihood's slope; its curvature Σ p(1-p) per pair, row i to i+1, i+2, …; Σ (y-p)² per pair."""
     slope = [0.0] * len(strengths)
     curvature = [[0.0] * i for i in reversed(range(len(strengths)))]
     noise = []
@@ -192,7 +192,7 @@ def _derivatives(battles: Battles, strengths: list[float]) -> tuple[list[float],
 def _eliminate(curvature: Matrix) -> list[tuple[float, list[float]]]:
     """L·D·Lᵀ of the Hessian, the Laplacian of these weights: for each model but the last, D and -L below it.
 
-    Taking a model out ties its neighbours to each other with weight w_i·w_j / Σw (the star-mesh transform). That is
+    Taking a model out ties its neighbours to each other with weight w_i·w_j / Σw (the star-mesh transform). This is
     Cholesky's arithmetic without its subtractions: a pair with 10^12 battles does not drown one with 2.
     """
     rows, factor = list(curvature), []
@@ -207,7 +207,7 @@ def _eliminate(curvature: Matrix) -> list[tuple[float, list[float]]]:
 
 
 def _solve(factor: list[tuple[float, list[float]]], right: list[float]) -> list[float]:
-    """x of Hessian · x = right, for a `right` that sums to 0. Its last entry is held at 0: only differences count."""
+    """x of Hessian · x = right, for a `right` that sums to 0. The last entry is held at 0: only differences count."""
     flow = list(right)
     for k, (_, shares) in enumerate(factor):
         for i, share in enumerate(shares, k + 1):
@@ -226,7 +226,7 @@ def _errors(battles: Battles, strengths: list[float]) -> list[float]:
     slope. Unlike H⁺ alone it holds where votes scatter less than the model says, as ties do (Huber 1967; White,
     Econometrica 50, 1982; Chiang et al., "Chatbot Arena", arXiv:2403.04132; `compute_hessian_and_covariance` in
     lmarena/arena-rank, which inverts H plus a small ridge). Strengths are free up to a constant, which mean 0 takes
-    away: H⁺ is the inverse on vectors that sum to 0. Its row i is an x with H·x = e_i - 1/size, so one vote moves
+    away: H⁺ is the inverse on vectors that sum to 0. Row i of H⁺ is an x with H·x = e_i - 1/size, so one vote moves
     strength i by (y-p)·(x_a - x_b), and the variance is the sum of these squares.
     """
     _, curvature, noise = _derivatives(battles, strengths)
@@ -248,7 +248,7 @@ def _rating(model: str, record: Counter[str], fitted: dict[str, tuple[float, flo
 
 
 def _place(rating: Rating) -> tuple[float, float, int, str]:
-    """Where it stands: by rank, then rating; without these by battles."""
+    """The sort key of a rating: by rank, then rating; without these by battles."""
     if rating.rank is None or rating.rating is None:
         return math.inf, 0.0, -rating.battles, rating.model
     return rating.rank, -rating.rating, -rating.battles, rating.model

@@ -1,7 +1,7 @@
 """Dialects of a turn: tellings in, bytes out. Pure; each file is one dialect.
 
 A dialect has no memory: all followers in step share its bytes, and a reader that comes back is told the rest by the
-same function. What it needs of the past is in the telling.
+same function. Each telling holds all the history a dialect needs.
 """
 
 from __future__ import annotations

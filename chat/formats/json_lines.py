@@ -1,4 +1,4 @@
-"""One JSON object a line: https://github.com/ndjson/ndjson-spec"""
+"""JSON lines, an object per line: https://github.com/ndjson/ndjson-spec"""
 
 from __future__ import annotations
 

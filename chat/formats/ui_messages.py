@@ -1,8 +1,8 @@
 """The AI SDK's UI message chunks: https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol
 
-A turn is one message whose text parts are the sides `a` and `b`. Its clients refuse a type they do not know, and the
-first of them a key they do not know: nothing of ours is in here. They cannot go on from the middle of a message, so
-that a resumed stream tells the turn from its start, under the same message id.
+A turn is one message whose text parts are the sides `a` and `b`. Clients refuse an unknown type, and the first
+versions refuse an unknown key: no extension of ours is used here. Clients cannot resume in the middle of a message,
+so a resumed stream repeats the turn from its start, under the same message id.
 """
 
 from __future__ import annotations

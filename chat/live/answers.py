@@ -1,9 +1,9 @@
 """An answer: the replies of one turn as texts that only grow, and what a reader with a cursor is owed of them. Pure.
 
-A reply never changes what it has said; it gets longer, and then it ends. Learning is a merge: the longest text wins,
-and an ending beats any text. The merge is commutative, associative and idempotent, so the `learn_…` functions may be
-called in any order, any number of times, with news from the provider, Redis, a checkpoint or a duplicate.
-Telling is a slice: a reader that has `n` characters of a reply is owed `text[n:]`, then the reply's ending.
+The text of a reply never changes; the text gets longer, and then the reply ends. Learning is a merge: the longest text
+wins, and an ending beats any text. The merge is commutative, associative and idempotent, so the `learn_…` functions may
+be called in any order, any number of times, with news from the provider, Redis, a checkpoint or a duplicate. Telling is
+a slice: a reader that has `n` characters of a reply is owed `text[n:]`, then the reply's ending.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ Piece = tuple[str, Offset, str]  # participant, offset into the reply, text
 
 
 class Reply:
-    """One reply: its Message as it began, its text so far, and the final Message once it has ended."""
+    """A reply: its Message as it began, its text so far, and the final Message once it has ended."""
 
     __slots__ = ("ending", "message", "text")
 
@@ -81,7 +81,7 @@ class Reply:
 
 
 class Answer:
-    """What a turn has said so far. `position` orders the turns of a session; `previous` is the turn before this one."""
+    """The text of a turn so far. `position` orders the turns of a session; `previous` is the turn before this one."""
 
     def __init__(self, turn_id: str, position: int, previous: str, messages: Sequence[Message]) -> None:
         """messages: those of the turn as they are stored or as they began, the user's first."""

@@ -1,10 +1,10 @@
-"""Redis as a bus: pub/sub that comes back by itself, and a few pipelined commands beside it.
+"""Redis as a bus: pub/sub that reconnects by itself, and a few pipelined commands beside it.
 
-`RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which goes deaf for ever after one
-dropped connection. One connection listens, one commands. Both come back with backoff (50 ms → 2 s) after any failure; a
-new listening connection subscribes again to everything wanted and puts one gap marker on every channel as soon as Redis
-confirms it, upon which the room reads again. `next_published` never raises and `subscribe` never fails: a Redis that is
-away is a state.
+`RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which receives nothing more after one
+dropped connection. A connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s)
+after any failure; a new listening connection subscribes again to everything wanted and puts one gap marker on every
+channel as soon as Redis confirms it, upon which the room reads again. `next_published` never raises and `subscribe`
+never fails: a Redis that is away is a state.
 
 Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
 one round trip and one wake-up carry many of them.
@@ -41,7 +41,7 @@ Serve = Callable[[], Awaitable[None]]
 
 
 class Gather:
-    """Does together what gathers, no more often than every so many seconds; a few after a quiet moment at once.
+    """Runs gathered work as a batch, at most once per interval; after a quiet time a few batches run at once.
 
     The generic cell rate algorithm: https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm
     """
@@ -99,7 +99,7 @@ class Inbox:
             self._append(event)
 
     def mark(self, channel: str) -> None:
-        """Have the room of this channel read again. One marker is enough for all that is lost before it is taken."""
+        """Have the room of this channel read again. A single marker covers all losses before it is read."""
         if channel not in self._marked:
             self._marked.add(channel)
             self.gaps += 1
@@ -166,7 +166,7 @@ class RedisBus(BroadcastBackend):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def subscribe(self, group: str) -> None:
-        """Wish for a channel. Returns when Redis confirmed it; soon anyway, and then a gap marker comes once it has."""
+        """Subscribe to a channel. Returns on Redis' confirmation; after a timeout a gap marker follows later."""
         self._wanted.add(group)
         if self._listener is None:
             return
@@ -237,7 +237,7 @@ class RedisBus(BroadcastBackend):
         self.tell(channel, payload, collect)
 
     def tell(self, channel: str, payload: bytes, answered: Answered = None) -> None:
-        """Publish to other workers: this one does not hear it. `answered` may be called before this returns."""
+        """Publish to other workers only. `answered` may be called before this returns."""
         self._ask(answered, ("PUBLISH", channel, self._origin + payload))
 
     def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
@@ -339,7 +339,7 @@ class RedisBus(BroadcastBackend):
         wire.send("SUBSCRIBE", *channels)
 
     def _read(self, pushed: list[Any]) -> None:
-        """Take what Redis pushed: messages, and confirmations among them."""
+        """Handle pushes of Redis: messages and confirmations."""
         for push in pushed:
             if isinstance(push, Exception) and self._listener is not None:
                 self._fail(push)  # a SUBSCRIBE that this user may not say; nothing tells of which channels

@@ -28,7 +28,7 @@ class Caller(NamedTuple):
 
 
 class Completion:
-    """One completion: admitted, run, and in any case released."""
+    """A completion: admitted, run, and in any case released."""
 
     def __init__(
         self, generation: Generation, caller: Caller, model: str, messages: list[ChatMessage], limits: Limits
@@ -55,7 +55,7 @@ class Completion:
         return self._asked if asked is None else asked, estimate if answered is None else answered
 
     async def admit(self) -> None:
-        """Take a place among those running, and tokens from the day's budget. Raises `ChatError`."""
+        """Take a slot among the running completions and reserve tokens of the day's budget. Raises `ChatError`."""
         generation, settings, (name, people, _) = self._generation, self._generation.settings, self._caller
         if generation.draining:
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
@@ -87,7 +87,7 @@ class Completion:
             self._held = await database.transaction(work)
 
     async def run(self, say: Callable[[str], None]) -> None:
-        """Say the answer's text piece by piece; `finish` tells afterwards how it ended. Raises `ProviderError`."""
+        """Yield the answer's text piece by piece; `finish` holds the ending afterwards. Raises `ProviderError`."""
         started, result = time.monotonic(), Result()
         try:
             async with asyncio.timeout(self._generation.settings.reply_timeout):
@@ -121,7 +121,7 @@ class Completion:
         raise ProviderError("provider_truncated")
 
     async def release(self) -> None:
-        """Leave the place, and give back what was reserved and not used. Harmless when done again."""
+        """Free the slot and release the unused reservation. A second call does nothing."""
         place, self._place = self._place, []
         self._generation.limits.leave(place)
         held, self._held = self._held, None

@@ -46,7 +46,7 @@ class SessionNotice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
 
 
 class LearnAgain(msgspec.Struct, array_like=True, tag="again", frozen=True):
-    """Something said of this session may not have arrived: read it again from Redis and the database."""
+    """A message about this session may be lost: the room reads again from Redis and the database."""
 
 
 class RightsChanged(msgspec.Struct, array_like=True, tag="rights", frozen=True):

@@ -4,8 +4,8 @@ A turn is one object in one dictionary, entered before its row is written, with 
 
     starting → answering → ending → over, or `lost` when another worker took the turn
 
-Its task has the models asked and turns every ending into a stored status and a `message_complete`. The task never
-raises: it stands beside everyone else's. After it every reply has an ending, in the database and for every reader.
+The turn's task asks the models and turns every ending into a stored status and a `message_complete`. The task never
+raises: nobody awaits it. After it every reply has an ending, in the database and for every reader.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ class Generation:
         return row if ours else None
 
     async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
-        """Offer an ending to the database until it takes it. Raises `StorageUnavailable` after `store_for` seconds."""
+        """Retry an ending until the database stores it. Raises `StorageUnavailable` after `store_for` seconds."""
         deadline = time.monotonic() + (3.0 if self.draining else self.settings.store_for)
         while True:
             try:
@@ -402,7 +402,7 @@ class Generation:
     async def _checkpoint(self) -> None:
         """Write the text so far of every reply that has grown since the last time, in one transaction.
 
-        The whole text each time: text that Redis has, too, can wait for a few seconds.
+        Each checkpoint writes the whole text; text that Redis also holds can wait a few seconds.
         """
         now = time.monotonic()
         values: list[Row] = []

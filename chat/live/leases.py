@@ -1,6 +1,6 @@
-"""Whose turn a turn is: leases renewed, turns lost and taken over. The database's word decides, by its own clock.
+"""The ownership of turns: leases are renewed, lost and taken over. The database decides, by its own clock.
 
-A worker that was frozen for longer than its lease asks before it says another word; a turn whose worker died is taken
+A worker that was frozen for longer than its lease asks before it publishes more text; a turn whose worker died is taken
 by whoever sees its lease run out, and ended with the longest text known.
 """
 
@@ -56,7 +56,7 @@ class Leases:
             beat(self._look_for_stops, LOOK_FOR_STOPS)
 
     def surely_owned(self, turn: Turn) -> bool:
-        """Whether the turn is ours without asking. After a freeze longer than the lease the database is asked."""
+        """Whether the lease is certainly ours. After a freeze longer than the lease, the database must confirm it."""
         if turn.state == "lost":
             return False
         if self._awake():
@@ -66,7 +66,7 @@ class Leases:
         return False
 
     async def _make_sure(self) -> None:
-        """Ask once for all turns, however many words wait for the answer; then let those that are ours go on."""
+        """Confirm all leases with one query, however many texts wait; then let the turns that are ours go on."""
         try:
             while self._slept:
                 try:
@@ -83,7 +83,7 @@ class Leases:
         self._awake()
 
     def _awake(self) -> bool:
-        """Notice a freeze in which the lease ran out: it does from the last renewal, not from when we fell asleep."""
+        """Detect a freeze in which the lease ran out: a lease counts from its last renewal, not from the freeze."""
         now = time.monotonic()
         frozen = now - self._awake_at > self.settings.lease_renew
         self._slept = self._slept or (frozen and now - self._renewed_at > self.settings.lease)
@@ -116,7 +116,7 @@ class Leases:
         self._orphans &= owned.keys()
 
     async def _save(self, turn: Turn) -> None:
-        """Write endings that were told while the database was away."""
+        """Write endings that were published while the database was unavailable."""
         await turns.update_endings(self.database, self.worker, turn.unsaved, last=True)
         turn.unsaved = []
         self.generation.forget(turn)

@@ -101,7 +101,7 @@ class Relay:
         await self.broadcast.disconnect()
 
     async def _hang_up(self) -> None:
-        """Send every reader away, to come back to another worker: not every server does that when it ends."""
+        """Disconnect every reader, to reconnect to another worker: some servers do not do so when they end."""
         restarting = ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
         for room in self.rooms.values():
             room.send_away(restarting)
@@ -169,7 +169,7 @@ class Relay:
         await self._close_empty(room)
 
     async def join(self, right: Right, dialect: Dialect, *, one_turn: bool = False) -> Follower:
-        """Follow a session, from what comes next. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
+        """Follow a session from the next event on. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
         async with self._lock(right.session.key):
             room = await self._room(right.session)
             follower = Follower(room, dialect, right, one_turn=one_turn)
@@ -295,7 +295,7 @@ class Relay:
     # -- telling
 
     def voice(self, room: Room, answer: Answer) -> Voice:
-        """Return the way out of a turn of this worker. `silence` it after the turn."""
+        """Return the voice of a turn of this worker. `silence` it after the turn."""
         voice = Voice(
             answer,
             room.notify,

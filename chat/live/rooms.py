@@ -1,4 +1,4 @@
-"""One process's view of a session: the answer of the latest turn, and the followers that read it here.
+"""A process's view of a session: the answer of the latest turn, and the followers that read it here.
 
 A follower holds only a cursor, so a slow reader costs nothing and gets fewer, larger events. A follower that is behind
 an older turn is told the rest of that turn from the database before it goes on. A room that may have missed something
@@ -83,7 +83,7 @@ class Source(Protocol):
 
 
 class Follower(Sleeper):
-    """One reader of a room: its cursor, and the session events it has not been told yet."""
+    """A reader of a room: its cursor, and the session events it has not been told yet."""
 
     __slots__ = (
         "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "ping",
@@ -115,7 +115,7 @@ class Follower(Sleeper):
         return not (self._busy or self.interrupted or self.lost or self._notices or self.ended)
 
     def note(self, notice: bytes, kind: str = "") -> None:
-        """Have a session event told. Of typing indicators only the last ones are worth telling."""
+        """Queue a session event for the follower. Only the latest typing indicators are kept."""
         if self.one_turn:
             return
         if self.direct is not None and not self.direct.blocked and self.idle:
@@ -223,7 +223,7 @@ class Follower(Sleeper):
 
 
 class Room:
-    """One process's view of a session. It belongs to one session, not to its id: an id may be used again."""
+    """A process's view of a session. The room belongs to the session, not to its id: an id may be used again."""
 
     def __init__(self, source: Source, session: Session, channel: str) -> None:
         self.session = session
@@ -247,7 +247,7 @@ class Room:
     # -- opening and closing, under the relay's lock of this session
 
     async def open(self, broadcast: Any) -> None:
-        """Subscribe. Never fails: a bus that is away makes up for it with a gap marker."""
+        """Subscribe. Never fails: when Redis is unavailable, the bus sends a gap marker later."""
         self._subscription = broadcast.subscribe(self.channel)
         subscriber = await self._subscription.__aenter__()
         self._listening = self._source.spawn(self._listen(subscriber))
@@ -409,7 +409,7 @@ class Room:
 
     @property
     def silent_since(self) -> float:
-        """When a turn that runs elsewhere was last heard of; infinity when there is nothing to wait for."""
+        """The time of the last message of a turn that runs elsewhere; infinity when no such turn runs."""
         waiting = self._again or (self.answer is not None and not self.answer.over and not self.writing)
         return self.news_at if waiting else float("inf")
 
@@ -428,7 +428,7 @@ class Room:
         return False
 
     def notify(self) -> None:
-        """Tell what is new: the same bytes, at once, to all followers in step; the others are woken."""
+        """Send new text: the same bytes, at once, to all followers in step; the other followers are woken."""
         answer = self.answer
         if answer is None:
             return
@@ -460,7 +460,7 @@ class Room:
                 follower.rouse()
 
     def tell(self, notice: SessionNotice) -> None:
-        """Tell every follower a session event, as far as it is meant for them."""
+        """Send a session event to every follower that may see it."""
         self.version = max(self.version, notice.version)
         kind = "typing_indicator" if notice.but else ""
         event, public = notice.json.encode(), notice.public_json.encode()
@@ -472,7 +472,7 @@ class Room:
     # -- rights
 
     def check_rights(self, account_id: str = "") -> None:
-        """Admit followers again, those of an account or all; those whose right has ended are sent away."""
+        """Admit the followers of an account, or all, again; followers whose right has ended are sent away."""
         groups: dict[tuple[str, int, bool, str], list[Follower]] = {}
         for follower in self.followers:
             if account_id in ("", follower.right.account_id):

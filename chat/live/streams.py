@@ -1,4 +1,4 @@
-"""What a model is shown and what it says: one provider stream per reply, with one retry, clocks, and a battle's pace.
+"""The input and output of models: one provider stream per reply, with one retry, clocks, and a battle's pace.
 
 A stream ends when all of its text is shown. How it ended is an exception, or else in the turn's `results`.
 """
@@ -63,7 +63,7 @@ class Streams:
         return [*system, *(ChatMessage(row["role"], row["content"]) for row in seen), ChatMessage("user", content)]
 
     def begin(self, turn: Turn, history: list[Row], limits: Limits) -> None:
-        """Begin the stream of every reply. Waits for nothing: a stop finds either no stream or all of them."""
+        """Begin the stream of every reply. Never waits: a stop finds either no stream or all streams."""
         assert turn.stored is not None
         started, content = time.monotonic(), turn.stored.rows[0]["content"]
         if turn.session.blind and self.settings.pace and len(turn.open) > 1:
@@ -173,7 +173,7 @@ class Streams:
                 self.release(turn, side)
 
     def release(self, turn: Turn, side: str) -> None:
-        """The side's last piece has left: its end may be told."""
+        """Allow a side's ending to be published: its last piece is out."""
         if turn.held.pop(side, None) is not None and turn.rhythm is not None:
             turn.rhythm.side_ended()
             waiter = turn.waiters.pop(side, None)

@@ -58,7 +58,7 @@ class Patience:
 
 
 class Voice:
-    """One turn's way out. `say` never waits; `settled` waits until everything that was said is shown."""
+    """The output of a turn. `say` never waits; `settled` waits until readers have been shown all of its text."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Voice:
         self._hurry()
 
     def end(self, side: str, message: Message) -> None:
-        """Tell how a reply has ended. Its text must be settled, and the database must have its ending."""
+        """Publish a reply's ending. The text must be settled, and the database must hold the ending."""
         self.answer.learn_ending(side, message)
         self._publish(encode(ReplyEnded(self.answer.turn_id, side, message)))
         if self.answer.over and self._bus is not None:
@@ -135,11 +135,11 @@ class Voice:
 
     @property
     def safe(self) -> bool:
-        """Whether all that was shown would outlive this process: Redis has it."""
+        """Whether Redis holds all text that was shown, so that the text outlives this process."""
         return self._bus is not None and self._bus.connected and not (self._unanswered or any(self._unsent.values()))
 
     def restore(self) -> None:
-        """Redis is back, perhaps empty: give it the whole texts once."""
+        """Send Redis the whole texts once: Redis is back, perhaps empty."""
         if not self._silent:
             for side in self._sent:
                 self._set(side)
@@ -201,7 +201,7 @@ class Voice:
             self._hurry()
 
     def wait_no_longer(self) -> None:
-        """Show what is on its way and what has gathered: Redis takes too long."""
+        """Show all pending text without waiting for Redis, which takes too long."""
         self._show()
 
     def _show(self) -> None:

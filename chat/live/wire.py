@@ -1,6 +1,6 @@
-"""One connection to Redis: where it is, how it is greeted, commands out, answers in.
+"""A connection to Redis: its address, its handshake, commands out, answers in.
 
-RESP is parsed and packed by hiredis. Nothing here comes back by itself: a connection that fails is over, and closed.
+RESP is parsed and packed by hiredis. This file never reconnects: a connection that fails is closed.
 Protocol: https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2).
 """
 
@@ -67,7 +67,7 @@ def _tls(verify: bool, authority: str | None) -> ssl.SSLContext:
 
 
 class Wire(asyncio.Protocol):
-    """One connection. Answers are called back in order; what pub/sub pushes goes to `pushed`, a batch at a time."""
+    """A connection. Answers are called back in order; pub/sub messages go to `pushed`, a batch at a time."""
 
     def __init__(self, pushed: Callable[[list[Any]], None] | None = None) -> None:
         self._reader = hiredis.Reader(replyError=RelayRefused)
@@ -97,7 +97,7 @@ class Wire(asyncio.Protocol):
         return wire
 
     async def last(self, seconds: float) -> None:
-        """Let so many seconds pass. Raises `ConnectionResetError` as soon as the connection is lost."""
+        """Wait for `seconds`. Raises `ConnectionResetError` as soon as the connection is lost."""
         await asyncio.wait({self.lost}, timeout=seconds)
         if self.lost.done():
             raise ConnectionResetError("the connection was lost")
@@ -171,7 +171,7 @@ def settle(future: asyncio.Future[Any] | None, answer: Any) -> None:
 
 
 def guarded(call: Callable[..., None] | None, *given: Any) -> None:
-    """Call back. Never raises: what one turn makes of its answer must not take everyone's connection along."""
+    """Call back. Never raises: an error in one turn's callback must not close everyone's connection."""
     if call is None:
         return
     try:

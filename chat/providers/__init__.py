@@ -1,8 +1,8 @@
 """Where a reply's text comes from: one vocabulary, the choice of provider, and what holds for all of them.
 
-A provider is one async generator: deltas, then one `Finish`, or a `ProviderError`. It knows nothing of turns, rooms or
-the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of its models is offered,
-and beside the loop: together they cost 80 MB and three seconds.
+A provider is one async generator: deltas, then one `Finish`, or a `ProviderError`. A provider has no access to turns,
+rooms or the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of its models is
+offered, and beside the loop: together they cost 80 MB and three seconds.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .clean import Cleaner
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One line of the conversation a model is shown. `role`: system, user or assistant."""
+    """A message of the conversation that a model receives. `role`: system, user or assistant."""
 
     role: str
     content: str
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a reply may cost. Seconds; a model that thinks aloud is alive, one that only sends pings is not."""
+    """The limits of a reply. Times are seconds; reasoning text counts as a sign of life, pings do not."""
 
     max_tokens: int
     temperature: float | None = None
@@ -43,7 +43,7 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """The provider says the answer is whole ("stop") or reached its limit ("length"). Counts where it tells them."""
+    """The answer is whole ("stop") or reached its limit ("length"). Token counts are there if the vendor sends them."""
 
     reason: str
     input_tokens: int | None = None
@@ -118,7 +118,7 @@ class Providers:
     async def _cleaned(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Finish, None]:
-        """The one way from a provider to the service: what passes here can be stored and sent."""
+        """The only path from a provider to the service: its text can be stored and sent."""
         provider, cleaner = await self._provider(model.provider), Cleaner()
         async with aclosing(provider.stream(model, messages, limits)) as pieces:
             async for piece in pieces:
@@ -136,7 +136,7 @@ class Providers:
             models = [model for model in self.known.values() if model.provider == name]
             opening = asyncio.to_thread(_open, name, models, self._environ)
             self._opened[name] = asyncio.create_task(opening)
-        return await asyncio.shield(self._opened[name])  # who leaves before it is there leaves it to the others
+        return await asyncio.shield(self._opened[name])  # a cancelled caller must not cancel the import for others
 
     async def close(self) -> None:
         opened = await asyncio.gather(*self._opened.values(), return_exceptions=True)
@@ -159,7 +159,8 @@ def _open(name: str, models: Sequence[Model], environ: Mapping[str, str]) -> Pro
 def _collector_off() -> Iterator[None]:
     """Import without looking for cycles: Python would look through an SDK's 300,000 objects many times, each for long.
 
-    Nothing else runs meanwhile, the event loop included. What was imported stays, so it is never looked at later.
+    Nothing else runs meanwhile, the event loop included. Imported objects are permanent, so the collector skips them
+    later.
     """
     gc.disable()
     try:

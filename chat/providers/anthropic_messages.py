@@ -1,7 +1,7 @@
 """Anthropic's messages.
 
-The only file that knows the Anthropic SDK, which sends the request; the stream is read by `sse`. What becomes of
-errors, clocks and odd endings is `Upstream`'s business.
+The only file that knows the Anthropic SDK, which sends the request; the stream is read by `sse`. `Upstream` handles
+errors, timeouts and unusual endings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .failures import InStream
 from .sse import Count, Events, decoder
 from .upstream import CONNECT, Piece, Upstream
 
-OFFICIAL = "https://api.anthropic.com"  # said aloud: left out, $ANTHROPIC_BASE_URL would decide who gets the key
+OFFICIAL = "https://api.anthropic.com"  # explicit: without it, $ANTHROPIC_BASE_URL would decide who gets the key
 
 
 class MessageUsage(msgspec.Struct):
@@ -49,7 +49,7 @@ class MessagePart(msgspec.Struct):
 
 
 class MessageEvent(msgspec.Struct):
-    """What is read of an event. The rest may be anything."""
+    """The fields we read of an event. Other fields may hold any value."""
 
     type: str = ""
     message: MessageStart | None = None

@@ -1,7 +1,7 @@
-"""Two models that need no key and no network: what a new owner meets first, and the double the tests are run with.
+"""Two models that need no key and no network: the default of a new installation, and the models of the tests.
 
 The same conversation always gets the same answer. Commands in the user's message make it misbehave; `/help` lists
-them. It keeps the clocks of `Limits` itself, as every provider does.
+them. The demo provider applies the timeouts of `Limits` itself, as every provider does.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ NUMBER = re.compile(r"\s*(\d{1,6}(?:\.\d{1,3})?)(?=\s|$)")
 
 
 class Script(msgspec.Struct, frozen=True):
-    """What a demo model is about to do: say these tokens this fast, then end in this way."""
+    """The plan of a demo reply: these tokens at this speed, then this ending."""
 
     tokens: Iterable[str]
     pace: float

@@ -1,4 +1,4 @@
-"""What a vendor's errors mean: for the reader one of our errors, for the operator one line that says where to look.
+"""The meaning of a vendor's errors: one of our errors for the reader, one log line for the operator.
 
 A vendor's own words go to the log, redacted, and never further.
 """

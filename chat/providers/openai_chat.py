@@ -1,7 +1,7 @@
 """OpenAI's chat completions, and everything that speaks them: vLLM, Ollama, llama.cpp, DeepInfra, … by `base_url`.
 
-The only file that knows the OpenAI SDK, which sends the request; the stream is read by `sse`. What becomes of errors,
-clocks and odd endings is `Upstream`'s business.
+The only file that knows the OpenAI SDK, which sends the request; the stream is read by `sse`. `Upstream` handles
+errors, timeouts and unusual endings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .failures import InStream
 from .sse import Count, Events, decoder
 from .upstream import CONNECT, Piece, Upstream
 
-OFFICIAL = "https://api.openai.com/v1"  # said aloud: left out, $OPENAI_BASE_URL would decide who gets the key
+OFFICIAL = "https://api.openai.com/v1"  # explicit: without it, $OPENAI_BASE_URL would decide who gets the key
 
 
 class ChunkDelta(msgspec.Struct):
@@ -39,7 +39,7 @@ class ChunkUsage(msgspec.Struct):
 
 
 class CompletionChunk(msgspec.Struct):
-    """What is read of an event. The rest may be anything."""
+    """The fields we read of an event. Other fields may hold any value."""
 
     choices: list[ChunkChoice] | None = None
     usage: ChunkUsage | None = None

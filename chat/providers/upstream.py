@@ -32,7 +32,7 @@ REFUSED = {"content_filter": "provider_refused", "refusal": "provider_refused", 
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """What one event of a vendor adds to an answer. `thinking` is a sign of life whose text is never shown."""
+    """The text that one event of a vendor adds to an answer. `thinking` is a sign of life whose text is never shown."""
 
     text: str = ""
     thinking: bool = False
@@ -148,7 +148,7 @@ class Upstream(ABC):
 class Clock:
     """The time limit of the many waits of one answer: `with clock:` around each, as `asyncio.timeout` would be used.
 
-    One timer serves them all and is looked at when it fires: to arm one for each token and to take it back is a tenth
+    A single timer serves all waits and is checked when it fires: to start and cancel a timer for each token is a tenth
     of a token's cost. Raises `TimeoutError` in the task that waits.
     """
 

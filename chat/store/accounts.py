@@ -147,9 +147,9 @@ async def revoke_tokens(database: Database, id: str) -> None:
 
 
 async def delete_account(database: Database, id: str) -> None:
-    """Delete the account with its sessions and all that was said in them. Its votes stay, nobody's any more.
+    """Delete the account with its sessions and their messages. The votes stay, without an owner.
 
-    Its tokens are good for nothing from the first statement on. Should the worker die at it, a sweep goes on.
+    The account's tokens are invalid from the first statement on. If the worker dies, a sweep finishes the deletion.
     """
     await database.execute("UPDATE accounts SET expires_at = 0 WHERE id = :id", {"id": id})
     await _delete_marked(database, id)

@@ -1,4 +1,4 @@
-"""What a day may cost: tokens of an account, of an address and of the whole service, reserved before a model is asked.
+"""The daily budgets: tokens of an account, of an address and of the whole service, reserved before a model is asked.
 
 A turn reserves the most it can cost, in one statement inside its own transaction, so that parallel requests cannot
 pass a limit together; what it has not used is given back when it has ended. A token is the provider's where it tells
@@ -33,7 +33,7 @@ def prompt_tokens(messages: Iterable[str]) -> int:
 
 
 class Meter:
-    """What one reply costs, counted where it arrives: what is shown of it, and whether it is shown, plays no part.
+    """The cost of one reply, counted on arrival: text that readers are never shown counts as well.
 
     A call is charged its input from the moment it is begun, whatever becomes of it; one that is made again is charged
     again. Where the provider tells its counts those are taken instead.
@@ -49,7 +49,7 @@ class Meter:
 
     @property
     def most(self) -> int:
-        """What to reserve for one call."""
+        """The tokens to reserve for one call."""
         return self._prompt + self._most
 
     @property
@@ -70,7 +70,7 @@ class Meter:
         self._output = self._output or (self._most if self._input else 0)
 
     def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
-        """The provider's own counts of this call. One it leaves out, or says is nothing, stays as measured."""
+        """The provider's own counts of this call. A count that is missing or 0 stays as measured."""
         if not self._free:
             self._input, self._output = input_tokens or self._input, output_tokens or self._output
 
@@ -134,7 +134,7 @@ async def reserve(
 
 
 class Unused:
-    """What turns that ended have not used of what they had reserved, until it is given back: all of it at once."""
+    """The unused reservations of ended turns, until all of them are released together."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -144,7 +144,7 @@ class Unused:
         return bool(self._tokens)
 
     def settle(self, held: Reservation, meters: Iterable[Meter]) -> None:
-        """A turn has ended. What it spent beyond its reservation (a second call) is taken with the next writing."""
+        """A turn has ended. Tokens spent beyond the reservation (a second call) are charged with the next write."""
         if unused := held.tokens - sum(meter.spent for meter in meters):
             for name in held.names:
                 self._tokens[name, held.day] += unused

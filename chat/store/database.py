@@ -5,7 +5,7 @@ own `:name` translation: its text path %-formats the statement, compiles it anew
 whose values depend on how they are read.
 
 No caller's cancellation reaches a call that has begun: inside a transaction (a tab that closes) it would leak the
-pool's connection for ever. It knows nothing of what is stored.
+pool's connection for ever. This file does not depend on the schema.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Kinds = tuple[type[Exception], ...]
 
 
 class Failures(NamedTuple):
-    """What a driver raises, by what it means."""
+    """The exceptions of a driver, by meaning."""
 
     unreachable: Kinds
     taken: Kinds  # … though it can be reached: an id
@@ -226,20 +226,20 @@ class Database:
     ) -> T:
         """Run `work` in one transaction, whole or not at all, even when the caller is cancelled meanwhile.
 
-        It may wait for nothing but its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
+        `work` may await only its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
 
         patience: seconds the caller waits for an answer, 0 for `self.timeout`, None until the transaction has ended
         or failed. A caller that runs out of patience gets `StorageUnavailable`: caused by a `TimeoutError` when the
         transaction may still be written later, by nothing when it was never begun.
-        line: what it writes to, say a session's id. One at a time of those with the same is begun, in order: while
-        somebody holds that row's lock, the others would wait for it in all the connections there are.
+        line: the row that `work` writes to, say a session's id. Calls with the same line begin one at a time, in order:
+        while somebody holds that row's lock, the others would wait for the lock in every connection.
         """
         return await self._shielded(work, whole=True, patience=patience, line=line)
 
     def _begin(
         self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool, line: str | None
     ) -> asyncio.Future[T]:
-        """Have it done. Nobody's cancellation reaches it from here on."""
+        """Schedule the call. From here on no caller can cancel it."""
         if not self.postgres:
             running = self._lines[reading].ask(work, whole)
         elif reading:
@@ -336,7 +336,7 @@ class Database:
     async def migrate(self, schema: str) -> int:
         """Apply the steps of `schema` not applied yet, each in a transaction of its own; return how many.
 
-        It waits to the end for another process that does the same or has a table in use, and logs what it waits for.
+        The migration waits without limit for other migrations and for table locks, and logs what it waits for.
         """
         migration = Migration(schema_steps(schema), self.postgres, self.now, self.fetch_all)
         if not self.postgres:
@@ -359,12 +359,12 @@ def _reads(sql: str) -> bool:
 
 
 def _reason(problem: BaseException) -> str:
-    """What happened in a few words; the drivers' own sentences name hosts and users but no passwords."""
+    """The problem in a few words; the drivers' own sentences name hosts and users but no passwords."""
     return f"{type(problem).__name__} {problem}".strip().splitlines()[0]
 
 
 async def _leave_as_is(connection: Any) -> None:
-    """What we say on a connection leaves nothing behind in it, once its transaction is over.
+    """Skip the reset of a connection: our statements leave no state in it after their transaction.
 
     asyncpg sends `RESET ALL` and the like after every single use otherwise, and waits for the answer.
     """

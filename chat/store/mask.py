@@ -48,7 +48,7 @@ MESSAGE_KEYS: dict[Audience, tuple[str, ...]] = {
 
 
 def audience(session: Session, account_id: str | None) -> Audience:
-    """What this account, or a caller without one, is to a session it may read."""
+    """The role of this account, or of a caller without one, in a session it may read."""
     return "owner" if account_id == session.account_id else "public"
 
 
@@ -134,7 +134,7 @@ class Mask:
         return {name: whole[name] for name in names} | cards | {"session_type": session.session_type}
 
     def message(self, session: Session, row: Row, audience: Audience = "owner") -> dict[str, Any]:
-        """A row of `messages` as a Message. What a blind battle's clocks would say about a model is left out."""
+        """A row of `messages` as a Message. In a blind battle, times that could reveal a model are left out."""
         blind = session.blind and row["role"] == "assistant"
         whole = {
             "id": row["id"],

@@ -15,7 +15,7 @@ SSL_MODES = {"disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 
 def checked_url(url: str) -> str:
-    """Return the URL as `databases` wants it. It ignores `sslmode` without a word and would connect unencrypted."""
+    """Return the URL as `databases` wants it. `databases` ignores `sslmode` silently and would connect unencrypted."""
     parts = split_secret_url("DATABASE_URL", url, ("sqlite", "postgresql", "postgres"))
     if parts.scheme == "sqlite":
         if parts.query or len(parts.path) < 2:
@@ -53,7 +53,7 @@ def private_file(url: str) -> Path:
 
 
 def take_lock(path: Path) -> int:
-    """Keep a second process from serving this SQLite file without Redis: its readers would hear nothing of ours."""
+    """Keep a second process from serving this SQLite file without Redis: its readers would miss our events."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

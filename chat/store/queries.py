@@ -43,7 +43,7 @@ class Query(ABC):
 
 
 class PostgresQuery(Query):
-    """On a connection of the pool."""
+    """Statements on a connection of the pool."""
 
     def __init__(self, connection: Any) -> None:
         self._raw = connection.raw_connection
@@ -58,7 +58,7 @@ class PostgresQuery(Query):
 
 
 class SQLiteQuery(Query):
-    """Inside the thread of a connection: nothing here ever waits."""
+    """Statements inside the thread of a connection: the coroutines here never wait."""
 
     one_at_a_time = True
 
@@ -93,7 +93,7 @@ Outcome = tuple[Any, BaseException | None]  # what came of a call: one or the ot
 
 
 class Call:
-    """One piece of work for a connection; `whole`: in a transaction. `answer` has what came of it."""
+    """A unit of work for a connection; `whole`: in a transaction. `answer` has what came of it."""
 
     def __init__(self, work: Work, whole: bool) -> None:
         self.work = work
@@ -132,7 +132,7 @@ class Connections:
         return call.answer
 
     async def _visit(self, connection: Any) -> None:
-        """Do what there is, and what comes meanwhile."""
+        """Run the waiting calls, and those that arrive meanwhile."""
         while self._calls:
             # a share of them: what takes long must not hold up all that another connection could do
             share = max(1, min(self._at_once, len(self._calls) // len(self._connections)))
@@ -150,12 +150,12 @@ class Connections:
         self._free.append(connection)
 
     async def close(self) -> None:
-        """Close the connections when they have done what they are at."""
+        """Close the connections after their running calls."""
         await asyncio.gather(*(each.__aexit__() for each in self._connections), return_exceptions=True)
 
 
 def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -> list[Outcome]:
-    """What came of the first of these calls, or of as many as are done in a short time: they are told then."""
+    """The results of the first of these calls, or of as many as fit in a short time: their callers wait no longer."""
     outcomes: list[Outcome] = []
     until = time.monotonic() + SHORT
     for work, whole in calls:
@@ -169,7 +169,7 @@ def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -
 
 
 def _done(connection: sqlite3.Connection, work: Work, whole: bool) -> Any:
-    """What comes of a call. The write lock is taken first: read-then-write would fail beside another."""
+    """The result of a call. The write lock comes first: a read-then-write would fail beside another writer."""
     if whole:
         connection.execute("BEGIN IMMEDIATE")
     try:

@@ -13,7 +13,7 @@ from .sessions import Session
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """Who reads which session, and by what: as its member, by a share link, or because it is public.
+    """A reader's right to a session, and its ground: as its member, by a share link, or because it is public.
 
     `session` is the session as it was at the admission. expires_at: of the credential, Unix seconds; 0: never.
     """

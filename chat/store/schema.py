@@ -1,4 +1,4 @@
-"""The schema's numbered steps: each is applied once, in order, whoever else is at it, however long it takes."""
+"""The schema's numbered steps: each is applied once, in order, even by concurrent processes, however long it takes."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Session:
 
     @property
     def key(self) -> str:
-        """Name this session and no other: its id may be used again after it was deleted, by someone else."""
+        """The unique key of this session: someone else may use the id again after a deletion."""
         return f"{self.id}:{self.created_at}:{self.account_id[-12:]}"
 
     @property
@@ -221,7 +221,7 @@ async def update_session(
 ) -> Session:
     """Change what is given; None leaves it as it is. Only the owner may.
 
-    A session made private again is nobody else's: the link it may have been shared by goes, too.
+    A session that is made private loses its share link, too.
     """
     row = await database.fetch_one(
         """UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
@@ -259,7 +259,7 @@ async def update_share(database: Database, id: str, account_id: str, share: bool
 
 
 async def delete_session(database: Database, id: str, account_id: str) -> None:
-    """Delete the session with all that was said in it. Its votes stay: they are facts about models."""
+    """Delete the session with all of its messages. The votes stay: they are facts about models."""
     row = await database.fetch_one(
         "DELETE FROM sessions WHERE id = :id AND account_id = :account_id RETURNING id",
         {"id": id, "account_id": account_id},

@@ -1,7 +1,7 @@
-"""Tickets: each opens one socket or stream, once. They stand in addresses, which proxies and servers write down.
+"""Tickets: each opens one socket or stream, once. Tickets stand in URLs, which proxies and servers log.
 
-An EventSource comes back to the same address by itself. Its ticket opens that session's stream again as long as it
-brings a cursor of the session along, which only the stream has told, and has not been away for long.
+An EventSource reconnects to the same URL by itself. The ticket opens that session's stream again if the client
+sends a cursor of the session, which only the stream has given out, and was not disconnected for long.
 """
 
 from __future__ import annotations

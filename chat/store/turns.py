@@ -1,7 +1,7 @@
 """Turns and their messages: the statements that start, keep, fence and end an answer.
 
-A turn is one user message and the replies it asked for. While it runs, every write carries its owner: a worker that
-was thought dead and comes back finds that its statements no longer match anything.
+A turn is one user message and the replies it asked for. While it runs, every write carries its owner: the statements of
+a worker that was thought dead and comes back no longer match any row.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StoredTurn:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a client wants said: the message's id and text, and ids for the replies by side where it chose them."""
+    """A client's request for a turn: the message's id and text, and ids for the replies by side where it chose them."""
 
     message_id: str
     content: str

@@ -133,7 +133,7 @@ async def _select_battle(query: Query, session_id: str, message_id: str) -> list
 
 
 async def _refusal(query: Query, turn: list[Row]) -> ChatError:
-    """Why the statement wrote nothing."""
+    """The reason the statement wrote no vote."""
     sql = "SELECT id FROM votes WHERE turn_id = :turn_id"
     if await query.fetch_one(sql, {"turn_id": turn[0]["turn_id"]}) is not None:
         return ChatError("already_voted", "This answer has been voted on; a vote stays as it was cast.")
@@ -153,7 +153,7 @@ def _not_counted(session: Session, voted_at: int | None, turn: list[Row], models
 
 
 def _names(models: Mapping[str, Model], id: str) -> list[str]:
-    """What people call the model; a demo model's vendor is this service, which an answer may well speak of."""
+    """The names people use for the model; a demo model's vendor is this service, which an answer may well speak of."""
     model = models.get(id, Model(id=id, provider="unknown"))
     known = [] if model.free else [model.vendor, model.model_code]
     return [model.id, model.display_name, *known]
@@ -263,7 +263,7 @@ async def select_votes(database: Database, after: tuple[int, str], limit: int, b
 async def update_feedback(
     database: Database, session_id: str, account_id: str, message_id: str, feedback: str
 ) -> bool:
-    """Keep a session owner's word on a reply, instead of the one before. False when they have no such reply."""
+    """Store a session owner's feedback on a reply, in place of earlier feedback. False when they have no such reply."""
     row = await database.fetch_one(
         """UPDATE messages SET feedback = :feedback
             WHERE session_id = :session_id AND id = :id AND role = 'assistant'

@@ -1,6 +1,6 @@
 """The counted votes as a file that only grows, like the votes: each is read from the database and encoded once.
 
-Made anew for every caller it cost seconds of a processor, for anyone who asked.
+A file made anew for every caller would cost seconds of CPU for each request.
 """
 
 from __future__ import annotations
