@@ -24,7 +24,7 @@ class Test(msgspec.Struct, tag="test"):
     message: Echo = Echo(b"null")
 
 
-class Message(Choice, tag="message", kw_only=True):
+class NewMessage(Choice, tag="message", kw_only=True):
     """A user's message. A choice of models may only repeat the session's own."""
 
     content: str
@@ -71,7 +71,7 @@ class Auth(msgspec.Struct, tag="auth"):
     token: str
 
 
-Frame = Ping | Test | Message | Stop | Typing | RequestState | Resume | Auth | Send | Abort
+Frame = Ping | Test | NewMessage | Stop | Typing | RequestState | Resume | Auth | Send | Abort
 _decode = msgspec.json.Decoder(Frame).decode
 
 

@@ -231,7 +231,7 @@ class Conversation:
             try:
                 await self._do(frame)
             except ChatError as problem:
-                message_id = frame.id if isinstance(frame, frames.Message) else None
+                message_id = frame.id if isinstance(frame, frames.NewMessage) else None
                 await self.send(error_event(problem, message_id))
 
     async def _do(self, frame: frames.Frame) -> None:
@@ -246,7 +246,7 @@ class Conversation:
                 self._ask(parse_cursor(text))
             case frames.Auth():
                 pass  # admitted already: a client that says it twice means no harm
-            case frames.Message():
+            case frames.NewMessage():
                 await self._message(frame)
             case frames.Stop():
                 account = self._writer()
@@ -272,7 +272,7 @@ class Conversation:
             self._requests = Requests(self.chat, self.right, address, self.send, spawn)
         await self._requests.take(frame)
 
-    async def _message(self, frame: frames.Message) -> None:
+    async def _message(self, frame: frames.NewMessage) -> None:
         account = self._writer()
         current = await self.right.select()
         choices.check(current, frame)
