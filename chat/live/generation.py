@@ -406,6 +406,7 @@ class Generation:
         """
         now = time.monotonic()
         values: list[Row] = []
+        grown: list[tuple[Turn, str, int]] = []
         for turn in self.turns.values():
             if turn.state != "answering" or turn.voice is None:
                 continue
@@ -414,12 +415,14 @@ class Generation:
             turn.checkpointed_at = now
             for side in turn.open:
                 if (length := len(turn.text(side))) > turn.checkpointed[side]:
-                    turn.checkpointed[side] = length
+                    grown.append((turn, side, length))
                     reply = {"session_id": turn.session.id, "id": turn.replies[side]["id"], "turn_id": turn.id}
                     told = {"content": turn.text(side), "owner": self.worker, "now": self.database.now()}
                     values.append(reply | told)
         if values:
             await turns.checkpoint(self.database, values)
+        for turn, side, length in grown:  # only now: a write that failed has to be made again
+            turn.checkpointed[side] = length
         await self.unused.give_back()
 
 

@@ -121,10 +121,14 @@ class Follower(Sleeper):
         if self.direct is not None and not self.direct.blocked and self.idle:
             self.direct.write(self.wrap(notice))
             return
-        if len(self._notices) >= NOTICES_MAX:
-            old = next((n for n, (each, _) in enumerate(self._notices) if each == "typing_indicator"), 0)
-            del self._notices[old]
         self._notices.append((kind, notice))
+        if len(self._notices) > NOTICES_MAX:
+            old = next((n for n, (each, _) in enumerate(self._notices) if each == "typing_indicator"), None)
+            if old is None:
+                self.lost = True  # a snapshot says all that these events would have
+                self._notices.clear()
+            else:
+                del self._notices[old]
         self.rouse()
 
     def send_ping(self, ping: bytes) -> None:
