@@ -186,6 +186,7 @@ async def follow(
     places = await inputs.stream_places(request, right.account)
     try:
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
+        follower.polls = request.query_params.get("poll") == "1"
         try:
             if not await chat.relay.resume(follower, cursor):
                 raise ChatError("not_found", "There is no such turn.")
@@ -258,7 +259,8 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
         follower.direct = None
         if pings is not None:
             pings.cancel()
-    if not follower.lost:  # else its turn is gone: a reader that comes back is given the latest
+    # The turn of a lost reader is gone, and a poll may lack the rest of it: the next request gets the one or the other.
+    if not follower.lost and (follower.cursor.over or not follower.polls):
         yield spoken.closing
 
 

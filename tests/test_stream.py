@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import AsyncExitStack
 
 from tests.conftest import CLOSED, seeded
-from tests.harness.api import guest, messages, new_session, post_turn
+from tests.harness.api import call, guest, messages, new_session, post_turn
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
 from tests.harness.servers import Postgres, Redis
@@ -120,3 +121,22 @@ async def test_an_arena_turn_is_said_side_by_side(service: Service) -> None:
     expected = " ".join(f"⟨{n}⟩" for n in range(20))
     assert answer.sides() == {"a": expected, "b": expected}
     assert answer.finishes() == {"a": {"finishReason": "stop"}, "b": {"finishReason": "stop"}}
+
+
+async def test_a_poll_takes_what_there_is_and_ends(service: Service) -> None:
+    """`?poll=1`, as ntfy has it: each answer goes on where the last one ended, and the last one says that all is said."""
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    posting = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 60"))
+    path, cursor, text, polls = f"/api/sessions/{session['id']}/stream/", "", "", 0
+    async with asyncio.timeout(20):
+        while "event: done" not in (answer := await call(
+            service.urls[polls % len(service.urls)], "GET", path, someone.access, params={"poll": "1", "after": cursor}
+        )).text:
+            polls += 1
+            for event in [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]:
+                text, cursor = text + event.get("chunk", ""), event["cursor"]
+    for event in [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {") and line != "data: {}"]:
+        text += event.get("chunk", "")
+    await posting
+    assert polls > 3 and text == " ".join(f"⟨{n}⟩" for n in range(60))

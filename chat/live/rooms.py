@@ -87,7 +87,7 @@ class Follower(Sleeper):
 
     __slots__ = (
         "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "ping",
-        "right", "room", "wrap",
+        "polls", "right", "room", "wrap",
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
@@ -98,6 +98,7 @@ class Follower(Sleeper):
         self._asleep = None
         self.cursor: Cursor = NOTHING
         self.one_turn = one_turn
+        self.polls = False  # the reader takes what there is and leaves
         self.interrupted = False  # the reader's coroutine has something else to do first: a frame asked for it
         self.lost = False  # the turn of the cursor is gone: the reader needs a snapshot
         self.ended: ChatError | None = None  # why the follower is sent away
@@ -150,8 +151,8 @@ class Follower(Sleeper):
     async def next(self) -> list[bytes]:
         """Wait until there is something to tell and return all of it.
 
-        Empty when the follower was interrupted or is lost, and at the end of its one turn. Raises the error with which
-        the follower is sent away.
+        Empty when the follower was interrupted or is lost, and at the end of its one turn; for a poll, when there is
+        nothing more to tell now. Raises the error with which the follower is sent away.
         """
         while True:
             if self.ended is not None and self.ended.code != "draining":
@@ -163,10 +164,10 @@ class Follower(Sleeper):
                 return frames
             if self.ended is not None:
                 raise self.ended
+            if self.polls or (self.one_turn and self.cursor.over and owed is not None):
+                return []
             if owed is None:
                 continue
-            if self.one_turn and self.cursor.over:
-                return []
             self._busy = False
             await self.sleep()
             self._busy = True
