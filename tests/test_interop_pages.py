@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from tests.browser import chromium
 from tests.conftest import absent, store
 from tests.harness import until
 from tests.harness.api import call
 from tests.harness.node import HERE, packages
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
-from tests.test_browser import CHROMIUM, FLAGS, async_playwright, counted
+from tests.test_browser import counted
 
 if not all(map(shutil.which, ("node", "npm"))):
     absent("the tests of other people's chats need Node.js and npm (apt-get install nodejs npm)")
@@ -62,10 +63,8 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Any]:
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        await chromium.close()
+    async with chromium() as running:
+        yield running
 
 
 class Tab:
