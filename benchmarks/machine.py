@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +45,15 @@ def busy() -> float:
     return 1 - idle / total
 
 
-def optimised() -> bool:
-    """Whether this Python, which runs the service and its Python peers, was built with profile-guided optimisation."""
-    return "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+def python() -> str:
+    """Which Python runs the service and its Python peers: one built without profiles (PGO) is 13 to 23 % slower.
+
+    Distributions build with profiles without saying so in the configuration, so a fixed piece of work is timed too.
+    """
+    told = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    squares = min(timeit.repeat("sum(i * i for i in range(100_000))", number=1, repeat=20))
+    built = "with" if told else "without"
+    return f"Python {sys.version.split()[0]}, configured {built} --enable-optimizations, {squares * 1000:.1f} ms of squares"
 
 
 class Process:
@@ -133,9 +140,10 @@ def tool(name: str, package: str) -> str:
 
 
 def venv(name: str, requirements: Path) -> Path:
-    """The Python of a virtual environment in the cache, made again when its requirements change."""
+    """The Python of a virtual environment in the cache, made again when its requirements or this Python change."""
     folder = CACHE / name
-    stamp, wanted = folder / "requirements.sha", hashlib.sha256(requirements.read_bytes()).hexdigest()
+    stamp = folder / "requirements.sha"
+    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest() + f" {sys.executable} {sys.version}"
     if read(stamp) != wanted:
         print(f"installing {requirements.relative_to(ROOT)} into {folder.relative_to(ROOT)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)

@@ -6,14 +6,13 @@ scripts/bench [S1 S2 S3 idle memory growth http streams upstream-S2 upstream-str
 
 import argparse
 import json
-import platform
 import resource
 import sys
 from pathlib import Path
 
 import report
 import targets
-from machine import CLIENT, HERE, SERVER, Missing, busy, optimised
+from machine import CLIENT, HERE, SERVER, Missing, busy, python
 from parley import Bare, Parley, ParleyAnthropic, ParleyInProcess, ParleyOpenAI, of
 from scenarios import SCENARIOS, Sample
 from targets import Target
@@ -87,7 +86,7 @@ def main() -> None:
         print("*** ONE CORE: server and client share it, no number here means anything ***", file=sys.stderr)
     if (used := busy()) > QUIET:
         print(f"*** BUSY MACHINE: others use {used:.0%} of its cores, costs and latencies are not to be trusted ***")
-    print(f"Python {platform.python_version()}, {'' if optimised() else 'NOT '}built with profile-guided optimisation")
+    print(python())
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -270,7 +270,7 @@ def upstream_streams(kind: type[Target], seconds: float) -> Sample:
     """60, 100 and 200 HTTP turns that begin within a second, 30 tokens a second each: CPU of a token, and how late."""
 
     def measure(target: Target) -> Sample:
-        sample = {"memory_mib": target.memory()}
+        sample: Sample = {}
         tokens = round(30 * seconds)
         for count in (20, 60, 100, 200):  # the first warms up: SDKs are imported, connections are made
             requests = target.turns(count, tokens, 30)
@@ -287,7 +287,7 @@ def upstream_streams(kind: type[Target], seconds: float) -> Sample:
                 f"late_p99_{count}": result["late_p99_ms"],
                 f"complete_{count}": 100 * result["complete"] / count,
             }
-        return sample
+        return sample | {"memory_mib": target.memory()}
 
     return with_target(kind, measure)
 
