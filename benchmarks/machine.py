@@ -53,7 +53,8 @@ def python() -> str:
     told = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     squares = min(timeit.repeat("sum(i * i for i in range(100_000))", number=1, repeat=20))
     built = "with" if told else "without"
-    return f"Python {sys.version.split()[0]}, configured {built} --enable-optimizations, {squares * 1000:.1f} ms of squares"
+    version = sys.version.split()[0]
+    return f"Python {version}, configured {built} --enable-optimizations, {squares * 1000:.1f} ms of squares"
 
 
 class Process:
