@@ -484,3 +484,11 @@ async def test_a_few_things_are_done_at_once_and_many_together() -> None:
         while len(runs) == BURST:
             await asyncio.sleep(0.01)
     assert runs[BURST:] == [[BURST, BURST + 1, BURST + 2]]
+
+
+async def test_a_stop_of_ours_does_not_say_that_redis_is_away(
+    redis_server: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(redis_server.url) as (bus, _):
+        await until(lambda: bus.connected)
+    assert "is connected" in caplog.text and "away" not in caplog.text

@@ -135,6 +135,7 @@ class RedisBus(BroadcastBackend):
         self._origin = origin.encode()
         self.inbox = Inbox()
         self.connected = False  # the command connection answers
+        self._stopping = False
         self.failures = 0  # connections that were lost or could not be made
         self.foreign = 0  # payloads that are not ours
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
@@ -161,6 +162,7 @@ class RedisBus(BroadcastBackend):
                     await tried.wait()
 
     async def disconnect(self) -> None:
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -304,7 +306,8 @@ class RedisBus(BroadcastBackend):
     def _set_connected(self, connected: bool) -> None:
         if connected != self.connected:
             self.connected = connected
-            log.warning("redis %r is %s", self.address, "connected" if connected else "away")
+            if not self._stopping:  # a stop of ours is no failure of Redis
+                log.warning("redis %r is %s", self.address, "connected" if connected else "away")
             if connected:
                 self._said.clear()
                 self._tried[self._command].set()
