@@ -183,7 +183,7 @@ class Clock:
             self._waiting.cancel()
 
     def __enter__(self) -> None:
-        self._waiting = task = asyncio.current_task()
+        self._waiting = task = asyncio.current_task(self._loop)
         self._cancels = task.cancelling() if task is not None else 0
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _: object) -> None:
