@@ -346,9 +346,9 @@ async def test_a_worker_whose_clock_is_wrong(pair: dict[str, str], vendors: Vend
     wrong = {"LD_PRELOAD": library, "FAKETIME": f"{skew}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
     journal = Journal()
     async with Service(pair, workers=2, each=[{}, wrong]) as service:
-        asked = time.time()
-        clock = await _clock_of(service.urls[1]) - int(skew)
-        assert asked - 2 < clock < time.time() + 2, "the clock is not faked"
+        # The server writes the date of its answers once a second, later on a busy machine; 50 s are far from both.
+        offset = await _clock_of(service.urls[1]) - time.time()
+        assert abs(offset - int(skew)) < 25, "the clock is not faked"
 
         async def meet(mint: int, use: int) -> Guest:
             someone = await guest(service.urls[mint])
