@@ -20,6 +20,7 @@ from chat.live.choices import Choice
 from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
+from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask, StoredTurn
 
@@ -109,7 +110,8 @@ async def _told(request: Request, session: Session, turn_id: str, account: Accou
     cursor = parse_cursor(given)
     if cursor is None or cursor.turn_id != turn_id:
         cursor = start_of(turn_id)
-    return await messages.follow(request, session, cursor, account=account, spoken=AgUi)
+    right = Right(inputs.state(request).database, session, account)
+    return await messages.follow(request, right, cursor, spoken=AgUi)
 
 
 async def join(request: Request) -> Response:

@@ -18,6 +18,7 @@ from chat.live.answers import start_of
 from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
+from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask
 
@@ -58,7 +59,8 @@ async def _again(request: Request, wish: ChatRequest, message_id: str) -> Respon
 
 async def _told(request: Request, session: Session, turn_id: str, account: Account | None) -> Response:
     start = start_of(turn_id)
-    return await messages.follow(request, session, start, account=account, spoken=UIMessages, headers=HEADERS)
+    right = Right(inputs.state(request).database, session, account)
+    return await messages.follow(request, right, start, spoken=UIMessages, headers=HEADERS)
 
 
 async def _session(request: Request, id: str) -> tuple[Session, Account | None]:

@@ -102,7 +102,8 @@ async def start(
     headers = {"X-Session-Id": session.id} | (headers or {})
     if guest:
         headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
-    return await follow(request, session, start_of(turn.id), account=account, spoken=spoken, headers=headers)
+    right = Right(chat.database, session, account)
+    return await follow(request, right, start_of(turn.id), spoken=spoken, headers=headers)
 
 
 async def speaker(request: Request) -> Account | None:
@@ -168,21 +169,15 @@ def chosen_format(request: Request) -> type[Format]:
 
 async def follow(
     request: Request,
-    session: Session,
+    right: Right,
     cursor: Cursor,
     *,
-    account: Account | None = None,
     spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
-    right: Right | None = None,
 ) -> Response:
-    """A response that tells the cursor's turn from there to its end. Leaving it changes nothing.
-
-    right: of a reader that is not a member of the session; a member's is made of the account.
-    """
+    """A response that tells the cursor's turn from there to its end. Leaving it changes nothing."""
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
-    right = right or Right(chat.database, session, account)
     places = await inputs.stream_places(request, right.account)
     try:
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
@@ -283,7 +278,7 @@ async def session_stream(request: Request) -> Response:
         return Response(status_code=204)
 
     right = Right(chat.database, session, account, member=False)
-    return await follow(request, session, cursor, spoken=EventStream, right=right)
+    return await follow(request, right, cursor, spoken=EventStream)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
@@ -328,7 +323,7 @@ async def regenerate(request: Request) -> Response:
     session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
     session = await sessions.select_session(chat.database, session_id, account.id)
     turn = await chat.generation.again(session, account, message_id, address=inputs.address(request))
-    return await follow(request, session, _again(turn), account=account)
+    return await follow(request, Right(chat.database, session, account), _again(turn))
 
 
 def _again(turn: StoredTurn) -> Cursor:
