@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -121,7 +120,7 @@ async def counts(redis_url: str | None = None, postgres_url: str | None = None) 
         found["channels"] = await _channels(redis_url)
     if postgres_url is not None:
         sql = "SELECT count(*) AS n FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
-        found["idle_in_transaction"] = (await _fetch(postgres_url, sql))[0]["n"]
+        found["idle_in_transaction"] = (await _fetch(postgres_url, sql))[0][0]["n"]
     return found
 
 
@@ -134,35 +133,40 @@ async def _channels(url: str) -> int:
 
 
 async def read_rows(url: str, session_id: str | None = None) -> Rows:
-    """Messages and turns as they are, of one session or of all, read past the service."""
+    """Messages and turns as they are at one moment, of one session or of all, read past the service."""
     where = " WHERE session_id = '" + session_id.replace("'", "''") + "'" if session_id is not None else ""
     columns = "session_id, id, turn_id, role, participant, content, status, failure_reason, position"
-    messages = await _fetch(url, f"SELECT {columns} FROM messages{where} ORDER BY session_id, position")
-    turns = await _fetch(url, f"SELECT id, session_id, status, owner, lease_until FROM turns{where} ORDER BY id")
-    return Rows([MessageRow(**row) for row in messages], [TurnRow(**row) for row in turns], await _now(url))
+    messages, turns, clock = await _fetch(
+        url,
+        f"SELECT {columns} FROM messages{where} ORDER BY session_id, position",
+        f"SELECT id, session_id, status, owner, lease_until FROM turns{where} ORDER BY id",
+        SQLITE_NOW if url.startswith("sqlite") else POSTGRES_NOW,
+    )
+    return Rows([MessageRow(**row) for row in messages], [TurnRow(**row) for row in turns], clock[0]["now"])
 
 
-async def _now(url: str) -> int:
+# Milliseconds since 1970, by the clock that leases are counted with.
+SQLITE_NOW = "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) AS now"
+POSTGRES_NOW = "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint) AS now"
+
+
+async def _fetch(url: str, *statements: str) -> list[list[dict[str, Any]]]:
+    """The rows of each statement, all of one snapshot: a turn that ends between two readings would look torn."""
     if url.startswith("sqlite"):
-        return int(time.time() * 1000)
-    rows = await _fetch(url, "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint) AS now")
-    return int(rows[0]["now"])
-
-
-async def _fetch(url: str, sql: str) -> list[dict[str, Any]]:
-    if url.startswith("sqlite"):
-        return await asyncio.to_thread(_fetch_sqlite, url, sql)
+        return await asyncio.to_thread(_fetch_sqlite, url, statements)
     import asyncpg
 
     connection = await asyncpg.connect(url.replace("postgres://", "postgresql://", 1), timeout=5, command_timeout=20)
     try:
-        return [dict(row) for row in await connection.fetch(sql)]
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            return [[dict(row) for row in await connection.fetch(sql)] for sql in statements]
     finally:
         await connection.close(timeout=5)
 
 
-def _fetch_sqlite(url: str, sql: str) -> list[dict[str, Any]]:
+def _fetch_sqlite(url: str, statements: Sequence[str]) -> list[list[dict[str, Any]]]:
     path = unquote(url.partition(":///")[2])
-    with closing(sqlite3.connect(path, timeout=10)) as connection:
+    with closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as connection:
         connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute(sql)]
+        connection.execute("BEGIN")
+        return [[dict(row) for row in connection.execute(sql)] for sql in statements]
