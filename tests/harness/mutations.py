@@ -69,6 +69,12 @@ MUTATIONS = (
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_while_its_answer_ends"),
     ),
     Mutation(
+        "frozen",
+        "an owner that was frozen does not ask whether it still is one",
+        (("chat/live/leases.py", "        if self._awake():\n            return True", "        if True:\n            return True"),),
+        (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
+    ),
+    Mutation(
         "early",
         "a stop before a turn's models are asked is forgotten",
         (("chat/live/turn.py", "            self.early = why\n", "            pass\n"),),
