@@ -20,6 +20,7 @@ from chat.live.choices import Choice
 from chat.store import sessions, turns
 from chat.store.accounts import Account
 from chat.store.database import new_id
+from chat.store.pages import select_page
 from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask, StoredTurn
@@ -131,7 +132,7 @@ async def join(request: Request) -> Response:
 async def _thread(request: Request, id: str, account: Account | None) -> Response:
     chat = inputs.state(request)
     session = await sessions.select_session(chat.database, id, account.id if account is not None else "")
-    rows = await turns.select_messages(chat.database, session.id)
+    rows, _ = await select_page(chat.database, session.id, 50)
     running = next((row for row in rows if row["status"] not in ENDED), None)
     told = [message for message in chat.mask.messages(session, rows) if message["status"] in ENDED]
     return inputs.answer(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from chat.formats.events import socket_dialect
+from chat.live import relay as relays
 from chat.live.answers import Cursor, start_of
 from chat.live.bus import GAP
 from chat.live.events import TurnBegun, encode
@@ -164,7 +165,7 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
 ) -> None:
     """What the rows still call streaming has ended: the snapshot says so, for its end will not come any more."""
     async with house(postgres_server, redis_server) as here:
-        select = turns.select_messages
+        select = relays.select_page
         read, go_on = asyncio.Event(), asyncio.Event()
 
         async def slowly(*arguments: Any, **options: Any) -> Any:
@@ -178,7 +179,7 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
         async with asyncio.timeout(10):
             while follower.room.answer is None:
                 await asyncio.sleep(0.01)
-        monkeypatch.setattr(turns, "select_messages", slowly)
+        monkeypatch.setattr(relays, "select_page", slowly)
         reading = asyncio.create_task(here.relay.snapshot(follower, here.session))
         await read.wait()
         await stop(here.service.url, here.someone.access, here.session.id)

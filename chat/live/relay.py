@@ -21,6 +21,7 @@ from ..settings import Settings
 from ..store import sessions, turns
 from ..store.database import Database
 from ..store.mask import Mask
+from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
 from ..tasks import Tasks
@@ -31,6 +32,7 @@ from .rooms import Follower, Past, Room, placed
 from .voice import Patience, Voice, always, text_key
 
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
+SHOWN = 50  # messages of a snapshot, or fewer when they are long
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
 UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
 
@@ -274,7 +276,7 @@ class Relay:
         """Return the fields of `session_state` and move the follower behind it."""
         room = follower.room
         for _ in range(SNAPSHOT_TRIES):
-            rows = await turns.select_messages(self.database, session.id)
+            rows, _ = await select_page(self.database, session.id, SHOWN)
             answer = room.answer
             if (rows[-1]["turn_id"] if rows else None) == (answer.turn_id if answer is not None else None):
                 break
@@ -289,7 +291,7 @@ class Relay:
         follower.cursor = placed(answer)
         running = answer is not None and not answer.over
         turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
-        shown = messages[-50:] if follower.right.member else [self.mask.shared(each) for each in messages[-50:]]
+        shown = messages[-SHOWN:] if follower.right.member else [self.mask.shared(each) for each in messages[-SHOWN:]]
         return {"session": self.mask.state(session), "messages": shown, "turn": turn}
 
     # -- telling

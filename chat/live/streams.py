@@ -13,9 +13,9 @@ from functools import partial
 
 from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
 from ..settings import Settings
-from ..store import turns
 from ..store.budgets import metered
 from ..store.database import Database
+from ..store.pages import select_page
 from ..store.queries import Row
 from ..store.sessions import Session
 from .pace import Rhythm, pieces
@@ -44,7 +44,7 @@ class Streams:
         """
         if not before:
             return []
-        rows = await turns.select_messages(self.database, session.id, limit=HISTORY_MESSAGES, before=before)
+        rows, _ = await select_page(self.database, session.id, HISTORY_MESSAGES, before)
         budget = self.settings.history_tokens * CHARS_PER_TOKEN
         history: list[Row] = []
         for row in rows[::-1]:

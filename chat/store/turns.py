@@ -294,18 +294,6 @@ async def select_session_of_message(database: Database, message_id: str, account
     return str(row["id"])
 
 
-async def select_messages(
-    database: Database, session_id: str, *, limit: int = 50, before: int = 2**31 - 1
-) -> list[Row]:
-    """The last `limit` messages below position `before`, oldest first. The caller has checked who is asking."""
-    rows = await database.fetch_all(
-        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :id AND position < :before
-             ORDER BY position DESC LIMIT :limit""",
-        {"id": session_id, "before": before, "limit": limit},
-    )
-    return rows[::-1]
-
-
 async def select_content(database: Database, session_id: str, message_id: str) -> str:
     """Return the text of the user message that a message of the session is or answers; "" when there is none."""
     row = await database.fetch_one(
