@@ -67,10 +67,10 @@ class Owner:
         names = ("_take_over", "Generation._run", "adopt")
         return not [task for task in self.state.generation.tasks._tasks if any(name in repr(task) for name in names)]
 
-    async def orphan(self, session: Session, ask: Ask) -> str:
-        """Write a turn whose worker died before a checkpoint: its lease has run out and nobody here knows of it."""
+    async def orphan(self, session: Session, ask: Ask, worker: str = "dead", lease: int = -1000) -> str:
+        """Write a turn nobody here knows of; by default its worker died before a checkpoint, and its lease is over."""
         turn_id, database = new_id(), self.state.database
-        terms = Terms("dead", -1000, 0, budgets_of(self.someone.id, "", (0, 0, 0)), 0, 10)
+        terms = Terms(worker, lease, 0, budgets_of(self.someone.id, "", (0, 0, 0)), 0, 10)
         await turns.insert_turn(database, session, self.someone.id, ask, terms, turn_id)
         return turn_id
 
@@ -199,6 +199,55 @@ async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(
     assert (await owner.over(turn_id))["a"][0] == "success"
 
 
+async def test_a_mistake_with_one_side_ends_the_other_sides_stream(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other model must not be asked for words that nobody waits for."""
+    generation, finish, mistakes = owner.state.generation, owner.state.generation.finish, ["one"]
+
+    async def mistaken(*given: Any) -> None:
+        if mistakes:
+            raise RuntimeError(mistakes.pop())
+        await finish(*given)
+
+    monkeypatch.setattr(generation, "finish", mistaken)
+    turn_id = await owner.begin(await owner.session("compare"), "/slow 60 one two three")
+    await until(lambda: _is(owner, turn_id, "answering"), 5, "the turn to be answered")
+    streams = generation.turns[turn_id].streams
+    streams["a"].cancel()
+    ended = await owner.over(turn_id)
+    assert [ended[side][0] for side in "ab"] == ["failed", "interrupted"]
+    assert streams["b"].cancelled()
+
+
+async def test_a_worker_that_ends_adopts_nothing(owner: Owner) -> None:
+    """A turn that was written behind a refused caller's back is left to the other workers."""
+    turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}), owner.leases.worker, 60_000)
+    owner.state.generation.draining = True
+    for _ in range(3):
+        await owner.leases._renew()
+    assert await owner.idle() and not owner.state.generation.turns
+    owner.state.generation.draining = False
+    for _ in range(2):
+        await owner.leases._renew()
+    await until(owner.idle, 5, "the turn's end")
+    assert (await owner.over(turn_id))["a"][2] == "hello"
+
+
+async def test_a_snapshot_of_long_messages_has_fewer_of_them(owner: Owner) -> None:
+    """Ten tabs that open a session of the longest replies must not cost a hundred megabytes."""
+    session, database = await owner.session(), owner.state.database
+    for n in range(7):
+        await owner.over(await owner.begin(session, f"/echo {n}"))
+    await database.execute("UPDATE messages SET content = :text WHERE role = 'assistant'", {"text": "x" * 100_000})
+    relay, right = owner.state.relay, Right(database, session, owner.someone)
+    follower = await relay.join(right, socket_dialect)
+    shown = (await relay.snapshot(follower, session))["messages"]
+    await relay.part(follower)
+    assert 300_000 < sum(len(message["content"]) for message in shown) <= 500_000
+    assert shown[-2]["content"] == "/echo 6"
+
+
 async def _is(owner: Owner, turn_id: str, state: str) -> bool:
     turn = owner.state.generation.turns.get(turn_id)
     return turn is not None and turn.state == state
@@ -262,7 +311,7 @@ async def test_words_that_wait_for_redis_and_for_the_lease_are_not_shown() -> No
     voice.wait_no_longer()
     assert answer.replies["a"].text == "sent "
     voice.owned = always
-    voice.go_on()
+    voice.hurry()
     assert answer.replies["a"].text == "sent not sent"
 
 

@@ -243,12 +243,12 @@ class Generation:
         if turn.early is None:
             turn.state = "answering"
             self.streams.begin(turn, history, limits)
-        pacing = self.tasks.spawn(self.streams.keep_pace(turn)) if turn.rhythm is not None else None
+        pacing = [self.tasks.spawn(self.streams.keep_pace(turn))] if turn.rhythm is not None else []
         try:
             await asyncio.gather(*(self._side(turn, side, started) for side in sorted(turn.open)))
         finally:
-            if pacing is not None:
-                pacing.cancel()
+            for task in (*pacing, *turn.streams.values()):  # a mistake with one side must not leave the other asking
+                task.cancel()
 
     def answer_of(self, turn: Turn) -> Answer:
         """Return the turn's answer as its rows have it."""

@@ -77,7 +77,7 @@ class Leases:
             self._asking = None
         for turn in self.turns.values():
             if turn.voice is not None:
-                turn.voice.go_on()
+                turn.voice.hurry()
 
     async def _watch(self) -> None:
         self._awake()
@@ -109,7 +109,8 @@ class Leases:
             if turn.unsaved and turn.task is not None and turn.task.done():
                 await self._save(turn)
         # A turn whose insertion was given up and arrived all the same is ours, and nobody answers it yet.
-        strangers = owned.keys() - before - self.turns.keys()
+        # A worker that ends leaves it to the others: nobody would wait for its answer here.
+        strangers = owned.keys() - before - self.turns.keys() if not self.generation.draining else set()
         for turn_id in strangers & self._strangers:
             self.tasks.spawn(self.adopt(owned[turn_id]))
         self._strangers = strangers

@@ -101,7 +101,7 @@ class Voice:
 
     def say(self, side: str, text: str) -> None:
         self._unsent[side] += text
-        self._hurry()
+        self.hurry()
 
     def end(self, side: str, message: Message) -> None:
         """Publish a reply's ending. The text must be settled, and the database must hold the ending."""
@@ -121,10 +121,6 @@ class Voice:
         """Another worker owns the turn: nothing more leaves here, and nobody waits for it."""
         self._silent = True
         self._wake()
-
-    def go_on(self) -> None:
-        """The owner has made sure that the turn is its own."""
-        self._hurry()
 
     async def settled(self, side: str) -> None:
         """Wait until all text of a reply is shown."""
@@ -150,7 +146,8 @@ class Voice:
         shown = len(self.answer.replies[side].text)
         return shown < self._sent[side] + len(self._unsent[side])
 
-    def _hurry(self) -> None:
+    def hurry(self) -> None:
+        """Have pending text leave as soon as it may."""
         if self._unanswered and not self._flying:
             self._show()  # Redis keeps us waiting: readers here do not wait with us
         elif not (self._gathered or self._unanswered):
@@ -198,7 +195,7 @@ class Voice:
                 if length != self._bytes[side]:
                     self._repair(side)
         if any(self._unsent.values()):
-            self._hurry()
+            self.hurry()
 
     def wait_no_longer(self) -> None:
         """Show all pending text without waiting for Redis, which takes too long."""
