@@ -45,7 +45,7 @@ def _number(name: str, value: float) -> str:
 async def main(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     sessions = arguments.sessions
-    async with world() as here:
+    async with world(arguments.storage) as here:
         report = await chaos(
             here,
             arguments.seed,
@@ -71,6 +71,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--storage", choices=["postgres", "sqlite"], default="postgres")
     parser.add_argument("--readers", type=int, default=200, help="at a time, over all sessions")
     parser.add_argument("--sessions", type=int, default=8)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two faults")

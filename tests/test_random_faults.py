@@ -22,16 +22,16 @@ SECONDS = 12.0
 SOAK = float(os.environ.get("PARLEY_TEST_SOAK", "60"))  # seconds; 600 before a release
 
 
-@pytest.fixture
-async def here() -> AsyncIterator[World]:
-    async with world() as world_of_its_own:
+@pytest.fixture(params=["postgres", "sqlite"])
+async def here(request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    async with world(request.param) as world_of_its_own:
         yield world_of_its_own
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_random_faults(here: World, seed: int) -> None:
-    """Two workers on PostgreSQL and Redis; kills, freezes, restarts and cuts of all of them, drawn from the seed."""
+    """Two workers on Redis and either storage; kills, freezes, restarts and cuts of all of them, drawn from the seed."""
     report = await chaos(here, seed, SECONDS)
     print(report)
     assert not report.violations, report.story()

@@ -16,12 +16,13 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from .checker import INVARIANTS, NUMBER, Violations, counts, i9_no_leak
 from .client import SocketReader, SSEReader
 from .evidence import Allowed, Evidence, Rows, gather, read_rows
 from .journal import Journal
-from .processes import StartFailed
+from .processes import StartFailed, temporary_directory
 from .reader import Reader
 from .servers import Postgres, Redis
 from .service import ROOT, Service
@@ -67,16 +68,21 @@ def models(vendors: Vendors) -> list[dict[str, Any]]:
 
 @dataclass
 class World:
-    """What outlives one run."""
+    """What outlives one run. Without PostgreSQL each run has an SQLite file of its own."""
 
     redis: Redis
-    postgres: Postgres
+    postgres: Postgres | None
     vendors: Vendors
+
+    @property
+    def storage(self) -> str:
+        return "postgres" if self.postgres is not None else "sqlite"
 
     def environment(self, **more: str) -> dict[str, str]:
         """A service of its own on a fresh database."""
+        file = f"sqlite:///{temporary_directory('chaos') / 'parley.db'}"
         return {
-            "DATABASE_URL": self.postgres.create_database(),
+            "DATABASE_URL": self.postgres.create_database() if self.postgres is not None else file,
             "REDIS_URL": self.redis.url,
             "PARLEY_ENV": "local",
             "PARLEY_OPEN_SESSIONS": "false",
@@ -87,10 +93,11 @@ class World:
 
 
 @asynccontextmanager
-async def world() -> AsyncIterator[World]:
-    async with Redis() as redis, Postgres() as postgres:
-        with Vendors() as vendors:
-            yield World(redis, postgres, vendors)
+async def world(storage: str = "postgres") -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        redis = await stack.enter_async_context(Redis())
+        postgres = await stack.enter_async_context(Postgres()) if storage == "postgres" else None
+        yield World(redis, postgres, stack.enter_context(Vendors()))
 
 
 @dataclass
@@ -395,9 +402,10 @@ class Chaos:
         dice = self._dice("faults")
         async with asyncio.TaskGroup() as group:
             await asyncio.sleep(dice.uniform(0.2, 1.0))
+            faults = [fault for fault in FAULTS if fault.storage in ("", self.world.storage)]
             while self._running():
                 for _ in range(dice.choice([1, 1, 2, 3])):
-                    group.create_task(self._fault(dice.choice(FAULTS), random.Random(dice.random())))
+                    group.create_task(self._fault(dice.choice(faults), random.Random(dice.random())))
                 await asyncio.sleep(dice.uniform(*self.every))
 
     async def _fault(self, fault: Fault, dice: random.Random) -> None:
@@ -449,16 +457,24 @@ class Chaos:
             await asyncio.sleep(dice.uniform(0, 0.3))
 
     async def postgres_crashed(self, dice: random.Random, _: int) -> None:
+        assert self.world.postgres is not None
         self.journal.fault("postgres: immediate restart")
         await self.world.postgres.restart("immediate")
         self.journal.fault("postgres is back")
 
     async def postgres_paused(self, dice: random.Random, _: int) -> None:
+        assert self.world.postgres is not None
         self.journal.fault("postgres paused")
         self.world.postgres.pause()
         await asyncio.sleep(dice.uniform(0.1, 3.0))
         self.world.postgres.resume()
         self.journal.fault("postgres resumed")
+
+    async def sqlite_locked(self, dice: random.Random, _: int) -> None:
+        """Another program, a backup say, writes to the file."""
+        self.journal.fault("sqlite locked")
+        await asyncio.to_thread(_lock, self.database_url.partition(":///")[2], dice.uniform(0.1, 3.0))
+        self.journal.fault("sqlite unlocked")
 
     async def worker_killed(self, dice: random.Random, worker: int) -> None:
         await self._count_repairs(worker)
@@ -508,12 +524,12 @@ class Chaos:
     # -- what is held (I9)
 
     async def _holdings(self) -> dict[str, float]:
-        """What all workers hold together, and what stands in Redis and PostgreSQL."""
+        """What all workers hold together, and what stands in Redis and PostgreSQL where there is one."""
         held: Counter[str] = Counter()
         for worker in range(self.service.workers):
             held.update(self.service.resources(worker))
             held.update({name: value for name, value in (await self._metrics(worker)).items() if name in HELD})
-        return dict(held) | await counts(self.world.redis.url, self.database_url)
+        return dict(held) | await counts(self.world.redis.url, self.database_url if self.world.postgres else None)
 
     async def _metrics(self, worker: int) -> dict[str, float]:
         answer = await call(self.service.urls[worker], "GET", "/metrics", OPERATOR)
@@ -586,18 +602,20 @@ class Chaos:
 
 @dataclass(frozen=True)
 class Fault:
-    """`on`: what it has in its hands; two faults never hold the same thing."""
+    """`on`: the thing that is struck; two faults never hold the same thing."""
 
     on: str
     strike: Callable[[Chaos, random.Random, int], Awaitable[None]]
+    storage: str = ""  # the only kind of storage that can be struck so
 
 
 FAULTS = (
     Fault("redis", Chaos.redis_killed),
     Fault("redis", Chaos.redis_paused),
     Fault("redis", Chaos.pubsub_cut),
-    Fault("postgres", Chaos.postgres_crashed),
-    Fault("postgres", Chaos.postgres_paused),
+    Fault("storage", Chaos.postgres_crashed, "postgres"),
+    Fault("storage", Chaos.postgres_paused, "postgres"),
+    Fault("storage", Chaos.sqlite_locked, "sqlite"),
     Fault("worker", Chaos.worker_killed),
     Fault("worker", Chaos.worker_frozen),
     Fault("worker", Chaos.worker_stopped),
@@ -649,9 +667,15 @@ async def chaos(
         except TimeoutError as problem:
             why = [f"HANG {problem!r:.300}"]
         finally:
-            for server in (world.redis, world.postgres):
+            for server in filter(None, (world.redis, world.postgres)):
                 server.resume() if server.running else await server.start()
         return Report(seed, run.violations + why, run.journal, service.log(), run.counts)
+
+
+def _lock(path: str, seconds: float) -> None:
+    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        time.sleep(seconds)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
@@ -664,7 +688,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 async def _main(arguments: argparse.Namespace) -> int:
     failed = []
-    async with world() as here:
+    async with world(arguments.storage) as here:
         for seed in range(arguments.seed, arguments.seed + arguments.count):
             report = await chaos(here, seed, arguments.seconds, workers=arguments.workers, root=arguments.root)
             print(report, flush=True)
@@ -687,6 +711,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--storage", choices=["postgres", "sqlite"], default="postgres")
     parser.add_argument("--root", type=Path, default=ROOT, help="the tree to serve")
     parser.add_argument("--stories", help="write the stories of failures into this folder instead of printing them")
     sys.exit(asyncio.run(_main(parser.parse_args())))
