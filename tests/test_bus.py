@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from broadcaster import Broadcast
 
 from chat.errors import RelayRefused, RelayUnavailable, StartupError
 from chat.live.bus import BURST, GAP, Gather, RedisBus
+from chat.live.events import decode_bus
 from chat.live.wire import Address, Wire
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Redis, make_certificate
@@ -406,13 +408,15 @@ async def test_a_service_names_nothing_past_the_bus(tmp_path: Path) -> None:
             assert (await ask("INFO", "keyspace")).count(b"\ndb") == 1
 
 
-async def test_a_payload_that_is_no_text_is_dropped_and_counted(redis_server: Redis) -> None:
+async def test_a_payload_that_is_no_text_hurts_nobody(redis_server: Redis) -> None:
+    """A room refuses and counts it, as it does all that no worker sends."""
     async with opened(redis_server.url) as (bus, broadcast), broadcast.subscribe("poison") as subscriber:
         await bus.command("PUBLISH", "poison", b"\xff\xfe\x00")
         await broadcast.publish("poison", "good")
         async with asyncio.timeout(2):
+            with pytest.raises(msgspec.DecodeError):
+                decode_bus((await subscriber.get()).message)
             assert (await subscriber.get()).message == "good"
-        assert bus.foreign == 1
 
 
 async def test_a_refused_command_is_an_error_of_its_own(redis_server: Redis) -> None:

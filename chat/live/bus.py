@@ -137,7 +137,6 @@ class RedisBus(BroadcastBackend):
         self.connected = False  # the command connection answers
         self._stopping = False
         self.failures = 0  # connections that were lost or could not be made
-        self.foreign = 0  # payloads that are not ours
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
         self._wanted: set[str] = set()
         self._unconfirmed: Counter[str] = Counter()  # SUBSCRIBEs of a channel that Redis has not confirmed
@@ -358,10 +357,7 @@ class RedisBus(BroadcastBackend):
     def _hear(self, channel: bytes, payload: bytes) -> None:
         if self._origin and payload.startswith(self._origin):
             return
-        try:
-            self.inbox.put(Event(channel.decode(), payload.decode()))
-        except UnicodeDecodeError:
-            self.foreign += 1
+        self.inbox.put(Event(channel.decode(), payload.decode(errors="replace")))  # a room refuses what is not ours
 
     def _confirm(self, channel: str) -> None:
         """Let the subscriber go on, once the last SUBSCRIBE is confirmed: there may have been an UNSUBSCRIBE between.
