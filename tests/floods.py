@@ -2,15 +2,16 @@
 
     python -m tests.floods [SECONDS] [FLOOD …]
 
-plays each for so many seconds (30) and prints how much the process grew, how many descriptors it held, the longest
-time one read kept the event loop (CPU seconds: other processes do not count), how late a bystander on another address
-was answered, and whether everything was given back.
+plays each for so many seconds (30) on PostgreSQL, Redis and a vendor's SDK, and prints how much the process grew, how
+many descriptors it held, the longest time one read kept the event loop (CPU seconds: other processes do not count), how
+late a bystander on another address was answered, and whether everything was given back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -18,21 +19,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.harness.service import Service
+from chat.settings import read_settings
+from tests.harness.api import guest, new_session
+from tests.harness.servers import Postgres, Redis
+from tests.harness.service import SHORT, Service
+from tests.vendors import Vendors
 
 HOST = "127.0.0.1"
 ELSEWHERE = ("127.0.0.2", 0)  # the bystander's address: limits are per address
 GROWTH = 20_000_000  # bytes that one address may make the process grow
 STALL = 0.05  # seconds that one read may keep the loop
-DEFAULTS = {  # the limits that other tests have out of their way
-    "PARLEY_CONNECTIONS_PER_ADDRESS": "128",
-    "PARLEY_SOCKETS_PER_ADDRESS": "50",
-    "PARLEY_STREAMS_PER_ADDRESS": "100",
-    "PARLEY_AUTH_TIMEOUT": "10",
-    "PARLEY_PING_TIMEOUT": "20",
-    "PARLEY_PING_INTERVAL": "20",
-    "PARLEY_SEND_TIMEOUT": "10",
-    "PARLEY_OPEN_SESSIONS": "true",
+KEY = "key-of-the-tests-in-production-0123456789"
+SET = read_settings(environ={"SECRET_KEY": KEY, "PARLEY_ENV": "production"})
+# What an operator has who sets nothing but this; other tests have the limits out of their way.
+PRODUCTION = {"PARLEY_ENV": "production", "SECRET_KEY": KEY} | {
+    name: str(getattr(SET, name.removeprefix("PARLEY_").lower())) for name in SHORT
 }
 # `python service.py serve` that notes the longest CPU time of one `data_received`.
 WATCHED = """-c
@@ -108,10 +109,20 @@ async def _send(port: int, first: bytes, then: bytes, seconds: float, *, read: b
 
 HEAD = b"POST /api/auth/anonymous/ HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = HEAD + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-HANDSHAKE = (
-    b"GET /ws/chat/session/any/ HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+UPGRADE = (
+    b"Host: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
+HANDSHAKE = b"GET /ws/chat/session/any/ HTTP/1.1\r\n" + UPGRADE  # of nobody, who has some seconds to say a name
+
+
+async def handshake(port: int) -> bytes:
+    """The handshake of a new guest, whom a session of their own admits."""
+    base = f"http://{HOST}:{port}"
+    someone = await guest(base)
+    session = await new_session(base, someone.access)
+    head = f"GET /ws/chat/session/{session['id']}/ HTTP/1.1\r\nAuthorization: Bearer {someone.access}\r\n"
+    return head.encode() + UPGRADE
 
 
 async def header_lines(port: int, seconds: float) -> None:
@@ -147,12 +158,13 @@ async def pipelined(port: int, seconds: float) -> None:
 
 
 async def _socket(port: int, frames: bytes, seconds: float) -> None:
+    hello = await handshake(port)
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         reader, writer = await asyncio.open_connection(HOST, port)
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
             async with asyncio.timeout(left):
-                writer.write(HANDSHAKE)
+                writer.write(hello)
                 await reader.readuntil(b"\r\n\r\n")
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
                 while True:
@@ -223,12 +235,19 @@ FLOODS: dict[str, Flood] = {
 # -- watching
 
 
+def real_model(vendors: Vendors) -> dict[str, str]:
+    """The environment of a service whose models a vendor's SDK asks."""
+    place = {"provider": "openai_chat", "base_url": f"{vendors.url}/v1", "api_key_env": "OPENAI_API_KEY"}
+    models = [{"id": name, "model_code": "fake-ok", **place} for name in ("one", "two")]
+    return {"OPENAI_API_KEY": "sk-key-of-the-floods", "PARLEY_MODELS": json.dumps(models)}
+
+
 @contextlib.asynccontextmanager
-async def served(folder: Path) -> AsyncIterator[Service]:
+async def served(folder: Path, **environment: str) -> AsyncIterator[Service]:
     longest = folder / "longest"
     longest.write_text("0")
-    environment = DEFAULTS | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "FLOODS_LONGEST": str(longest)}
-    async with Service(environment, command=WATCHED.split("\n", 1)) as service:
+    storage = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "FLOODS_LONGEST": str(longest)}
+    async with Service(PRODUCTION | storage | environment, command=WATCHED.split("\n", 1)) as service:
         yield service
 
 
@@ -284,13 +303,16 @@ async def _gauge(service: Service, cost: Cost, stop: asyncio.Event) -> None:
 
 
 async def main(seconds: float, names: list[str]) -> None:
-    for name in names:
-        with tempfile.TemporaryDirectory() as place:
-            async with served(Path(place)) as service:
-                cost = await play(service, Path(place), FLOODS[name], seconds)
-                print(f"{name:18}{cost.line()}", flush=True)
-                if "Traceback" in service.log():
-                    print(service.log()[-2000:])
+    with Postgres() as postgres, Redis() as redis, Vendors() as vendors:
+        given = real_model(vendors) | {"REDIS_URL": redis.url}
+        for name in names:
+            given["DATABASE_URL"] = postgres.create_database()
+            with tempfile.TemporaryDirectory() as place:
+                async with served(Path(place), **given) as service:
+                    cost = await play(service, Path(place), FLOODS[name], seconds)
+                    print(f"{name:18}{cost.line()}", flush=True)
+                    if "Traceback" in service.log():
+                        print(service.log()[-2000:])
 
 
 if __name__ == "__main__":
