@@ -110,12 +110,10 @@ async def test_answers_carry_what_browsers_obey(tmp_path: Path) -> None:
         assert (refused.status_code, refused.headers["cache-control"]) == (401, "no-store")
 
 
-@pytest.mark.parametrize("server", ["serve", "uvicorn"])
-async def test_at_debug_no_token_and_no_prompt_is_printed(tmp_path: Path, server: str) -> None:
+async def test_at_debug_a_bare_uvicorn_prints_no_token_and_no_prompt(tmp_path: Path) -> None:
     """Wherever a client may put a token; the prompt over a socket and over HTTP."""
     environment = CLOSED | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "PARLEY_LOG_LEVEL": "debug"}
-    options = ["--log-level", "debug"] if server == "uvicorn" else []
-    async with Service(environment, server=server, options=options) as running:
+    async with Service(environment, options=["--log-level", "debug"]) as running:
         someone = await guest(running.url)
         session_id = (await new_session(running.url, someone.access))["id"]
         for way in ("header", "subprotocol", "query", "frame"):

@@ -331,6 +331,13 @@ async def refuse_with_a_status(reply: Reply) -> None:
     await reply.refuse(int(reply.call.mode), kind or kinds[reply.call.mode[0]])
 
 
+@mode("key")
+async def refuse_the_key_and_repeat_it(reply: Reply) -> None:
+    await reply.head(401, "application/json")
+    await reply.chunk(json.dumps({"error": {"message": f"no such key: {reply.call.key}", "type": "authentication_error"}}).encode())
+    await reply.end()
+
+
 @mode("no-header")
 async def say_nothing_at_all(reply: Reply) -> None:
     await forever()
