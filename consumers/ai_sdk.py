@@ -72,11 +72,11 @@ class Requests:
             raise ChatError("forbidden", "This is a read-only view of the session.")
         choices.check(session, frame.body)
         message_id, text = last_words(frame.messages)
-        if frame.trigger == "regenerate-message":
-            return (await generation.again(session, account, message_id, address=self.address)).id
-        turn = await generation.begin(session, account, Ask(message_id or new_id(), text, {}), address=self.address)
-        if turn.rows[0]["content"] != text:
-            raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
+        again = frame.trigger == "regenerate-message"
+        reply_ids = {"a": new_id()} if again else {}  # as over HTTP: an answer made again is a new one
+        ask = Ask(message_id or new_id(), text, reply_ids, replaces=again or frame.messageId == message_id)
+        turn = await generation.begin(session, account, ask, address=self.address)
+        turn.check(ask)
         return turn.id
 
     async def _latest(self, session: Session) -> str | None:

@@ -52,12 +52,13 @@ class Resume(msgspec.Struct, tag="resume"):
 
 
 class Send(msgspec.Struct, tag="send", kw_only=True):
-    """The AI SDK's: start a turn, or make its answer again."""
+    """The AI SDK's: start a turn, for a new message, an edited one, or one that is to be answered again."""
 
     requestId: RequestId
     id: str  # of the chat
     messages: Annotated[list[UIMessage], Meta(max_length=1000)]
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
+    messageId: str | None = None  # of a message that was sent before and says something else now
     body: Choice = msgspec.field(default_factory=Choice)
 
 

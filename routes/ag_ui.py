@@ -1,7 +1,8 @@
 """AG-UI's requests, as TanStack AI and AG-UI's own client post them → our turns. https://docs.ag-ui.com
 
 A thread is a session, made by its first run. A run is a turn: the id that a client gives it becomes the first reply's,
-so that it is found again by it. A client that was cut off posts the same body again.
+so that it is found again by it. A client that was cut off posts the same body again; another run of a message that was
+sent before takes the place of its turn and all after it.
 """
 
 from __future__ import annotations
@@ -63,23 +64,22 @@ async def run(request: Request) -> Response:
     place = next((n for n in range(len(wish.messages) - 1, -1, -1) if wish.messages[n].role == "user"), None)
     if place is None:
         raise invalid("messages", "there is no user message")
-    ask = Ask(wish.messages[place].id or new_id(), _text(place, wish.messages[place]), {"a": wish.runId})
+    message = wish.messages[place]
+    ask = Ask(message.id or new_id(), _text(place, message), {"a": wish.runId}, replaces=True)
     if ask.message_id == wish.runId:
         raise invalid("runId", "a message has this id")
     found = await _find(request, wish.threadId, ask.message_id, account)
-    if found is None and "last-event-id" in request.headers:
+    cut_off = "last-event-id" in request.headers
+    if found is None and cut_off:
         raise not_found("run")
-    if found is None:
+    if found is None or not (cut_off or _goes_on(found[1], wish.runId)):
         return await messages.start(request, account, wish, ask, makes=True, spoken=AgUi)
-    session, turn = found
-    if turn.rows[0]["content"] != ask.content:
-        raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
-    cut_off = "last-event-id" in request.headers or any(row["status"] not in ENDED for row in turn.rows)
-    if not cut_off and wish.runId not in [row["id"] for row in turn.rows]:  # a new run of a message: its answer again
-        account = account or await inputs.new_guest(request)
-        again = inputs.state(request).generation.again
-        turn = await again(session, account, ask.message_id, address=inputs.address(request))
-    return await _told(request, session, turn.id, account)
+    found[1].check(ask)
+    return await _told(request, found[0], found[1].id, account)
+
+
+def _goes_on(turn: StoredTurn, run_id: str) -> bool:
+    return any(row["id"] == run_id or row["status"] not in ENDED for row in turn.rows)
 
 
 def _text(place: int, message: RunMessage) -> str:

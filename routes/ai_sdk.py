@@ -35,32 +35,22 @@ class ChatRequest(Wish, kw_only=True):
     id: Id  # of the chat
     messages: Annotated[list[UIMessage], Meta(max_length=1000)]
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
+    messageId: str | None = None  # of a message that was sent before and says something else now
 
 
 async def chat(request: Request) -> Response:
-    """Start the turn of the last user message, or make its answer again, and tell it as chunks."""
+    """Start the turn of the last user message and tell it as chunks.
+
+    Where that message was edited, or is to be answered again, the turn takes the place of the old one and all after it.
+    """
     known = await messages.speaker(request)
     wish = inputs.with_query(request, await inputs.body(request, ChatRequest))
     wish.session_id = wish.id
     message_id, text = last_words(wish.messages)
-    if wish.trigger == "regenerate-message":
-        return await _again(request, wish, message_id)
-    ask = Ask(message_id or new_id(), text, {})
+    again = wish.trigger == "regenerate-message"
+    reply_ids = {"a": new_id()} if again else {}  # of a reply that is not there yet: an answer made again is a new one
+    ask = Ask(message_id or new_id(), text, reply_ids, replaces=again or wish.messageId == message_id)
     return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages, headers=HEADERS)
-
-
-async def _again(request: Request, wish: ChatRequest, message_id: str) -> Response:
-    state = inputs.state(request)
-    session, known = await _session(request, wish.id)
-    account = known or await inputs.new_guest(request)
-    turn = await state.generation.again(session, account, message_id, address=inputs.address(request))
-    return await _told(request, session, turn.id, account)
-
-
-async def _told(request: Request, session: Session, turn_id: str, account: Account | None) -> Response:
-    start = start_of(turn_id)
-    right = Right(inputs.state(request).database, session, account)
-    return await messages.follow(request, right, start, spoken=UIMessages, headers=HEADERS)
 
 
 async def _session(request: Request, id: str) -> tuple[Session, Account | None]:
@@ -84,7 +74,8 @@ async def stream(request: Request) -> Response:
     turn = await turns.select_latest_turn(inputs.state(request).database, session.id)
     if turn is None or turn["status"] != "running":
         return Response(status_code=204)
-    return await _told(request, session, turn["id"], account)
+    right = Right(inputs.state(request).database, session, account)
+    return await messages.follow(request, right, start_of(turn["id"]), spoken=UIMessages, headers=HEADERS)
 
 
 async def stop(request: Request) -> Response:

@@ -1519,6 +1519,44 @@ async def test_an_answer_that_was_voted_on_stays(service: Service, ann: Owner) -
     refused(await regenerate(service.urls[-1], ann.access, "v"), "already_voted")
 
 
+async def ask_ui(base: str, token: str, id: str, text: str, **more: Any) -> httpx.Response:
+    """Post a message "m" of the AI SDK."""
+    said = {"id": "m", "role": "user", "parts": [{"type": "text", "text": text}]}
+    return await call(base, "POST", "/api/chat", token, json={"id": id, "messages": [said]} | more)
+
+
+async def test_a_message_is_replaced_on_purpose_alone_and_once(service: Service, ann: Owner) -> None:
+    id, again = f"chat-{uuid.uuid4()}", {"trigger": "regenerate-message"}
+    first = await ask_ui(service.url, ann.access, id, "/echo one", **again)  # one that was refused before is tried again
+    assert first.status_code == 200 and '"delta":"one"' in first.text
+    for more in ({}, {"messageId": "m"}):
+        same = await ask_ui(service.urls[-1], ann.access, id, "/echo one", **more)
+        assert same.content == first.content and same.headers["X-Turn-Id"] == first.headers["X-Turn-Id"]
+    other = await ask_ui(service.url, ann.access, id, "/echo two")
+    assert other.text == "This message was sent before with another text. Give the new one a new id."
+    edited = await ask_ui(service.url, ann.access, id, "/echo two", messageId="m")
+    repeated = await ask_ui(service.urls[-1], ann.access, id, "/echo two", messageId="m")
+    assert '"delta":"two"' in edited.text and repeated.headers["X-Turn-Id"] == edited.headers["X-Turn-Id"]
+    gone = await call(service.url, "GET", f"/api/sessions/{id}/stream/?after={first.headers['X-Turn-Id']}.1", ann.access)
+    assert gone.headers["X-Turn-Id"] == edited.headers["X-Turn-Id"] and gone.headers["X-Cursor"] == "earliest"
+
+
+async def test_a_message_is_not_replaced_while_answered_or_once_voted_on(service: Service, ann: Owner) -> None:
+    session_id = (await new_session(service.url, ann.access, mode="random"))["id"]
+    async with running(service.url, ann.access, session_id, id="m") as following:
+        busy = await ask_ui(service.urls[-1], ann.access, session_id, "/echo no", messageId="m")
+        assert (busy.status_code, busy.text) == (409, "An answer is still being written in this session.")
+        assert await following.stopped(service.url)
+    assert (await ask_ui(service.url, ann.access, session_id, "/echo choose", messageId="m")).status_code == 200
+    vote = {"session_id": session_id, "message_id": "m"} | VOTE
+    assert (await call(service.url, "POST", "/api/feedback/", ann.access, json=vote)).status_code == 201
+    stored = await messages(service.url, ann.access, session_id)
+    for more in ({"messageId": "m"}, {"trigger": "regenerate-message"}):
+        voted = await ask_ui(service.urls[-1], ann.access, session_id, "/echo no", **more)
+        assert (voted.status_code, voted.text) == (409, "This answer has been voted on and stays as it is.")
+    assert await messages(service.url, ann.access, session_id) == stored
+
+
 @pytest.mark.parametrize(("query", "start"), [("", b"a0:"), ("?format=text", b"x\n"), ("?format=sse", b": ok\n")])
 async def test_an_answer_made_anew_speaks_the_same_formats(
     service: Service, ann: Owner, query: str, start: bytes

@@ -20,6 +20,7 @@ from tests.conftest import CLOSED, STORES, absent, store
 from tests.harness import until
 from tests.harness.api import Guest, call, guest, messages, new_session
 from tests.harness.chaos import KEY, models
+from tests.harness.client import Journal, SocketReader
 from tests.harness.node import Client, packages
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
@@ -161,14 +162,34 @@ async def test_a_page_that_was_loaded_again_is_told_the_whole_answer(
 
 
 @pytest.mark.parametrize("name", SDKS)
-async def test_an_answer_is_made_again_under_its_id(service: Service, vendors: Vendors, name: str) -> None:
+async def test_what_was_said_is_edited_and_answered_again(service: Service, vendors: Vendors, name: str) -> None:
+    """A message that is edited, or answered again, takes the place of the old one and of all that followed it."""
     vendors.reset()
     someone, id = await newcomer(service, name)
     async with chat(service.url, someone, id, name) as tab:
-        await tab.does("send", text="[[tokens:9 id:again]]")
-        before = tab.messages
+
+        async def holds(*texts: str) -> None:
+            shown = [(each["id"], each["texts"][0]) for each in tab.messages]
+            stored = [(each["id"], each["content"]) for each in await messages(service.urls[-1], someone.access, id)]
+            assert [text for _, text in shown] == [*texts, said(vendors)] and shown == stored and tab.problems == []
+
+        for number in range(3):
+            await tab.does("send", text=f"[[tokens:9 id:n{number}]]")
+        first, answer, second = [each["id"] for each in tab.messages[:3]]
         await tab.does("again")
-        assert tab.messages == before and len(vendors.calls) == 2 and tab.problems == []
+        await holds("[[tokens:9 id:n0]]", said(vendors, 0), "[[tokens:9 id:n1]]", said(vendors, 1), "[[tokens:9 id:n2]]")
+        await tab.does("edit", text="[[tokens:5 id:other]]", messageId=second)
+        await holds("[[tokens:9 id:n0]]", said(vendors, 0), "[[tokens:5 id:other]]")
+        async with SocketReader(Journal(), "other tab", service.urls[-1], id, token=someone.access) as other:
+            await other.event("session_state")
+            await tab.does("again", messageId=answer)
+            await holds("[[tokens:9 id:n0]]")
+            await other.turn_ended()
+            state = await other.event("session_state", after=1)
+            assert [each["id"] for each in state["messages"]] == [each["id"] for each in tab.messages]
+            assert tab.messages[0]["id"] == first and other.view.texts()[-1] == said(vendors)
+        assert len(vendors.calls) == 6
+        assert "n1" not in json.dumps(vendors.calls[-1].body) and "n1" not in json.dumps(vendors.calls[-2].body)
 
 
 @pytest.mark.parametrize("name", SDKS)
@@ -182,8 +203,6 @@ async def test_what_is_refused_is_said_in_a_sentence(service: Service, vendors: 
         assert other.problems == ["An answer is still being written in this session."]
         await call(service.url, "POST", f"/api/chat/{id}/stop", someone.access)
         await tab.sees(lambda seen: seen.get("done"), "its end")
-        await tab.does("edit", text="something else", messageId=tab.messages[0]["id"])
-        assert tab.problems == ["This message was sent before with another text. Give the new one a new id."]
 
 
 async def test_the_sockets_own_stop_ends_the_answer(service: Service, vendors: Vendors) -> None:
@@ -232,3 +251,18 @@ async def test_tanstack_joins_and_reads_a_thread_it_did_not_start(service: Servi
         stored = await messages(service.url, someone.access, id)
         assert "".join(event.get("delta", "") for event in joined) == stored[-1]["content"]
         assert joined[-1]["type"] == "RUN_FINISHED" and len(vendors.calls) == 2
+
+
+async def test_tanstack_joins_an_answer_made_again(service: Service, vendors: Vendors) -> None:
+    """Each run is found by the id its client gave it, the second one of a message as well as the first."""
+    vendors.reset()
+    someone, id = await newcomer(service, "tanstack")
+    async with chat(service.url, someone, id, "tanstack") as tab, chat(service.urls[-1], someone, id, "tanstack") as two:
+        await tab.does("send", text="[[tokens:9 id:run]]")
+        await tab.does("again")
+        runs = [seen["runId"] for seen in tab.seen if seen.get("asked") == "POST"]
+        await two.does("join", runId=runs[1])
+        joined = [seen["joined"] for seen in two.seen if "joined" in seen]
+        assert "".join(event.get("delta", "") for event in joined) == said(vendors) and len(vendors.calls) == 2
+        assert {each["id"] for each in await messages(service.url, someone.access, id)} >= {runs[1]}
+        assert tab.texts() == [said(vendors)] and tab.problems == []

@@ -38,14 +38,23 @@ class StoredTurn:
     def replies(self) -> tuple[Row, ...]:
         return self.rows[1:]
 
+    def check(self, ask: Ask) -> None:
+        """Raise `conflict` when another text has the message's id: the turn is the answer to that one."""
+        if self.user["content"] != ask.content:
+            raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
+
 
 @dataclass(frozen=True)
 class Ask:
-    """A client's request for a turn: the message's id and text, and ids for the replies by side where it chose them."""
+    """A client's request for a turn: the message's id and text, and ids for the replies by side where it chose them.
+
+    replaces: a turn that the message has, but for the one that this very ask began, is deleted with all turns after it.
+    """
 
     message_id: str
     content: str
     reply_ids: dict[str, str]
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,19 @@ async def insert_turn(
 ) -> StoredTurn:
     """Write a turn, its user message and its empty replies, whole or not at all.
 
-    The same message id again is the same turn, for ever. Raises `busy` while another turn of the session runs,
-    `rate_limited` when the account has too many running, and what `reserve` raises.
+    The same message id again is the same turn, for ever, unless it `replaces` that. Raises `busy` while another turn of
+    the session runs, `rate_limited` when the account has too many running, `already_voted` for a turn that would be
+    replaced, and what `reserve` raises.
     """
 
     async def work(query: Query) -> StoredTurn:
         now = database.now()
         places = 1 + len(session.sides)
         position = await _lock(query, session, account_id, now, places, first_words(ask.content))
-        await _check_free(query, session.id, account_id, terms.turns_per_account, ask.message_id)
+        old = await _replaced(query, session.id, ask) if ask.replaces else []
+        await _check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
+        if old:
+            await _delete_from(query, session.id, old[0]["position"])
         rows = _rows(session, turn_id, ask, position, now)
         previous = await _select_last_turn_id(query, session.id)
         await _insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, terms, now)
@@ -110,6 +123,38 @@ async def insert_turn(
 
 class _Known(Exception):
     """The session has a message of this id: nothing is to be written."""
+
+
+async def _replaced(query: Query, session_id: str, ask: Ask) -> list[Row]:
+    """Return the turns that the ask takes the place of, oldest first; none when the last turn is the ask's own."""
+    old = await query.fetch_all(
+        """SELECT t.id, t.position, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
+            WHERE t.session_id = :session_id AND t.position >=
+                  (SELECT position FROM turns WHERE session_id = :session_id AND user_message_id = :message_id)
+            ORDER BY t.position""",
+        {"session_id": session_id, "message_id": ask.message_id},
+    )
+    rows = await _select_turn_rows(query, session_id, old[0]["id"]) if len(old) == 1 else []
+    if rows and rows[0]["content"] == ask.content and set(ask.reply_ids.values()) <= {row["id"] for row in rows}:
+        return []
+    if any(turn["vote_id"] is not None for turn in old):
+        raise _voted()
+    return old
+
+
+async def _delete_from(query: Query, session_id: str, position: int) -> None:
+    """Delete the turns of a session from this position on, with their messages."""
+    values = {"session_id": session_id, "position": position}
+    await query.execute(
+        """DELETE FROM messages WHERE session_id = :session_id AND turn_id IN
+                  (SELECT id FROM turns WHERE session_id = :session_id AND position >= :position)""",
+        values,
+    )
+    await query.execute("DELETE FROM turns WHERE session_id = :session_id AND position >= :position", values)
+
+
+def _voted() -> ChatError:
+    return ChatError("already_voted", "This answer has been voted on and stays as it is.")
 
 
 async def insert_regeneration(
@@ -134,7 +179,7 @@ async def insert_regeneration(
         if last is None or message_id not in [row["id"] for row in rows]:
             raise ChatError("conflict", "Only the last answer can be made again.")
         if last["vote_id"] is not None:
-            raise ChatError("already_voted", "This answer has been voted on and stays as it is.")
+            raise _voted()
         held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
         await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
         user_id = last["user_message_id"]

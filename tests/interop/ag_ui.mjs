@@ -30,7 +30,8 @@ const clients = {
   tanstack() {
     const fetchClient = async (url, options) => {
       const asked = new Headers(options?.headers)
-      print({asked: options?.method ?? 'GET', url: `${url}`.replace(given.base, ''), after: asked.get('Last-Event-ID')})
+      const {runId} = JSON.parse(options?.body ?? '{}')
+      print({asked: options?.method ?? 'GET', runId, after: asked.get('Last-Event-ID')})
       return fetch(url, options)
     }
     const show = (messages) => print({
