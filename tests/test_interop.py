@@ -1,4 +1,4 @@
-"""Clients that other people wrote, unmodified: curl, httpx, websockets, Node's fetch and WebSocket, `ws`, `eventsource`.
+"""Clients that other people wrote, unmodified: curl, httpx, websockets, `ws`, wscat, `eventsource`, Node's own.
 
 What they say is compared to the byte. Each is asked at its first token how far the service is with the answer: a client,
 or a proxy on the way, that gathers what it should pass on would have it whole by then.
@@ -87,13 +87,13 @@ def arena_text(said: bytes) -> str:
 @contextlib.asynccontextmanager
 async def output(*command: str) -> AsyncIterator[asyncio.StreamReader]:
     """What a command prints, as it prints it; at the end it has gone, content."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None and process.stderr is not None
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     try:
         async with asyncio.timeout(20):
             yield process.stdout
+            process.stdin.close()
             code = await process.wait()
             assert code == 0, (await process.stderr.read()).decode()
     finally:
@@ -149,6 +149,13 @@ async def test_curl_gets_the_first_bytes_before_there_is_a_token(service: Servic
         assert await progress(given) in RUNNING
         rest = await printed.read()
     assert rest.endswith(b"event: done\ndata: {}\n\n")
+
+
+@pytest.mark.parametrize("service", ["serve"], indirect=True)
+async def test_curl_that_offers_http2_is_answered_in_http1(service: Service) -> None:
+    _, given = await home(service.url)
+    async with output(*curl(given, ACCEPT["text"], "/echo kept"), "--http2", "-w", "%{http_version}") as printed:
+        assert await printed.read() == b"kept\n1.1"
 
 
 async def test_the_readme_s_curl_lines_work_as_they_stand(
@@ -261,6 +268,17 @@ async def test_nodes_sockets_talk_to_a_session(service: Service, node: list[str]
     assert end["closed"] == 1000 and end.get("protocol", "parley.v1") == "parley.v1"
     assert [event["type"] for event in events[:2]] == ["connection_established", "session_state"]
     assert_whole_turn(events, counted(120))
+
+
+async def test_wscat_shows_a_turn_to_its_end(service: Service, node: list[str]) -> None:
+    _, given = await home(service.url)
+    wscat = [node[0], str(HERE / "node_modules" / "wscat" / "bin" / "wscat"), "-c", given["socket"]]
+    asked = json.dumps({"type": "message", "content": "/count 40"})
+    events: list[dict[str, Any]] = []
+    async with output(*wscat, "-H", f"Authorization: Bearer {given['token']}", "-x", asked, "-w", "-1") as printed:
+        while not events or events[-1]["type"] != "turn_complete":
+            events.append(json.loads(await printed.readline()))
+    assert_whole_turn(events, counted(40))
 
 
 async def test_the_eventsource_package_resumes_and_ends_by_itself(service: Service, node: list[str]) -> None:
