@@ -23,14 +23,20 @@ import websockets.sync.client
 
 from tests.conftest import CLOSED, absent, store
 from tests.harness import until
-from tests.harness.api import ACCEPT, Guest, guest, messages, new_session, post_turn, short_body, unescape
+from tests.harness.api import ACCEPT, Guest, guest, messages, new_session, post_turn, short_body, stop, unescape
 from tests.harness.node import HERE, packages
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 from tests.harness.sse import SSEParser
 from tests.harness.view import put_together
 
-PACED = json.dumps([{"id": "calm", "provider": "demo", "personality": "scholar", "pace": 0.01}])
+PACED = json.dumps(
+    [
+        {"id": name, "provider": "demo", "personality": personality, "pace": 0.01}
+        for name, personality in (("calm", "scholar"), ("other", "poet"))
+    ]
+)
+BATTLE = {"mode": "compare", "model_a_id": "calm", "model_b_id": "other"}
 
 if not all(map(shutil.which, ("curl", "node", "npm"))):
     absent("the tests of other people's clients need curl, Node.js and npm (apt-get install curl nodejs npm)")
@@ -60,12 +66,15 @@ def counted(number: int) -> str:
     return " ".join(f"⟨{n}⟩" for n in range(number))
 
 
-async def home(base: str) -> tuple[Guest, dict[str, str]]:
+async def home(base: str, **choice: str) -> tuple[Guest, dict[str, str]]:
     """A guest with a session, and what their client has to know."""
     someone = await guest(base)
-    session_id = (await new_session(base, someone.access))["id"]
-    socket = f"ws{base.removeprefix('http')}/ws/chat/session/{session_id}/"
-    return someone, {"base": base, "token": someone.access, "session": session_id, "socket": socket}
+    session_id = (await new_session(base, someone.access, **choice))["id"]
+    return someone, {"token": someone.access, "session": session_id} | addresses(base, session_id)
+
+
+def addresses(base: str, session_id: str) -> dict[str, str]:
+    return {"base": base, "socket": f"ws{base.removeprefix('http')}/ws/chat/session/{session_id}/"}
 
 
 async def progress(given: dict[str, str]) -> str:
@@ -265,7 +274,7 @@ async def test_nodes_sockets_talk_to_a_session(service: Service, node: list[str]
             first = await progress(given)
     end = events.pop()
     assert first in RUNNING
-    assert end["closed"] == 1000 and end.get("protocol", "parley.v1") == "parley.v1"
+    assert end == {"closed": 1000, "protocol": "parley.v1" if client == "WebSocket" else ""}
     assert [event["type"] for event in events[:2]] == ["connection_established", "session_state"]
     assert_whole_turn(events, counted(120))
 
@@ -281,25 +290,58 @@ async def test_wscat_shows_a_turn_to_its_end(service: Service, node: list[str]) 
     assert_whole_turn(events, counted(40))
 
 
-async def test_the_eventsource_package_resumes_and_ends_by_itself(service: Service, node: list[str]) -> None:
-    """Cut off in the middle it asks with the id of its last event; having it all, it is told so and stops."""
-    someone, given = await home(service.url)
-    posting = asyncio.create_task(post_turn(service.url, someone.access, given["session"], "/count 100"))
-    events, asked, closed = [], [], False
+async def turn_seen_by(node: list[str], client: str, given: dict[str, str]) -> AsyncIterator[dict[str, Any]]:
+    """What one of Node's clients sees of a turn; EventSource only hears, so somebody else asks."""
+    asking = None
+    if client == "eventsource":
+        asking = asyncio.create_task(post_turn(given["asked"], given["token"], given["session"], given["content"]))
+        await until(lambda: messages(given["asked"], given["token"], given["session"]), what="the turn")
+    async for seen in seen_by(node, client, **given):
+        yield seen
+    if asking is not None:
+        assert (await asking).ended
+
+
+@pytest.mark.parametrize("service", ["serve"], indirect=True)
+@pytest.mark.parametrize(("client", "cuts"), [("WebSocket", 6), ("ws", 6), ("eventsource", 2)])
+async def test_nodes_clients_are_cut_off_and_stopped_elsewhere(
+    service: Service, node: list[str], client: str, cuts: int
+) -> None:
+    """A turn of two models, cut off in every way: each word once, and another tab's stop is its end."""
+    someone, given = await home(service.url, **BATTLE)
+    heard: list[list[dict[str, Any]]] = [[]]
+    others: list[dict[str, Any]] = []
     async with Proxy.before(service.url) as proxy:
-        await until(lambda: messages(service.url, someone.access, given["session"]), what="the turn")
-        through = given | {"base": proxy.through(service.url)}
-        async for seen in seen_by(node, "eventsource", content="", **through):
-            if "asked" in seen:
-                asked.append(seen["asked"])
-            elif "kind" in seen and seen["kind"] != "done":
-                events.append(seen["event"])
-                assert seen["id"] == seen["event"]["cursor"]
-                if len(events) == 20:
-                    proxy.close_all()
-            closed = closed or "closed" in seen
-    assert closed and len(asked) == 3
-    assert asked[0] is None and asked[1] != asked[2]
-    assert asked[2] == events[-1]["cursor"]
-    assert_whole_turn(events, counted(100))
-    assert (await posting).ended
+        through = given | addresses(proxy.through(service.url), given["session"])
+        through |= {"asked": service.url, "content": "/long 100000"}
+        async for seen in turn_seen_by(node, client, through):
+            event = seen.get("event", seen)
+            if "type" not in event:
+                others.append(seen)
+                continue
+            assert seen.get("id") in (None, event.get("cursor"))
+            if event["type"] in ("connection_established", "resumed") and len(heard[-1]) > 1:
+                heard.append([])
+            heard[-1].append(event)
+            if event["type"] == "message_chunk" and len(heard) <= cuts:
+                proxy.close_all()
+            elif event["type"] == "message_chunk" and len(heard[-1]) == 9:
+                assert await stop(service.url, someone.access, given["session"])
+    stored = await messages(service.url, someone.access, given["session"])
+    assert [each["status"] for each in stored] == ["success", "stopped", "stopped"] and len(heard) > cuts
+    assert put_together(*heard).texts() == [each["content"] for each in stored[1:]]
+    if client == "eventsource":  # having it all, it asked once more, was told so and stopped
+        assert others[-2:] == [{"asked": heard[-1][-1]["cursor"]}, {"closed": True}]
+    else:
+        assert [each["closed"] for each in others] == [1000]
+
+
+@pytest.mark.parametrize("service", ["serve"], indirect=True)
+@pytest.mark.parametrize("client", ["WebSocket", "ws", "eventsource"])
+async def test_nodes_clients_hear_how_an_answer_failed(service: Service, node: list[str], client: str) -> None:
+    _, given = await home(service.url)
+    through = given | {"asked": service.url, "content": "/fail 3"}
+    events = [seen.get("event", seen) async for seen in turn_seen_by(node, client, through)]
+    *_, complete, over = [event for event in events if "type" in event]
+    assert (complete["status"], complete["failure_reason"]) == ("failed", "provider_unavailable")
+    assert over["type"] == "turn_complete"

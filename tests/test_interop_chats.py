@@ -141,6 +141,25 @@ async def test_cut_off_again_and_again_and_stopped_elsewhere(service: Service, v
         assert len(tab.messages) == 2 and len(vendors.calls) == 1
 
 
+async def test_ag_ui_asks_again_after_a_cut_and_is_stopped_elsewhere(service: Service, vendors: Vendors) -> None:
+    """Its client does not resume: a run of a message that is being answered tells that answer from its start."""
+    vendors.reset()
+    someone, id = await newcomer(service, "agui")
+    async with Proxy.before(service.url) as proxy, chat(proxy.through(service.url), someone, id, "agui") as tab:
+        await tab.do("send", text=ENDLESS, id="m1")
+        for _ in range(3):
+            await tab.sees_more()
+            proxy.close_all()
+            await tab.sees(lambda seen: "failed" in seen, "the client to notice")
+            await tab.do("again")
+        await tab.sees_more()
+        assert (await call(service.urls[-1], "POST", f"/api/chat/{id}/stop", someone.access)).json() == {"stopped": True}
+        await tab.sees(lambda seen: seen.get("done") == "again", "the end")
+        stored = await messages(service.url, someone.access, id)
+        assert [each["status"] for each in stored] == ["success", "stopped"]
+        assert tab.texts() == [stored[-1]["content"]] and len(vendors.calls) == 1
+
+
 @pytest.mark.parametrize("name", SDKS)
 async def test_a_page_that_was_loaded_again_is_told_the_whole_answer(
     service: Service, vendors: Vendors, name: str

@@ -157,3 +157,23 @@ async def test_deep_chat(service: Service, browser: Any, bundles: dict[str, str]
 
         await until(told, 20, "the answer")
     assert await page.page.evaluate("window.problem ?? null") is None
+
+
+async def test_deep_chat_is_stopped_elsewhere_and_shows_a_refusal(
+    service: Service, browser: Any, bundles: dict[str, str]
+) -> None:
+    id = f"deep-{uuid.uuid4()}"
+    page = await tab(browser, service.url, bundles["deep_chat"], id=id)
+    await page.page.evaluate("window.chat.submitUserMessage({text: '/long 100000'})")
+    await page.shows("window.chat.getMessages().at(-1)?.text.length > 40", "the answer")
+    other = await tab(browser, service.url, bundles["deep_chat"], id=id)
+    await other.page.evaluate("window.chat.submitUserMessage({text: 'and me'})")
+    await other.shows("window.problem", "the refusal")
+    assert (await call(service.url, "POST", f"/api/chat/{id}/stop")).json() == {"stopped": True}
+
+    async def same() -> bool:
+        stored = (await call(service.url, "GET", f"/api/ag-ui?threadId={id}")).json()["messages"]
+        shown = await page.page.evaluate("window.chat.getMessages().at(-1).text")
+        return bool(stored[-1]["parts"][0]["content"] == shown)
+
+    await until(same, 20, "the whole answer")

@@ -13,16 +13,21 @@ const clients = {
     const agent = new HttpAgent({url, headers, threadId: given.id})
     agent.messages = given.messages ?? []
     const show = () => print({messages: agent.messages.map(({id, role, content}) => ({id, role, texts: [content]}))})
+    process.on('unhandledRejection', () => {}) // the body of a stream that is cut off, which the client forgets
+    const subscriber = {
+      onEvent: ({event}) => print({event: event.type}),
+      onMessagesChanged: show,
+      onRunErrorEvent: ({event}) => print({problem: event.message}),
+    }
+    const run = () => agent.runAgent({forwardedProps: given.body ?? {}}, subscriber).then(show)
     return {
-      async send({text, id}) {
+      send({text, id}) {
         agent.addMessage({id, role: 'user', content: text})
-        const subscriber = {
-          onEvent: ({event}) => print({event: event.type}),
-          onMessagesChanged: show,
-          onRunErrorEvent: ({event}) => print({problem: event.message}),
-        }
-        await agent.runAgent({forwardedProps: given.body ?? {}}, subscriber)
-        show()
+        return run()
+      },
+      again() { // without the half of an answer, to which the client would add the whole
+        agent.messages = agent.messages.slice(0, 1 + agent.messages.findLastIndex(({role}) => role === 'user'))
+        return run()
       },
     }
   },

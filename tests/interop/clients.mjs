@@ -9,6 +9,23 @@ const headers = {Authorization: `Bearer ${given.token}`}
 const body = JSON.stringify({session_id: given.session, content: given.content})
 const message = JSON.stringify({type: 'message', content: given.content})
 
+// A turn on a socket, which comes back with its last cursor until it has heard the end.
+const converse = (open, cursor) => {
+  const socket = open(cursor ? `${given.socket}?cursor=${cursor}` : given.socket)
+  let over = false
+  socket.onopen = () => cursor || socket.send(message)
+  socket.onmessage = ({data}) => {
+    const event = JSON.parse(data)
+    print(event)
+    cursor = event.cursor ?? cursor
+    over = event.type === 'turn_complete'
+    if (over) socket.close(1000)
+  }
+  socket.onerror = () => {}
+  socket.onclose = ({code}) =>
+    over ? print({closed: code, protocol: socket.protocol}) : setTimeout(() => converse(open, cursor), 20)
+}
+
 const clients = {
   // The pieces of an answer as they come, bytes in base64.
   async fetch() {
@@ -20,26 +37,10 @@ const clients = {
   },
 
   // Node's own WebSocket, which is a browser's: no headers.
-  async WebSocket() {
-    const socket = new WebSocket(given.socket, ['parley.v1', `t.${given.token}`])
-    socket.onopen = () => socket.send(message)
-    socket.onmessage = ({data}) => {
-      print(JSON.parse(data))
-      if (JSON.parse(data).type === 'turn_complete') socket.close(1000)
-    }
-    socket.onclose = ({code}) => print({closed: code, protocol: socket.protocol})
-  },
+  WebSocket: () => converse((url) => new WebSocket(url, ['parley.v1', `t.${given.token}`])),
 
   // The package `ws`, with the compression it offers by default.
-  async ws() {
-    const socket = new WS(given.socket, {headers})
-    socket.on('open', () => socket.send(message))
-    socket.on('message', (data, binary) => {
-      print(JSON.parse(data))
-      if (JSON.parse(data).type === 'turn_complete') socket.close(1000)
-    })
-    socket.on('close', (code) => print({closed: code, extensions: socket.extensions}))
-  },
+  ws: () => converse((url) => new WS(url, {headers})),
 
   // The package `eventsource`, with the header no browser's can send; it stops when it is told that there is no more.
   async eventsource() {
@@ -49,7 +50,7 @@ const clients = {
         return fetch(url, {...options, headers: {...options.headers, ...headers}})
       },
     })
-    for (const kind of ['message_update', 'message_chunk', 'message_complete', 'turn_complete', 'done'])
+    for (const kind of ['resumed', 'message_update', 'message_chunk', 'message_complete', 'turn_complete', 'done'])
       source.addEventListener(kind, ({data, lastEventId}) => print({kind, id: lastEventId, event: JSON.parse(data)}))
     source.onerror = () => source.readyState === EventSource.CLOSED && print({closed: true})
   },
