@@ -146,3 +146,10 @@ CREATE INDEX accounts_by_expiry ON accounts (expires_at);
 CREATE INDEX used_tokens_by_expiry ON used_tokens (expires_at);
 CREATE INDEX budgets_by_day ON budgets (day);
 CREATE INDEX votes_by_account ON votes (account_id);
+
+-- step 6
+
+-- operator: the name of the person who answers in the place of the session's model; NULL while the model does. A message
+-- of a person has 'person:<name>' for its model, and the person's own words are a turn without a user message.
+ALTER TABLE sessions ADD COLUMN operator TEXT;
+CREATE INDEX sessions_by_change ON sessions (updated_at);

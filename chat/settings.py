@@ -161,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     # [widget]
     greeting: str = ""
     suggestions: tuple[str, ...] = ()
+    person_reads: str = "{name} will answer you here."
     # [[models]]
     models: tuple[Model, ...] = ()
 

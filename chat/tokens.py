@@ -78,6 +78,11 @@ class Tokens:
         return hmac.new(self._oldest, f"parley.{purpose}:{text}".encode(), hashlib.sha256).hexdigest()[:24]
 
 
+def operator_version(admin_token: str) -> int:
+    """Return the token version of the operator, another one for each ADMIN_TOKEN: a new one revokes the old one's."""
+    return int.from_bytes(hashlib.sha256(admin_token.encode()).digest()[:6])
+
+
 class _Json:
     """itsdangerous' wish of a serializer: small, and strict about what it reads."""
 

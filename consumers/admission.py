@@ -16,6 +16,7 @@ from chat.store import accounts, sessions
 from chat.store.accounts import Account
 from chat.store.rights import Right
 from chat.store.sessions import Session
+from chat.tokens import SKEW, operator_version
 
 from . import frames
 
@@ -59,6 +60,9 @@ async def admit(socket: WebSocket, chat: State) -> Right:
 
 
 async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
+    if (until := _operator_until(socket, chat, session_id)) is not None:
+        session = await sessions.select_unchecked(chat.database, session_id)
+        return Right(chat.database, session, operator=True, member=False, expires_at=until)
     account, expires_at = await _account(socket, chat)
     share_token = socket.query_params.get("share_token")
     if share_token:
@@ -87,6 +91,19 @@ async def _admit_by_share(
     if session.id != session_id:
         raise Closed(4404, "no such session")
     return Right(chat.database, session, share_token=share_token, member=False)
+
+
+def _operator_until(socket: WebSocket, chat: State, session_id: str) -> float | None:
+    """Return when the operator's token for this session expires (Unix seconds); None where none is shown."""
+    found = callers.credential(socket.headers, subprotocols=socket.scope["subprotocols"])
+    if found is None or not chat.settings.admin_token:
+        return None
+    try:
+        token = chat.tokens.verify(found[1], "admin")
+    except ChatError:
+        return None
+    version = operator_version(chat.settings.admin_token)
+    return float(token.exp + SKEW) if (token.id, token.tv) == (session_id, version) else None
 
 
 async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:

@@ -22,6 +22,7 @@ from chat.live.answers import Cursor, parse_cursor, start_of
 from chat.live.events import SessionNotice, error_event, session_event
 from chat.live.rooms import Follower
 from chat.state import State
+from chat.store import operator, turns
 from chat.store.accounts import Account
 from chat.store.database import StorageUnavailable, new_id
 from chat.store.rights import Right
@@ -273,6 +274,9 @@ class Conversation:
         await self._requests.take(frame)
 
     async def _message(self, frame: frames.NewMessage) -> None:
+        if self.right.operator:
+            await self._speak(frame)
+            return
         account = self._writer()
         current = await self.right.select()
         choices.check(current, frame)
@@ -281,6 +285,12 @@ class Conversation:
         reading = self.follower.cursor.turn_id == turn.id and not self.follower.cursor.over
         if not turn.fresh and not reading:  # a message that was sent again gets the turn it began, as over HTTP
             self._ask(start_of(turn.id))
+
+    async def _speak(self, frame: frames.NewMessage) -> None:
+        """Say an operator's words to all who read the session."""
+        turns.checked_content(frame.content, self.chat.settings.prompt_max)
+        await operator.insert_words(self.chat.database, await self.right.select(), frame.id or new_id(), frame.content)
+        self.chat.relay.look_again(self.session)
 
     def _hear_typing(self, is_typing: bool) -> None:
         self._writer()

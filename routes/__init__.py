@@ -2,7 +2,7 @@
 
 from starlette.routing import Route
 
-from . import accounts, ag_ui, ai_sdk, arena, messages, openai, operations, pages, sessions
+from . import accounts, admin, ag_ui, ai_sdk, arena, messages, openai, operations, pages, sessions
 
 # fmt: off
 table = [
@@ -46,6 +46,10 @@ table = [
     Route("/api/sessions/{session_id}/generate_title", sessions.generate_title,   methods=["POST"]),
     Route("/api/sessions/{session_id}/export",        sessions.export),
     Route("/api/shared/{token}",                      sessions.shared),
+
+    Route("/api/admin/sessions",                      admin.listing),
+    Route("/api/admin/sessions/{session_id}",         admin.opened),
+    Route("/api/admin/sessions/{session_id}",         admin.change,               methods=["PATCH"]),
 
     Route("/api/messages/stream",                     messages.stream,            methods=["POST"]),
     Route("/api/messages",                            messages.listing),

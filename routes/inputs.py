@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,7 +11,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 
 from chat import callers
-from chat.errors import ChatError, invalid
+from chat.errors import ChatError, invalid, not_found
 from chat.formats.completions import failure
 from chat.limits import buckets
 from chat.live.choices import Choice, chosen
@@ -91,6 +92,16 @@ async def account(connection: HTTPConnection) -> Account:
     if found is None:
         raise ChatError("authentication_required", "This needs a token. Get one at /api/auth/anonymous/.")
     return found
+
+
+def check_operator(connection: HTTPConnection) -> str:
+    """Return ADMIN_TOKEN, which the caller has. Raises `not_found` where none is set, `authentication_required`."""
+    token, found = state(connection).settings.admin_token, credential(connection)
+    if not token:
+        raise not_found("page")
+    if found is None or not secrets.compare_digest(found[1].encode(), token.encode()):
+        raise ChatError("authentication_required", "This needs the operator's token.")
+    return token
 
 
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:

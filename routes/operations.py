@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import secrets
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from chat.errors import ChatError, not_found
+from chat.errors import not_found
 from chat.store.mask import model_card
 
 from . import inputs
@@ -54,11 +53,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """This worker's metrics, for whoever has ADMIN_TOKEN; nothing is here where none is set."""
     chat = inputs.state(request)
-    found = inputs.credential(request)
-    if not chat.settings.admin_token:
-        raise ChatError("not_found", "There are no metrics here.")
-    if found is None or not secrets.compare_digest(found[1].encode(), chat.settings.admin_token.encode()):
-        raise ChatError("authentication_required", "This needs the operator's token.")
+    inputs.check_operator(request)
     return Response(chat.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

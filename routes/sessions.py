@@ -164,13 +164,13 @@ async def delete(request: Request) -> Response:
     account = await inputs.account(request)
     session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
     if await chat.generation.stop(session, account.id):
-        await _wait_for_end(chat, session.id)
+        await wait_for_end(chat, session.id)
     await sessions.delete_session(chat.database, session.id, account.id)
     chat.relay.tell_deleted(session)
     return Response(status_code=204)
 
 
-async def _wait_for_end(chat: State, session_id: str) -> None:
+async def wait_for_end(chat: State, session_id: str) -> None:
     """Let the worker that has the turn end it: without its rows it could not, and its readers would wait for ever."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_WAIT):

@@ -114,6 +114,9 @@ CASES = {
     "GET /readyz": Case(200),
     "GET /ready": Case(200),
     "GET /metrics": Case(404),  # there is none without ADMIN_TOKEN
+    "GET /api/admin/sessions": Case(404),  # nor these
+    "GET /api/admin/sessions/{session_id}": Case(404),
+    "PATCH /api/admin/sessions/{session_id}": Case(404),
     "POST /api/auth/anonymous": Case(200),
     "POST /api/auth/refresh": Case(400),  # its token is in the body
     "POST /api/auth/revoke": Case(),

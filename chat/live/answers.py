@@ -84,12 +84,13 @@ class Answer:
     """The text of a turn so far. `position` orders the turns of a session; `previous` is the turn before this one."""
 
     def __init__(self, turn_id: str, position: int, previous: str, messages: Sequence[Message]) -> None:
-        """messages: those of the turn as they are stored or as they began, the user's first."""
+        """messages: those of the turn as they are stored or as they began; none is a user's where a person speaks."""
         self.turn_id = turn_id
         self.position = position
         self.previous = previous
-        self.user = messages[0]
-        replies = sorted(messages[1:], key=lambda message: str(message["participant"]))
+        self.asked = [message for message in messages if message["role"] == "user"]
+        said = [message for message in messages if message["role"] != "user"]
+        replies = sorted(said, key=lambda message: str(message["participant"]))
         self.replies = {message["participant"]: Reply(blank(message)) for message in replies}
         for message in replies:
             if message["status"] in ENDED:
@@ -104,7 +105,7 @@ class Answer:
     @property
     def messages(self) -> list[Message]:
         """The turn's Messages as they stand."""
-        return [self.user, *(reply.ending or _running(reply) for reply in self.replies.values())]
+        return [*self.asked, *(reply.ending or _running(reply) for reply in self.replies.values())]
 
     # -- learning
 
@@ -192,7 +193,7 @@ class Answer:
 
     def _beginning(self, before: Cursor, after: Cursor) -> list[Telling]:
         """Only the last message moves the cursor: a reader cut before it is told the whole beginning again."""
-        messages = [self.user, *(reply.message for reply in self.replies.values())]
+        messages = [*self.asked, *(reply.message for reply in self.replies.values())]
         last = len(messages) - 1
         return [Begun(str(after if n == last else before), message) for n, message in enumerate(messages)]
 

@@ -184,6 +184,7 @@ class Generation:
             budgets=budgets_of(turn.account_id, self.unreadable(address), daily),
             daily_messages=settings.daily_messages,
             turns_per_account=settings.turns_per_account,
+            person_reads=settings.person_reads,
         )
 
     def unreadable(self, address: str) -> str:

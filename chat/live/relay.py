@@ -284,7 +284,7 @@ class Relay:
         messages = self.mask.messages(session, rows)
         if answer is not None:
             current = [message for message, row in zip(messages, rows, strict=True) if row["turn_id"] == answer.turn_id]
-            if len(current) == 1 + len(answer.replies):
+            if len(current) == len(answer.messages):
                 answer.learn(Answer(answer.turn_id, answer.position, answer.previous, current))
             messages = _as_told(answer, messages)
             room.notify()
@@ -346,6 +346,13 @@ class Relay:
         if room is not None:
             room.check_rights()
         self._publish(self._channel("session", session.key), encode(RightsChanged()))
+
+    def look_again(self, session: Session) -> None:
+        """Have all rooms of the session learn from the database what was written there and not told."""
+        room = self.rooms.get(session.key)
+        if room is not None:
+            room.learn_again()
+        self._publish(self._channel("session", session.key), encode(LearnAgain()))
 
     def check_account(self, account_id: str) -> None:
         """Have every follower of the account admitted again, on all workers: its tokens were revoked."""

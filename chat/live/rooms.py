@@ -478,7 +478,7 @@ class Room:
 
     def check_rights(self, account_id: str = "") -> None:
         """Admit the followers of an account, or all, again; followers whose right has ended are sent away."""
-        groups: dict[tuple[str, int, bool, str], list[Follower]] = {}
+        groups: dict[tuple[str, int, bool, str, bool], list[Follower]] = {}
         for follower in self.followers:
             if account_id in ("", follower.right.account_id):
                 groups.setdefault(follower.right.grounds, []).append(follower)

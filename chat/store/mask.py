@@ -16,6 +16,7 @@ from ..settings import Model
 from .accounts import iso
 from .queries import Row
 from .sessions import SIDES, Session
+from .turns import PERSON
 
 # owner: whose session it is; voter: its owner before the vote of a blind battle; share: whoever has its link;
 # public: anyone, while the owner has made it public.
@@ -89,6 +90,13 @@ class Mask:
         id = hidden.for_server()
         return self._cards.get(id) or model_card(Model(id=id, provider="unknown")) | {"is_active": False}
 
+    def _author(self, session: Session, row: Row) -> dict[str, Any] | None:
+        """Return the card of whoever said a message: of its side's model, or of a person; None for the user's."""
+        model = row["model"] or ""
+        if model.startswith(PERSON):
+            return model_card(Model(id="person", provider="person", display_name=model[len(PERSON) :]))
+        return self.card(session, row["participant"]) if row["role"] == "assistant" else None
+
     def share_url(self, session: Session) -> str | None:
         return f"{self._base_url}/shared/{session.share_token}" if session.share_token else None
 
@@ -141,7 +149,7 @@ class Mask:
             "session": session.id,
             "role": row["role"],
             "content": row["content"],
-            "model": self.card(session, row["participant"]) if row["role"] == "assistant" else None,
+            "model": self._author(session, row),
             "parent_message_ids": msgspec.json.decode(row["parent_ids"]),
             "child_ids": [],
             "position": row["position"],

@@ -59,6 +59,7 @@ class Session:
     last_message_at: int | None
     created_at: int
     updated_at: int
+    operator: str | None  # the person who answers in the model's place
 
     @property
     def key(self) -> str:
@@ -83,7 +84,7 @@ class Session:
 
 COLUMNS = """s.id, s.account_id, a.display_name, s.mode, s.title, s.session_type, s.model_a, s.model_b, s.is_public,
              s.is_open, s.is_pinned, s.share_token, s.metadata, s.version, s.voted_at, s.last_message_at,
-             s.created_at, s.updated_at,
+             s.created_at, s.updated_at, s.operator,
              (SELECT COUNT(*) FROM messages m WHERE m.session_id = s.id) AS message_count"""
 FROM = "FROM sessions s JOIN accounts a ON a.id = s.account_id"
 

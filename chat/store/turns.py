@@ -67,6 +67,7 @@ class Terms:
     budgets: tuple[Budget, ...]
     daily_messages: int
     turns_per_account: int
+    person_reads: str  # the reply to a message that a person will answer; `{name}` is theirs
 
 
 def checked_content(content: str | None, prompt_max: int) -> str:
@@ -86,30 +87,44 @@ NAMES = [name.strip() for name in MESSAGE.split(",")]
 INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
 
 
+PERSON = "person:"  # before a name, in a message's `model`: a person says it
+
+
+def person_says(name: str, content: str) -> Row:
+    """Return the columns of a reply that a person gives, whole at once."""
+    return {"model": PERSON + name, "content": content, "status": "success"}
+
+
 async def insert_turn(
     database: Database, session: Session, account_id: str, ask: Ask, terms: Terms, turn_id: str
 ) -> StoredTurn:
     """Write a turn, its user message and its empty replies, whole or not at all.
 
-    The same message id again is the same turn, for ever, unless it `replaces` that. Raises `busy` while another turn of
-    the session runs, `rate_limited` when the account has too many running, `already_voted` for a turn that would be
-    replaced, and what `reserve` raises.
+    The same message id again is the same turn, for ever, unless it `replaces` that. While a person answers in the
+    session, the turn is over at once: its reply says who will answer. Raises `busy` while another turn of the session
+    runs, `rate_limited` when the account has too many running, `already_voted` for a turn that would be replaced, and
+    what `reserve` raises.
     """
 
     async def work(query: Query) -> StoredTurn:
         now = database.now()
         places = 1 + len(session.sides)
-        position = await _lock(query, session, account_id, now, places, first_words(ask.content))
+        position, person = await _lock(query, session, account_id, now, places, first_words(ask.content))
         old = await _replaced(query, session.id, ask) if ask.replaces else []
         await _check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
         if old:
             await _delete_from(query, session.id, old[0]["position"])
         rows = _rows(session, turn_id, ask, position, now)
+        if person is not None:
+            said = terms.person_reads.replace("{name}", person)
+            rows[1:] = [row | person_says(person, said) for row in rows[1:]]
         previous = await _select_last_turn_id(query, session.id)
-        await _insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, terms, now)
+        life = (terms.owner, now + terms.lease, person is None)
+        await insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, life, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
         # last: the service's budget is one row that all turns write
-        held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
+        tokens = terms.tokens if person is None else 0
+        held = await reserve(query, now, terms.budgets, tokens, terms.daily_messages)
         return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, held)
 
     try:
@@ -168,7 +183,7 @@ async def insert_regeneration(
 
     async def work(query: Query) -> StoredTurn:
         now = database.now()
-        position = await _lock(query, session, account_id, now, 1)
+        position, person = await _lock(query, session, account_id, now, 1)
         await _check_free(query, session.id, account_id, terms.turns_per_account)
         last = await query.fetch_one(
             """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
@@ -178,12 +193,15 @@ async def insert_regeneration(
         rows = [] if last is None else await _select_turn_rows(query, session.id, last["id"])
         if last is None or message_id not in [row["id"] for row in rows]:
             raise ChatError("conflict", "Only the last answer can be made again.")
+        if person is not None or any((row["model"] or "").startswith(PERSON) for row in rows):
+            raise ChatError("conflict", "A person's answer cannot be made again.")
         if last["vote_id"] is not None:
             raise _voted()
         held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
         await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
         user_id = last["user_message_id"]
-        await _insert_turn_row(query, turn_id, session.id, account_id, user_id, position, terms, now)
+        life = (terms.owner, now + terms.lease, True)
+        await insert_turn_row(query, turn_id, session.id, account_id, user_id, position, life, now)
         await query.execute(
             "UPDATE messages SET turn_id = :turn_id WHERE session_id = :session_id AND turn_id = :old",
             {"turn_id": turn_id, "session_id": session.id, "old": last["id"]},
@@ -210,22 +228,22 @@ async def _select_last_turn_id(query: Query, session_id: str) -> str:
 
 async def _lock(
     query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
-) -> int:
+) -> tuple[int, str | None]:
     """Hold the account's row, then the session's: turns of one session, and of one account, start one at a time.
 
-    The first of so many positions allotted to the new messages.
+    Returns the first of so many positions allotted to the new messages, and the person who answers, if one does.
     """
     if not query.one_at_a_time:
         await query.execute("SELECT id FROM accounts WHERE id = :id FOR NO KEY UPDATE", {"id": account_id})
     row = await query.fetch_one(
         """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
                   last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
-            WHERE id = :id AND (account_id = :account_id OR is_open = 1) RETURNING next_position""",
+            WHERE id = :id AND (account_id = :account_id OR is_open = 1) RETURNING next_position, operator""",
         {"id": session.id, "account_id": account_id, "places": places, "now": now, "title": title},
     )
     if row is None:
         raise not_found("session")
-    return int(row["next_position"]) - places
+    return int(row["next_position"]) - places, row["operator"]
 
 
 async def _check_free(
@@ -268,30 +286,34 @@ def _rows(session: Session, turn_id: str, ask: Ask, position: int, now: int) -> 
     return rows
 
 
-async def _insert_turn_row(
+async def insert_turn_row(
     query: Query,
     turn_id: str,
     session_id: str,
     account_id: str,
     user_message_id: str,
     position: int,
-    terms: Terms,
+    life: tuple[str, int, bool],
     now: int,
 ) -> None:
+    """life: the owner, until when (milliseconds since 1970), and whether the turn runs at all or is over at once."""
+    owner, until, runs = life
     await query.execute(
         """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
-                              stop_requested, resumable, created_at)
-           VALUES (:id, :session_id, :account_id, :user_message_id, :position, 'running', :owner, :lease_until,
-                   0, 1, :now)""",
+                              stop_requested, resumable, created_at, ended_at)
+           VALUES (:id, :session_id, :account_id, :user_message_id, :position, :status, :owner, :lease_until,
+                   0, 1, :now, :ended_at)""",
         {
             "id": turn_id,
             "session_id": session_id,
             "account_id": account_id,
             "user_message_id": user_message_id,
             "position": position,
-            "owner": terms.owner,
-            "lease_until": now + terms.lease,
+            "status": "running" if runs else "ended",
+            "owner": owner,
+            "lease_until": until,
             "now": now,
+            "ended_at": None if runs else now,
         },
     )
 
