@@ -316,7 +316,8 @@ async def test_words_that_wait_for_redis_and_for_the_lease_are_not_shown() -> No
 
 
 def message(id: str, side: str | None) -> dict[str, Any]:
-    return {"id": id, "participant": side, "role": "x", "status": "pending", "content": ""}
+    role = "user" if side is None else "assistant"
+    return {"id": id, "participant": side, "role": role, "status": "pending", "content": ""}
 
 
 async def test_a_right_that_ended_ends_whom_it_admitted(owner: Owner) -> None:

@@ -1,4 +1,4 @@
-"""A person in the place of a session's model: the statements of whoever has the operator's token. The caller has checked who asks.
+"""A person in the place of a session's model: the operator's statements. The caller has checked who asks.
 
 Only a session with one model is taken over: in a battle a person's words would tell the two sides apart.
 """

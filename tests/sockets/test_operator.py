@@ -114,7 +114,7 @@ async def test_every_road_answers_a_message_to_a_person(service: Service) -> Non
     assert WAIT in chunks and '"type":"finish"' in chunks
     body = {"threadId": id, "runId": "run-1", "messages": [{"role": "user", "id": "ag-1", "content": "hello"}]}
     run = (await call(service.url, "POST", "/api/ag-ui/", someone.access, json=body)).text
-    assert WAIT in run and '"type":"RUN_FINISHED","threadId":"%s","runId":"run-1"' % id in run
+    assert WAIT in run and f'"type":"RUN_FINISHED","threadId":"{id}","runId":"run-1"' in run
     sent = [text for role, _, text in await said(service, someone, id) if role == "user"]
     assert sent == ["hello"] * 5
 
