@@ -65,6 +65,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pace: float = 0.02
     personality: str = ""
     paid: bool | None = None
+    thinks: bool = False
 
     @property
     def demo(self) -> bool:

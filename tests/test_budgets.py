@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from chat.errors import ChatError
@@ -112,6 +113,15 @@ def test_what_was_stopped_in_silence_may_have_thought_as_long_as_it_was_allowed(
     meter.call()
     meter.cut()
     assert meter.spent == 150
+
+
+def test_what_a_model_may_have_thought_in_silence_is_paid_for_when_it_is_stopped() -> None:
+    """It is told only at the end: an answer stopped at its first word was nearly free, whatever had gone before."""
+    meter = metered(msgspec.structs.replace(REAL, thinks=True), ["hello"], 50)
+    meter.call()
+    meter.came("a word")
+    meter.cut()
+    assert meter.spent == meter.most
 
 
 def test_a_call_that_was_never_begun_costs_nothing() -> None:

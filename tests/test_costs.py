@@ -18,6 +18,7 @@ from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
 from tests.test_http import rows
+from tests.vendors import Vendors
 
 MODELS = [
     {"id": "quick", "provider": "demo", "paid": True, "pace": 0.001},
@@ -93,6 +94,34 @@ async def test_an_answer_stopped_in_silence_costs_as_much_as_it_might_have(paid:
         await until(lambda: stop(paid.url, someone.access, session), 5, "something to stop")
         await ann.turn_ended()
     await settled(paid, someone, prompt_tokens(["/silent"]) + MOST)
+
+
+async def test_a_completion_that_fails_in_silence_costs_its_prompt(paid: Service) -> None:
+    """It was charged all it might have said."""
+    someone = await guest(paid.url)
+    body = {"model": "quick", "messages": [{"role": "user", "content": "/fail 0"}]}
+    assert (await call(paid.url, "POST", "/v1/chat/completions", someone.access, json=body)).status_code == 502
+    await settled(paid, someone, prompt_tokens(["/fail 0"]))
+
+
+async def test_thoughts_aloud_are_paid_for_when_the_answer_is_stopped(tmp_path: Path) -> None:
+    """Only what was shown of it counted: five thoughts of eleven characters come first."""
+    with Vendors() as vendors:
+        model = {"id": "thinker", "provider": "openai_chat", "base_url": f"{vendors.url}/v1", "model_code": "fake-reasoning"}
+        environment = CLOSED | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "PARLEY_MODELS": json.dumps([model])}
+        async with Service(environment) as service:
+            someone, session = await talk(service.url, "thinker")
+            content = "[[pace:0.05 tokens:1000]]"
+            async with SocketReader(Journal(), "ann", service.url, session, token=someone.access) as ann:
+                await ann.event("session_state")
+                await ann.say(content)
+                await ann.chunks(3)
+                assert await stop(service.url, someone.access, session)
+                await ann.turn_ended()
+            said = (await messages(service.url, someone.access, session))[1]["content"]
+            least = prompt_tokens([content]) + 5 * len("thinking 0 ") + len(said.encode())
+            await until(lambda: spent(service, someone) < MOST, 5, "given back")
+            assert least <= spent(service, someone) < least + 200
 
 
 async def test_an_answer_made_again_is_paid_for_again(paid: Service) -> None:

@@ -74,7 +74,7 @@ async def ask(providers: Providers, model: str | Model, text: str, limits: Limit
             assert answer.finish is None, "something came after the finish"
             if isinstance(piece, Finish):
                 answer.finish = piece
-            else:
+            elif isinstance(piece, Delta):
                 answer.deltas.append(piece.text)
     except ProviderError as error:
         answer.error = error

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import ChatError
-from ..providers import ChatMessage, Finish, Limits, ProviderError
+from ..providers import ChatMessage, Finish, Limits, ProviderError, Thought
 from ..store.budgets import Reservation, budgets_of, metered, reserve
 from ..store.queries import Query
 from .generation import Generation
-from .streams import CHARS_PER_TOKEN
+from .streams import CHARS_PER_TOKEN, hung_up
 from .turn import Result
 
 PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is a server's, with people behind it
@@ -43,6 +43,7 @@ class Completion:
         texts = [message.content for message in messages]
         self._meter = metered(generation.providers.models[model], texts, limits.max_tokens)
         self._said = 0  # characters
+        self._cut = True  # unless the provider ends it by itself
         self._place: list[str] = []
         self._held: Reservation | None = None
 
@@ -97,6 +98,7 @@ class Completion:
             raise ProviderError("provider_timeout") from None
         except ProviderError as problem:
             result.reason = problem.code
+            self._cut = hung_up(problem)
             raise
         finally:
             result.finish = self.finish
@@ -111,6 +113,9 @@ class Completion:
                     self.finish = piece
                     self._meter.told(piece.input_tokens, piece.output_tokens)
                     return
+                if isinstance(piece, Thought):
+                    self._meter.thought(piece.size)
+                    continue
                 if result.first_token is None:
                     result.first_token = time.monotonic() - started
                 self._said += len(piece.text)
@@ -126,6 +131,6 @@ class Completion:
         self._generation.limits.leave(place)
         held, self._held = self._held, None
         if held is not None:
-            if self.finish is None:
+            if self.finish is None and self._cut:
                 self._meter.cut()
             self._generation.unused.settle(held, [self._meter])

@@ -11,7 +11,7 @@ import logging
 import time
 from functools import partial
 
-from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers
+from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers, Thought
 from ..settings import Settings
 from ..store.budgets import metered
 from ..store.database import Database
@@ -83,9 +83,7 @@ class Streams:
             async with asyncio.timeout(self.settings.reply_timeout):
                 await self._stream_with_retry(turn, side, prompt, limits, started)
         except BaseException as problem:
-            # We hung up, unless the provider itself refused or broke off: it may have thought in silence until then.
-            hung_up = not isinstance(problem, ProviderError) or problem.code == "provider_timeout"
-            if side in turn.meters and hung_up:
+            if side in turn.meters and hung_up(problem):
                 turn.meters[side].cut()
             raise
         finally:
@@ -123,6 +121,10 @@ class Streams:
                     if meter is not None:
                         meter.told(piece.input_tokens, piece.output_tokens)
                     return
+                if isinstance(piece, Thought):
+                    if meter is not None:
+                        meter.thought(piece.size)
+                    continue
                 if result.first_token is None:
                     result.first_token = time.monotonic() - started
                 said += len(piece.text)
@@ -180,3 +182,11 @@ class Streams:
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
             turn.moved.set()
+
+
+def hung_up(problem: BaseException) -> bool:
+    """Whether we ended a call that failed so: the provider may have thought in silence until then.
+
+    A provider that refused or broke off by itself has not.
+    """
+    return not isinstance(problem, ProviderError) or problem.code == "provider_timeout"

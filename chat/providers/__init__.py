@@ -1,8 +1,8 @@
 """Where a reply's text comes from: one vocabulary, the choice of provider, and what holds for all of them.
 
-A provider is one async generator: deltas, then one `Finish`, or a `ProviderError`. A provider has no access to turns,
-rooms or the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of its models is
-offered, and beside the loop: together they cost 80 MB and three seconds.
+A provider is one async generator: deltas and thoughts, then one `Finish`, or a `ProviderError`. A provider has no
+access to turns, rooms or the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of
+its models is offered, and beside the loop: together they cost 80 MB and three seconds.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ class Delta(msgspec.Struct, frozen=True):
     text: str
 
 
+class Thought(msgspec.Struct, frozen=True):
+    """The bytes of a thought that a model had aloud: it is paid for like the answer, and its text goes no further."""
+
+    size: int
+
+
 class Finish(msgspec.Struct, frozen=True):
     """The answer is whole ("stop") or reached its limit ("length"). Token counts are there if the vendor sends them."""
 
@@ -65,7 +71,7 @@ class Provider(Protocol):
 
     def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Finish, None]: ...
+    ) -> AsyncGenerator[Delta | Thought | Finish, None]: ...
 
     async def close(self) -> None: ...
 
@@ -106,7 +112,7 @@ class Providers:
 
     def stream(
         self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
         """Ask a model, on offer or of an older session. Raises `ProviderError` at once for one that cannot answer."""
         asked = self.known.get(model if isinstance(model, str) else model.id)
         if asked is None:
@@ -117,18 +123,17 @@ class Providers:
 
     async def _cleaned(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
         """The only path from a provider to the service: its text can be stored and sent."""
         provider, cleaner = await self._provider(model.provider), Cleaner()
         async with aclosing(provider.stream(model, messages, limits)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, Delta):
-                    text = cleaner.feed(piece.text)
-                else:
+                text = cleaner.feed(piece.text) if isinstance(piece, Delta) else ""
+                if isinstance(piece, Finish):
                     text = cleaner.end()
                 if text:
                     yield Delta(text)
-                if isinstance(piece, Finish):
+                if not isinstance(piece, Delta):
                     yield piece
 
     async def _provider(self, name: str) -> Provider:

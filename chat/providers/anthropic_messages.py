@@ -45,6 +45,7 @@ class MessagePart(msgspec.Struct):
 
     type: str | None = None
     text: str | None = None
+    thinking: str | None = None
     stop_reason: str | None = None
 
 
@@ -92,7 +93,7 @@ class AnthropicMessages(Upstream):
             case "content_block_delta" if delta.type == "text_delta":
                 return Piece(text=delta.text or "")
             case "content_block_delta":
-                return Piece(thinking=True)
+                return Piece(thinking=delta.thinking or "")
             case "message_delta":
                 return Piece(reason=delta.stop_reason, input_tokens=usage.input, output_tokens=usage.output_tokens)
         return Piece()

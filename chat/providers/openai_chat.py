@@ -71,11 +71,12 @@ class OpenAIChat(Upstream):
             raise InStream(chunk.error)
         usage, choice = chunk.usage or ChunkUsage(), chunk.choices[0] if chunk.choices else ChunkChoice()
         delta = choice.delta or ChunkDelta()
+        thought = delta.reasoning_content or delta.reasoning
         if delta.refusal:
             raise ProviderError("provider_refused")
         return Piece(
             text=delta.content or "",
-            thinking=bool(delta.reasoning_content or delta.reasoning),
+            thinking=str(thought) if thought else None,
             reason=choice.finish_reason or None,  # some servers say "" while they go on
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from ..settings import Model
-from . import ChatMessage, Delta, Finish, Limits, ProviderError
+from . import ChatMessage, Delta, Finish, Limits, ProviderError, Thought
 from .failures import OPERATOR_FAULTS, advice, status_of, translated, words
 from .sse import Events
 
@@ -32,10 +32,10 @@ REFUSED = {"content_filter": "provider_refused", "refusal": "provider_refused", 
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """The text that one event of a vendor adds to an answer. `thinking` is a sign of life whose text is never shown."""
+    """The text that one event of a vendor adds to an answer. `thinking`, even an empty one, is a sign of life."""
 
     text: str = ""
-    thinking: bool = False
+    thinking: str | None = None
     reason: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -73,7 +73,7 @@ class Upstream(ABC):
 
     async def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
         answered, reason, failure = False, None, None
         counts: list[int | None] = [None, None]
         try:
@@ -81,6 +81,8 @@ class Upstream(ABC):
                 async for piece in pieces:
                     answered, reason = True, piece.reason or reason
                     counts = [_latest(piece.input_tokens, counts[0]), _latest(piece.output_tokens, counts[1])]
+                    if piece.thinking:
+                        yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
                     if piece.text:
                         yield Delta(piece.text)
         except Exception as problem:
@@ -109,7 +111,7 @@ class Upstream(ABC):
                     yield piece  # the reader may take its time: the clock starts after it
                     if piece.reason:
                         clock.start(AFTERMATH)
-                    elif piece.text or piece.thinking:
+                    elif piece.text or piece.thinking is not None:
                         clock.start(limits.idle_timeout)
 
     def _client(self, model: Model) -> Any:

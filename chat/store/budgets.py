@@ -39,11 +39,15 @@ class Meter:
     again. Where the provider tells its counts those are taken instead.
     """
 
-    def __init__(self, prompt: int, max_tokens: int, *, free: bool = False) -> None:
-        """prompt: `prompt_tokens` of what is sent; max_tokens: as asked of the provider; free: it costs nothing."""
+    def __init__(self, prompt: int, max_tokens: int, *, free: bool = False, thinks: bool = False) -> None:
+        """prompt: `prompt_tokens` of what is sent; max_tokens: as asked of the provider; free: it costs nothing.
+
+        thinks: the model thinks in silence before it speaks, which nobody counts for us when it is interrupted.
+        """
         self._prompt = 0 if free else prompt
         self._most = 0 if free else max_tokens
         self._free = free
+        self._thinks = thinks
         self._spent = 0  # of the calls before this one
         self._input = self._output = 0  # of this call, as measured
 
@@ -61,13 +65,18 @@ class Meter:
         self._spent, self._input, self._output = self.spent, self._prompt, 0
 
     def came(self, text: str) -> None:
-        """A piece of the answer has arrived, or of thinking that will not be shown."""
+        """A piece of the answer has arrived."""
+        self.thought(tokens_of(text))
+
+    def thought(self, size: int) -> None:
+        """So many bytes of a thought have arrived, which nobody is shown."""
         if not self._free:
-            self._output += tokens_of(text)
+            self._output += size
 
     def cut(self) -> None:
         """We have hung up. A call that had said nothing yet may have thought in silence, as much as it was allowed."""
-        self._output = self._output or (self._most if self._input else 0)
+        if self._input and (self._thinks or not self._output):
+            self._output = max(self._output, self._most)
 
     def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
         """The provider's own counts of this call. A count that is missing or 0 stays as measured."""
@@ -78,7 +87,7 @@ class Meter:
 def metered(model: Model, messages: Iterable[str], max_tokens: int) -> Meter:
     """The meter of one reply of this model to these messages' texts."""
     most = min(max_tokens, model.max_tokens or max_tokens)
-    return Meter(prompt_tokens(messages), most, free=model.free)
+    return Meter(prompt_tokens(messages), most, free=model.free, thinks=model.thinks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def model_card(model: Model) -> dict[str, Any]:
         "is_active": True,
         "release_date": None,
         "model_type": "LLM",
-        "is_thinking_model": False,
+        "is_thinking_model": model.thinks,
         "url": None,
         "random_only": False,
     }
