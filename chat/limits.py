@@ -140,16 +140,20 @@ class RateLimits:
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
 
 
-def buckets(name: str, address: str, limit: int) -> list[tuple[str, int]]:
-    """Return the names a caller is counted under and their limits: IPv6 customers may have a whole /48, so that counts.
+def places(address: str) -> list[tuple[str, int]]:
+    """Return an address and the IPv6 network around it, which one customer may have, each with its times the limit.
 
     address: as `callers.address` says it, an IPv6 one by its /64.
     """
-    found = [(f"{name}:{address}", limit)]
+    found = [(address, 1)]
     if address.endswith("/64"):
-        around = ipaddress.ip_network(address).supernet(new_prefix=48)
-        found.append((f"{name}:{around}", limit * WIDER))
+        found.append((str(ipaddress.ip_network(address).supernet(new_prefix=48)), WIDER))
     return found
+
+
+def buckets(name: str, address: str, limit: int) -> list[tuple[str, int]]:
+    """Return the names a caller is counted under and their limits."""
+    return [(f"{name}:{place}", limit * times) for place, times in places(address)]
 
 
 def is_loopback(address: str) -> bool:

@@ -107,8 +107,10 @@ def check_operator(connection: HTTPConnection) -> str:
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:
     """Count a read of what is long, for the account and for the address. Raises `rate_limited`."""
     chat = state(connection)
-    for name in [f"reads:{address(connection)}"] + ([f"reads:{account.id}"] if account is not None else []):
-        await chat.limits.hit(name, chat.settings.reads_per_minute, 60, "You are reading this too often.")
+    most, message = chat.settings.reads_per_minute, "You are reading this too often."
+    await chat.limits.hit_from(address(connection), "reads", most, 60, message)
+    if account is not None:
+        await chat.limits.hit(f"reads:{account.id}", most, 60, message)
 
 
 async def new_guest(connection: HTTPConnection, display_name: str | None = None) -> Account:

@@ -154,7 +154,7 @@ def test_a_demo_model_costs_nothing_whatever_it_says() -> None:
 
 async def test_together_they_never_pass_a_limit(databases: list[Database]) -> None:
     """A hundred at once on two workers, of ten accounts at five addresses: as many as the service's budget has room for."""
-    asked = [take(databases[n % 2], budgets_of(f"{n % 10}", f"{n % 5}", LIMITS), 100) for n in range(100)]
+    asked = [take(databases[n % 2], budgets_of(f"{n % 10}", [(f"{n % 5}", 1)], LIMITS), 100) for n in range(100)]
     answers = await asyncio.gather(*asked)
     assert sum(isinstance(answer, Reservation) for answer in answers) == 30
     assert {answer for answer in answers if isinstance(answer, str)} == {"budget_exhausted"}
@@ -162,30 +162,37 @@ async def test_together_they_never_pass_a_limit(databases: list[Database]) -> No
 
 
 async def test_an_address_has_a_share_however_many_accounts_it_makes(databases: list[Database]) -> None:
-    answers = [await take(databases[0], budgets_of(f"{n}", "office", LIMITS), 500) for n in range(6)]
+    answers = [await take(databases[0], budgets_of(f"{n}", [("office", 1)], LIMITS), 500) for n in range(6)]
     assert [isinstance(answer, Reservation) for answer in answers] == [True] * 4 + [False] * 2
-    assert isinstance(await take(databases[1], budgets_of("7", "home", LIMITS), 500), Reservation)
+    assert isinstance(await take(databases[1], budgets_of("7", [("home", 1)], LIMITS), 500), Reservation)
+
+
+async def test_a_network_has_a_share_however_many_addresses_it_has(databases: list[Database]) -> None:
+    """An IPv6 customer picks from 65,536 of what counts as an address."""
+    asked = [budgets_of(f"{n}", [(f"home-{n}", 1), ("network", 1)], LIMITS) for n in range(6)]
+    answers = [await take(databases[n % 2], budgets, 500) for n, budgets in enumerate(asked)]
+    assert [isinstance(answer, Reservation) for answer in answers] == [True] * 4 + [False] * 2
 
 
 async def test_an_account_has_a_share_wherever_it_comes_from(databases: list[Database]) -> None:
-    answers = [await take(databases[n % 2], budgets_of("ann", f"{n}", LIMITS), 400) for n in range(3)]
+    answers = [await take(databases[n % 2], budgets_of("ann", [(f"{n}", 1)], LIMITS), 400) for n in range(3)]
     assert [isinstance(answer, Reservation) for answer in answers] == [True, True, False]
 
 
 async def test_what_costs_nothing_holds_nothing_and_is_refused_nothing(databases: list[Database]) -> None:
     """Silent demo turns once held the service's whole budget; and a budget used up is no reason to refuse one."""
     for _ in range(30):
-        assert isinstance(await take(databases[0], budgets_of("ann", "home", LIMITS), 0), Reservation)
+        assert isinstance(await take(databases[0], budgets_of("ann", [("home", 1)], LIMITS), 0), Reservation)
     assert await spent(databases[0]) == {}
-    assert isinstance(await take(databases[0], budgets_of("ann", "home", LIMITS), 1000), Reservation)
-    assert await take(databases[0], budgets_of("ann", "home", LIMITS), 1) == "budget_exhausted"
-    assert isinstance(await take(databases[0], budgets_of("ann", "home", LIMITS), 0), Reservation)
+    assert isinstance(await take(databases[0], budgets_of("ann", [("home", 1)], LIMITS), 1000), Reservation)
+    assert await take(databases[0], budgets_of("ann", [("home", 1)], LIMITS), 1) == "budget_exhausted"
+    assert isinstance(await take(databases[0], budgets_of("ann", [("home", 1)], LIMITS), 0), Reservation)
 
 
 async def test_the_days_messages_are_counted_for_the_account_alone(databases: list[Database]) -> None:
-    answers = [await take(databases[n % 2], budgets_of("ann", "home", LIMITS), 0, 3) for n in range(5)]
+    answers = [await take(databases[n % 2], budgets_of("ann", [("home", 1)], LIMITS), 0, 3) for n in range(5)]
     assert answers[3:] == ["daily_limit_reached"] * 2
-    assert isinstance(await take(databases[0], budgets_of("ben", "home", LIMITS), 0, 3), Reservation)
+    assert isinstance(await take(databases[0], budgets_of("ben", [("home", 1)], LIMITS), 0, 3), Reservation)
 
 
 # -- settling
@@ -193,7 +200,7 @@ async def test_the_days_messages_are_counted_for_the_account_alone(databases: li
 
 async def test_what_was_not_used_comes_back_and_what_was_used_beyond_is_taken(databases: list[Database]) -> None:
     """The day it was reserved on, from all three budgets, once."""
-    unused, budgets = Unused(databases[0]), budgets_of("ann", "home", LIMITS)
+    unused, budgets = Unused(databases[0]), budgets_of("ann", [("home", 1)], LIMITS)
     held = await take(databases[0], budgets, 700)
     more = await take(databases[1], budgets, 200)
     assert isinstance(held, Reservation) and isinstance(more, Reservation)

@@ -175,12 +175,13 @@ async def test_one_address_cannot_take_the_whole_day(tmp_path: Path) -> None:
     environment |= {"PARLEY_DAILY_TOKENS_ADDRESS": "3000", "PARLEY_TRUSTED_PROXIES": "1"}
     async with Service(environment) as service:
         fates = []
-        for place in ("192.0.2.1", "192.0.2.1", "192.0.2.2"):
+        customer = [f"2001:db8:1:{n}::1" for n in range(12)]  # a /48 counts as eight addresses
+        for place in ("192.0.2.1", "192.0.2.1", "192.0.2.2", *customer):
             someone, session = await talk(service.url)
             body = {"session_id": session, "content": "/silent", "max_tokens": 2000}
             headers = {"X-Forwarded-For": place, "Accept": "text/event-stream"}
             fates.append(await _begun(service.url, someone.access, body, headers))
-        assert fates == [200, 429, 200]
+        assert fates == [200, 429, 200] + [200] * 11 + [429]
         someone = await guest(service.url)  # nor on another road
         said = {"model": "quick", "messages": [{"role": "user", "content": "/echo x"}], "max_tokens": 2000}
         for place, status in (("192.0.2.1", 429), ("192.0.2.3", 200)):
@@ -190,7 +191,7 @@ async def test_one_address_cannot_take_the_whole_day(tmp_path: Path) -> None:
         with sqlite3.connect(path) as database:
             names = [name for (name,) in database.execute("SELECT name FROM budgets")]
         assert len([name for name in names if name.startswith("address:")]) >= 2
-        assert not [name for name in names if "192.0.2" in name]
+        assert not [name for name in names if "192.0.2" in name or "2001" in name]
 
 
 async def _begun(base: str, token: str, body: dict[str, Any], headers: dict[str, str]) -> int:

@@ -70,7 +70,7 @@ class Owner:
     async def orphan(self, session: Session, ask: Ask, worker: str = "dead", lease: int = -1000) -> str:
         """Write a turn nobody here knows of; by default its worker died before a checkpoint, and its lease is over."""
         turn_id, database = new_id(), self.state.database
-        terms = Terms(worker, lease, 0, budgets_of(self.someone.id, "", (0, 0, 0)), 0, 10, "")
+        terms = Terms(worker, lease, 0, budgets_of(self.someone.id, [], (0, 0, 0)), 0, 10, "")
         await turns.insert_turn(database, session, self.someone.id, ask, terms, turn_id)
         return turn_id
 

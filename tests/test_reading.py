@@ -19,7 +19,7 @@ from chat.store import pages
 from chat.store.database import Database
 from chat.store.votes_file import SETTLED, VotesFile
 from tests.conftest import CLOSED, STORES, store
-from tests.harness.api import call, guest, messages, new_session, post_turn
+from tests.harness.api import call, guest, http, messages, new_session, post_turn
 from tests.harness.service import Service
 from tests.test_http import rows
 
@@ -236,7 +236,7 @@ async def test_the_published_votes_name_nobody(service: Service) -> None:
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     database = f"sqlite:///{tmp_path_factory.mktemp('limited') / 'parley.db'}"
-    with Service(CLOSED | {"DATABASE_URL": database, "PARLEY_READS_PER_MINUTE": "3"}) as running:
+    with Service(CLOSED | {"DATABASE_URL": database, "PARLEY_READS_PER_MINUTE": "3", "PARLEY_TRUSTED_PROXIES": "1"}) as running:
         yield running
 
 
@@ -247,3 +247,7 @@ async def test_what_is_long_is_not_read_without_end(limited: Service) -> None:
     for path in paths:
         answers = [await call(limited.url, "GET", path, someone.access) for _ in range(8)]
     assert answers[-1].status_code == 429 and int(answers[-1].headers["Retry-After"]) <= 60
+    async with http(limited.url) as client:  # nor by a customer with a network of addresses
+        places = [{"X-Forwarded-For": f"2001:db8:1:{n:x}::1"} for n in range(60)]
+        statuses = [(await client.get(paths[0], headers=place)).status_code for place in places]
+    assert (statuses[0], statuses[-1]) == (200, 429)

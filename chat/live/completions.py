@@ -72,8 +72,8 @@ class Completion:
         database, settings = self._generation.database, self._generation.settings
         person = self._caller.people == 1
         own = (settings.daily_tokens_account, settings.daily_tokens_address) if person else (0, 0)
-        place = self._generation.unreadable(self._caller.address)
-        budgets = budgets_of(self._caller.name, place, (*own, settings.daily_tokens_service))
+        places = self._generation.unreadable(self._caller.address)
+        budgets = budgets_of(self._caller.name, places, (*own, settings.daily_tokens_service))
         daily_messages = settings.daily_messages if person else 0
 
         async def work(query: Query) -> Reservation:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from ..errors import ChatError
-from ..limits import RateLimits
+from ..limits import RateLimits, places
 from ..providers import Limits, ProviderError, Providers
 from ..settings import Settings
 from ..store import turns
@@ -187,10 +187,11 @@ class Generation:
             person_reads=settings.person_reads,
         )
 
-    def unreadable(self, address: str) -> str:
-        """Return a name for an address that the database may hold: nobody can read the address back from it."""
+    def unreadable(self, address: str) -> list[tuple[str, int]]:
+        """Return the `places` of an address by names for the database: nobody can read an address from them."""
         key = self.settings.secret_keys[-1].encode()[:64] if self.settings.secret_keys else b""
-        return hashlib.blake2b(address.encode(), key=key, digest_size=12).hexdigest()
+        names = [(hashlib.blake2b(place.encode(), key=key, digest_size=12), times) for place, times in places(address)]
+        return [(name.hexdigest(), times) for name, times in names]
 
     async def _within_budget(self, turn_id: str, terms: Terms, insert: Insert) -> StoredTurn:
         """Insert a turn; where the budget does not allow it, once more with the tokens that others have not used."""

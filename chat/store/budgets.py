@@ -98,13 +98,19 @@ class Budget:
     limit: int
 
 
-def budgets_of(account_id: str, address: str, limits: tuple[int, int, int]) -> tuple[Budget, ...]:
-    """The budgets a turn draws on. address: as nobody can read it back; limits: of account, address and service.
+def budgets_of(
+    account_id: str, places: Iterable[tuple[str, int]], limits: tuple[int, int, int]
+) -> tuple[Budget, ...]:
+    """The budgets a turn draws on, in the order of their names.
 
-    In the order of their names, in which every transaction takes the rows: two would wait for each other otherwise.
+    places: an address and the network around it, as nobody can read them back, each with its times the limit;
+    limits: of account, address and service. In that order every transaction takes the rows: two would wait for each
+    other otherwise.
     """
-    names = (f"account:{account_id}", f"address:{address}", "service")
-    return tuple(Budget(name, limit) for name, limit in zip(names, limits, strict=True))
+    account, address, service = limits
+    around = sorted((f"address:{place}", address * times) for place, times in places)
+    named = [(f"account:{account_id}", account), *around, ("service", service)]
+    return tuple(Budget(name, limit) for name, limit in named)
 
 
 @dataclass(frozen=True, slots=True)
