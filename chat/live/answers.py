@@ -88,8 +88,8 @@ class Answer:
         self.turn_id = turn_id
         self.position = position
         self.previous = previous
-        self.asked = [message for message in messages if message["role"] == "user"]
-        said = [message for message in messages if message["role"] != "user"]
+        self.asked = [message for message in messages if message["participant"] is None]
+        said = [message for message in messages if message["participant"] is not None]
         replies = sorted(said, key=lambda message: str(message["participant"]))
         self.replies = {message["participant"]: Reply(blank(message)) for message in replies}
         for message in replies:
