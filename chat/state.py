@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -136,10 +137,10 @@ def _metrics(relay: Relay, generation: Generation, bus: RedisBus | None) -> Metr
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),
         },
     )
-    generation.observe = lambda model, result, seconds: metrics.reply(
+    generation.observe = lambda model, result: metrics.reply(
         model,
         result.reason,
-        seconds,
+        time.monotonic() - result.started,
         result.first_token,
         (result.finish.input_tokens, result.finish.output_tokens) if result.finish else (None, None),
     )

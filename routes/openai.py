@@ -207,7 +207,7 @@ class Exchange:
 
     @property
     def _finish(self) -> str:
-        finish = self._completion.finish
+        finish = self._completion.result.finish
         return "stop" if finish is None or self._stops.met else finish.reason
 
     @property

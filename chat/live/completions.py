@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import ChatError
-from ..providers import ChatMessage, Finish, Limits, ProviderError, Thought
+from ..providers import ChatMessage, Limits, ProviderError
 from ..store.budgets import Reservation, budgets_of, metered, reserve
 from ..store.queries import Query
 from .generation import Generation
-from .streams import CHARS_PER_TOKEN, hung_up
+from .streams import CHARS_PER_TOKEN, ask, hung_up
 from .turn import Result
 
 PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is a server's, with people behind it
@@ -34,7 +32,7 @@ class Completion:
         self, generation: Generation, caller: Caller, model: str, messages: list[ChatMessage], limits: Limits
     ) -> None:
         self.model = model
-        self.finish: Finish | None = None
+        self.result = Result()
         self._generation = generation
         self._caller = caller
         self._messages = messages
@@ -42,7 +40,6 @@ class Completion:
         self._asked = sum(len(message.content) for message in messages) // CHARS_PER_TOKEN
         texts = [message.content for message in messages]
         self._meter = metered(generation.providers.models[model], texts, limits.max_tokens)
-        self._said = 0  # characters
         self._cut = True  # unless the provider ends it by itself
         self._place: list[str] = []
         self._held: Reservation | None = None
@@ -50,9 +47,10 @@ class Completion:
     @property
     def tokens(self) -> tuple[int, int]:
         """Tokens asked and answered: the provider's own counts where it tells them."""
-        asked = self.finish.input_tokens if self.finish else None
-        answered = self.finish.output_tokens if self.finish else None
-        estimate = -(-self._said // CHARS_PER_TOKEN)
+        finish = self.result.finish
+        asked = finish.input_tokens if finish else None
+        answered = finish.output_tokens if finish else None
+        estimate = -(-self.result.said // CHARS_PER_TOKEN)
         return self._asked if asked is None else asked, estimate if answered is None else answered
 
     async def admit(self) -> None:
@@ -88,11 +86,13 @@ class Completion:
             self._held = await database.transaction(work)
 
     async def run(self, say: Callable[[str], None]) -> None:
-        """Yield the answer's text piece by piece; `finish` holds the ending afterwards. Raises `ProviderError`."""
-        started, result = time.monotonic(), Result()
+        """Pass the answer's text to `say`; `result` has the ending afterwards. Raises `ProviderError`."""
+        settings, providers = self._generation.settings, self._generation.providers
+        self.result = result = Result()
         try:
-            async with asyncio.timeout(self._generation.settings.reply_timeout):
-                await self._stream(say, result, started)
+            async with asyncio.timeout(settings.reply_timeout):
+                limits = self._limits
+                await ask(providers, self.model, self._messages, limits, settings.reply_max, result, self._meter, say)
         except TimeoutError:
             result.reason = "provider_timeout"
             raise ProviderError("provider_timeout") from None
@@ -101,29 +101,7 @@ class Completion:
             self._cut = hung_up(problem)
             raise
         finally:
-            result.finish = self.finish
-            self._generation.observe(self.model, result, time.monotonic() - started)
-
-    async def _stream(self, say: Callable[[str], None], result: Result, started: float) -> None:
-        self._meter.call()
-        pieces = self._generation.providers.stream(self.model, self._messages, self._limits)
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                if isinstance(piece, Finish):
-                    self.finish = piece
-                    self._meter.told(piece.input_tokens, piece.output_tokens)
-                    return
-                if isinstance(piece, Thought):
-                    self._meter.thought(piece.size)
-                    continue
-                if result.first_token is None:
-                    result.first_token = time.monotonic() - started
-                self._said += len(piece.text)
-                self._meter.came(piece.text)
-                if self._said > self._generation.settings.reply_max:
-                    raise ProviderError("too_long")
-                say(piece.text)
-        raise ProviderError("provider_truncated")
+            self._generation.observe(self.model, result)
 
     async def release(self) -> None:
         """Free the slot and release the unused reservation. A second call does nothing."""
@@ -131,6 +109,6 @@ class Completion:
         self._generation.limits.leave(place)
         held, self._held = self._held, None
         if held is not None:
-            if self.finish is None and self._cut:
+            if self.result.finish is None and self._cut:
                 self._meter.cut()
             self._generation.unused.settle(held, [self._meter])

@@ -65,7 +65,7 @@ class Generation:
         self.draining = False
         self.streams = Streams(settings, database, providers)
         self.unused = Unused(database)
-        self.observe: Callable[[str, Result, float], None] = lambda model, result, seconds: None
+        self.observe: Callable[[str, Result], None] = lambda model, result: None
         # Set by the leases: whether a turn is ours without asking, and what answers one that nobody here knows.
         self.surely_owned: Callable[[Turn], bool] = lambda turn: turn.state != "lost"
         self.adopt: Callable[[Row], Awaitable[None]] | None = None
@@ -233,13 +233,12 @@ class Generation:
     async def _answer(self, turn: Turn, room: Room, limits: Limits) -> None:
         assert turn.stored is not None
         self.speak(turn, room, self.answer_of(turn))
-        started = time.monotonic()
         try:
             position = turn.stored.rows[0]["position"]
             history = [] if turn.early else await self.streams.history(turn.session, position)
         except StorageUnavailable:
             for side in sorted(turn.open):
-                await self.finish(turn, side, Result("failed", "storage_unavailable"), 0.0)
+                await self.finish(turn, side, Result("failed", "storage_unavailable"))
             return
         turn.results = {side: Result() for side in turn.open}
         if turn.early is None:
@@ -247,7 +246,7 @@ class Generation:
             self.streams.begin(turn, history, limits)
         pacing = [self.tasks.spawn(self.streams.keep_pace(turn))] if turn.rhythm is not None else []
         try:
-            await asyncio.gather(*(self._side(turn, side, started) for side in sorted(turn.open)))
+            await asyncio.gather(*(self._side(turn, side) for side in sorted(turn.open)))
         finally:
             for task in (*pacing, *turn.streams.values()):  # a mistake with one side must not leave the other asking
                 task.cancel()
@@ -266,14 +265,14 @@ class Generation:
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
         turn.voice.begin()
 
-    async def _side(self, turn: Turn, side: str, started: float) -> None:
+    async def _side(self, turn: Turn, side: str) -> None:
         """Wait for one reply's stream and end the reply. Only the stream is ever cancelled, never this."""
         stream = turn.streams.get(side)
         if stream is not None:
             await asyncio.wait({stream})
         result = _outcome(turn, side, stream)
         if turn.state != "lost":
-            await self.finish(turn, side, result, time.monotonic() - started)
+            await self.finish(turn, side, result)
 
     async def conclude(self, turn: Turn, room: Room) -> None:
         """The post-condition of a turn: every reply has an ending, in the database and for every reader."""
@@ -282,7 +281,7 @@ class Generation:
             while turn.open and turn.state != "lost" and turn.voice is not None:
                 status = turn.early or "failed"
                 reason = {"failed": "internal", "interrupted": "interrupted"}.get(status)
-                await self.finish(turn, min(turn.open), Result(status, reason), 0.0)
+                await self.finish(turn, min(turn.open), Result(status, reason))
             if turn.stored is not None and turn.stored.held is not None:
                 self.unused.settle(turn.stored.held, turn.meters.values())
         except Exception:
@@ -301,7 +300,7 @@ class Generation:
 
     # -- one ending
 
-    async def finish(self, turn: Turn, side: str, result: Result, seconds: float) -> None:
+    async def finish(self, turn: Turn, side: str, result: Result) -> None:
         """Store how a reply ended, then tell it; tell `storage_unavailable` when it cannot be stored."""
         if result.status in ("stopped", "interrupted"):
             turn.held.pop(side, None)
@@ -313,23 +312,23 @@ class Generation:
         async with turn.lock:
             if side not in turn.open or turn.state == "lost":
                 return
-            row = await self._store(turn, side, result, seconds)
+            row = await self._store(turn, side, result)
             if row is None:
                 return
             turn.open.discard(side)
             if not turn.open:
                 turn.state = "ending"
             self._note(row["model"], result)
-            self.observe(row["model"], result, seconds)
+            self.observe(row["model"], result)
             turn.out.end(side, self.relay.mask.message(turn.session, row))
 
-    async def _store(self, turn: Turn, side: str, result: Result, seconds: float) -> Row | None:
+    async def _store(self, turn: Turn, side: str, result: Result) -> Row | None:
         """Write a reply's ending, and with the last one the turn's. None when another worker owns the turn now."""
         row = turn.replies[side] | {
             "content": turn.text(side),
             "status": result.status,
             "failure_reason": result.reason,
-            "latency_ms": int(seconds * 1000),
+            "latency_ms": int((time.monotonic() - result.started) * 1000),
             "first_token_ms": None if result.first_token is None else int(result.first_token * 1000),
         }
         rows, last = [*turn.unsaved, row], turn.open == {side}

@@ -192,4 +192,4 @@ class Leases:
         for side in sorted(turn.open):
             ending = turn.out.answer.replies[side].ending
             if ending is not None:  # readers were told so, and that stays true
-                await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]), 0.0)
+                await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]))

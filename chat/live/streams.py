@@ -9,17 +9,18 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers, Thought
 from ..settings import Settings
-from ..store.budgets import metered
+from ..store.budgets import Meter, metered
 from ..store.database import Database
 from ..store.pages import select_page
 from ..store.queries import Row
 from ..store.sessions import Session
 from .pace import Rhythm, pieces
-from .turn import Turn
+from .turn import Result, Turn
 
 log = logging.getLogger("parley.generation")
 
@@ -65,25 +66,23 @@ class Streams:
     def begin(self, turn: Turn, history: list[Row], limits: Limits) -> None:
         """Begin the stream of every reply. Never waits: a stop finds either no stream or all streams."""
         assert turn.stored is not None
-        started, content = time.monotonic(), turn.stored.rows[0]["content"]
+        content = turn.stored.rows[0]["content"]
         if turn.session.blind and self.settings.pace and len(turn.open) > 1:
             turn.rhythm, turn.held = Rhythm(self.settings.pace), dict.fromkeys(turn.open, "")
         for side in sorted(turn.open):
             model_id = turn.replies[side]["model"]
             prompt = self.prompt(model_id, side, history, content)
-            if (model := self.providers.known.get(model_id)) is not None:
-                turn.meters[side] = metered(model, [message.content for message in prompt], limits.max_tokens)
-            turn.streams[side] = asyncio.create_task(self._stream(turn, side, prompt, limits, started))
+            model, texts = self.providers.known.get(model_id), [message.content for message in prompt]
+            turn.meters[side] = metered(model, texts, limits.max_tokens) if model is not None else Meter.unused()
+            turn.streams[side] = asyncio.create_task(self._stream(turn, side, prompt, limits))
 
-    async def _stream(
-        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
-    ) -> None:
+    async def _stream(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:
         """Stream one reply until all of its text is shown. Raises `ProviderError`, `TimeoutError`."""
         try:
             async with asyncio.timeout(self.settings.reply_timeout):
-                await self._stream_with_retry(turn, side, prompt, limits, started)
+                await self._stream_with_retry(turn, side, prompt, limits)
         except BaseException as problem:
-            if side in turn.meters and hung_up(problem):
+            if hung_up(problem):
                 turn.meters[side].cut()
             raise
         finally:
@@ -91,11 +90,9 @@ class Streams:
             turn.moved.set()
         await self.shown(turn, side)
 
-    async def _stream_with_retry(
-        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
-    ) -> None:
+    async def _stream_with_retry(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:
         try:
-            await self._stream_once(turn, side, prompt, limits, started)
+            await self._stream_once(turn, side, prompt, limits)
         except ProviderError as problem:
             wait = problem.retry_after or 0.5
             began = turn.results[side].first_token is not None
@@ -103,38 +100,14 @@ class Streams:
                 raise
             log.info("model %s: one retry after %s", turn.replies[side]["model"], problem.code)
             await asyncio.sleep(wait)
-            await self._stream_once(turn, side, prompt, limits, started)
+            await self._stream_once(turn, side, prompt, limits)
 
-    async def _stream_once(
-        self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits, started: float
-    ) -> None:
-        settings, result, said = self.settings, turn.results[side], 0
+    async def _stream_once(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:
+        settings, model = self.settings, turn.replies[side]["model"]
         limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
-        stream = self.providers.stream(turn.replies[side]["model"], prompt, limits)
-        say = partial(self._hold, turn) if turn.rhythm is not None else turn.out.say
-        if (meter := turn.meters.get(side)) is not None:
-            meter.call()
-        async with contextlib.aclosing(stream):
-            async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
-                if isinstance(piece, Finish):
-                    result.finish = piece
-                    if meter is not None:
-                        meter.told(piece.input_tokens, piece.output_tokens)
-                    return
-                if isinstance(piece, Thought):
-                    if meter is not None:
-                        meter.thought(piece.size)
-                    continue
-                if result.first_token is None:
-                    result.first_token = time.monotonic() - started
-                said += len(piece.text)
-                if meter is not None:
-                    meter.came(piece.text)
-                if said > settings.reply_max:
-                    result.status, result.reason = "failed", "too_long"
-                    return
-                say(side, piece.text)
-        raise ProviderError("provider_truncated")
+        say = partial(self._hold, turn, side) if turn.rhythm is not None else partial(turn.out.say, side)
+        result, meter = turn.results[side], turn.meters[side]
+        await ask(self.providers, model, prompt, limits, settings.reply_max, result, meter, say)
 
     def _hold(self, turn: Turn, side: str, text: str) -> None:
         turn.held[side] += text
@@ -184,9 +157,44 @@ class Streams:
             turn.moved.set()
 
 
+async def ask(
+    providers: Providers,
+    model: str,
+    prompt: list[ChatMessage],
+    limits: Limits,
+    reply_max: int,
+    result: Result,
+    meter: Meter,
+    say: Callable[[str], None],
+) -> None:
+    """Ask a model once and pass its text on to `say`; `result` has the ending afterwards.
+
+    Raises `ProviderError`, also for an answer without an end and for one of more than `reply_max` characters.
+    """
+    meter.call()
+    stream = providers.stream(model, prompt, limits)
+    async with contextlib.aclosing(stream):
+        async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
+            if isinstance(piece, Finish):
+                result.finish = piece
+                meter.told(piece.input_tokens, piece.output_tokens)
+                return
+            if isinstance(piece, Thought):
+                meter.thought(piece.size)
+                continue
+            if result.first_token is None:
+                result.first_token = time.monotonic() - result.started
+            result.said += len(piece.text)
+            meter.came(piece.text)
+            if result.said > reply_max:
+                raise ProviderError("too_long")
+            say(piece.text)
+    raise ProviderError("provider_truncated")
+
+
 def hung_up(problem: BaseException) -> bool:
     """Whether we ended a call that failed so: the provider may have thought in silence until then.
 
     A provider that refused or broke off by itself has not.
     """
-    return not isinstance(problem, ProviderError) or problem.code == "provider_timeout"
+    return not isinstance(problem, ProviderError) or problem.code in ("provider_timeout", "too_long")

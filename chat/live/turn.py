@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +25,9 @@ class Result:
     status: str = "success"
     reason: str | None = None
     finish: Finish | None = None
+    started: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # seconds after the start
+    said: int = 0  # characters
 
 
 @dataclass(eq=False)

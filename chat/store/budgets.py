@@ -51,6 +51,11 @@ class Meter:
         self._spent = 0  # of the calls before this one
         self._input = self._output = 0  # of this call, as measured
 
+    @classmethod
+    def unused(cls) -> Meter:
+        """Return the meter of a call that cannot be made."""
+        return cls(0, 0, free=True)
+
     @property
     def most(self) -> int:
         """The tokens to reserve for one call."""
