@@ -8,7 +8,7 @@ import re
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from chat import callers
-from chat.errors import ChatError
+from chat.errors import ChatError, not_found
 from chat.limits import buckets
 from chat.live import choices
 from chat.state import State
@@ -80,13 +80,9 @@ async def _admit_by_share(
     chat: State, session_id: str, share_token: str, account: Account | None, expires_at: float
 ) -> Right:
     """Anyone with the link may read, with or without an account; its owner goes on as its owner."""
-    if account is not None:
-        try:
-            own = await sessions.select_session(chat.database, session_id, account.id)
-            return Right(chat.database, own, account, expires_at=expires_at)
-        except ChatError as problem:
-            if problem.code != "not_found":
-                raise
+    own = None if account is None else await sessions.find_session(chat.database, session_id, account.id)
+    if own is not None:
+        return Right(chat.database, own, account, expires_at=expires_at)
     session = await sessions.select_shared(chat.database, share_token)
     if session.id != session_id:
         raise Closed(4404, "no such session")
@@ -147,11 +143,11 @@ async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:
 
 async def _session(chat: State, id: str, account: Account, guest: bool, choice: choices.Choice) -> Session:
     """The session; on a local start one that does not exist is made, with the models the query chooses."""
-    try:
-        return await sessions.select_session(chat.database, id, account.id)
-    except ChatError as problem:
-        if problem.code != "not_found" or not chat.settings.open_sessions:
-            raise
+    session = await sessions.find_session(chat.database, id, account.id)
+    if session is not None:
+        return session
+    if not chat.settings.open_sessions:
+        raise not_found("session")
     mode, models = await choices.choose(choice, chat.generation, chat.leaderboard, chat.dice)
     await sessions.insert_session(chat.database, account.id, mode, models, id=id, is_open=guest)
     return await sessions.select_session(chat.database, id, account.id)

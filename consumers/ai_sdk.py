@@ -67,15 +67,13 @@ class Requests:
 
     async def _begun(self, frame: frames.Send, session: Session) -> str:
         """Return the turn that a message began, now or before."""
-        account, generation = self.right.account, self.chat.generation
-        if account is None:
-            raise ChatError("forbidden", "This is a read-only view of the session.")
+        account = self.right.writer()
         choices.check(session, frame.body)
         message_id, text = last_words(frame.messages)
         again = frame.trigger == "regenerate-message"
         reply_ids = {"a": new_id()} if again else {}  # as over HTTP: an answer made again is a new one
         ask = Ask(message_id or new_id(), text, reply_ids, replaces=again or frame.messageId == message_id)
-        turn = await generation.begin(session, account, ask, address=self.address)
+        turn = await self.chat.generation.begin(session, account, ask, address=self.address)
         turn.check(ask)
         return turn.id
 

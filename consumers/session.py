@@ -23,7 +23,6 @@ from chat.live.events import SessionNotice, error_event, session_event
 from chat.live.rooms import Follower
 from chat.state import State
 from chat.store import operator, turns
-from chat.store.accounts import Account
 from chat.store.database import StorageUnavailable, new_id
 from chat.store.rights import Right
 from chat.store.turns import Ask
@@ -250,8 +249,7 @@ class Conversation:
             case frames.NewMessage():
                 await self._message(frame)
             case frames.Stop():
-                account = self._writer()
-                await self.chat.generation.stop(await self.right.select(), account.id)
+                await self.chat.generation.stop(await self.right.select(), self.right.writer().id)
             case frames.Typing(is_typing):
                 self._hear_typing(is_typing)
             case frames.Send() | frames.Resume() | frames.Abort():
@@ -261,11 +259,6 @@ class Conversation:
         """Have the follower start over, after what it is saying just now."""
         self._asked.append(cursor)
         self.follower.interrupt()
-
-    def _writer(self) -> Account:
-        if self.account is None:
-            raise ChatError("forbidden", "This is a read-only view of the session.")
-        return self.account
 
     async def _take_request(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
         if self._requests is None:
@@ -277,7 +270,7 @@ class Conversation:
         if self.right.operator:
             await self._speak(frame)
             return
-        account = self._writer()
+        account = self.right.writer()
         current = await self.right.select()
         choices.check(current, frame)
         ask, address = Ask(frame.id or new_id(), frame.content, {}), admission.address(self.socket, self.chat)
@@ -293,7 +286,7 @@ class Conversation:
         self.chat.relay.look_again(self.session)
 
     def _hear_typing(self, is_typing: bool) -> None:
-        self._writer()
+        self.right.writer()
         self._types = is_typing
         if self._typing is None:
             self._tell_typing()
@@ -303,7 +296,7 @@ class Conversation:
         self._typing = None
         if self._types is None:
             return
-        account = self._writer()
+        account = self.right.writer()
         event = session_event("typing_indicator", user_id=account.id, is_typing=self._types).decode()
         public = session_event("typing_indicator", user_id=None, is_typing=self._types).decode()
         self._types = None

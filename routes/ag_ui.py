@@ -14,12 +14,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.errors import ChatError, invalid, not_found
+from chat.errors import invalid, not_found
+from chat.formats import last_of_user
 from chat.formats.ag_ui import AgUi
 from chat.live.answers import ENDED, parse_cursor, start_of
 from chat.live.choices import Choice
 from chat.store import sessions, turns
-from chat.store.accounts import Account
+from chat.store.accounts import Account, account_id
 from chat.store.database import new_id
 from chat.store.pages import select_page
 from chat.store.rights import Right
@@ -27,14 +28,9 @@ from chat.store.sessions import Session
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs, messages
+from .inputs import ContentPart, text_of
 from .messages import Wish
 from .sessions import Id
-
-
-class RunPart(msgspec.Struct):
-    type: str = "text"
-    text: str = ""
-    content: str = ""
 
 
 class RunMessage(msgspec.Struct):
@@ -42,7 +38,7 @@ class RunMessage(msgspec.Struct):
 
     role: str
     id: Id | None = None
-    content: str | list[RunPart] | None = None
+    content: str | list[ContentPart] | None = None
 
 
 class Run(Wish, kw_only=True):
@@ -61,11 +57,9 @@ async def run(request: Request) -> Response:
     for name in Choice.__struct_fields__ if wish.forwardedProps is not None else ():
         setattr(wish, name, getattr(wish, name) or getattr(wish.forwardedProps, name))
     wish.session_id = wish.threadId
-    place = next((n for n in range(len(wish.messages) - 1, -1, -1) if wish.messages[n].role == "user"), None)
-    if place is None:
-        raise invalid("messages", "there is no user message")
+    place = last_of_user([each.role for each in wish.messages])
     message = wish.messages[place]
-    ask = Ask(message.id or new_id(), _text(place, message), {"a": wish.runId}, replaces=True)
+    ask = Ask(message.id or new_id(), text_of(place, message.content), {"a": wish.runId}, replaces=True)
     if ask.message_id == wish.runId:
         raise invalid("runId", "a message has this id")
     found = await _find(request, wish.threadId, ask.message_id, account)
@@ -82,27 +76,14 @@ def _goes_on(turn: StoredTurn, run_id: str) -> bool:
     return any(row["id"] == run_id or row["status"] not in ENDED for row in turn.rows)
 
 
-def _text(place: int, message: RunMessage) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    if any(part.type != "text" for part in message.content):
-        raise invalid(f"messages[{place}].content", "only text is understood here")
-    return "".join([part.text or part.content for part in message.content])
-
-
 async def _find(
     request: Request, session_id: str, message_id: str, account: Account | None
 ) -> tuple[Session, StoredTurn] | None:
     """Return the turn of a message that was sent before, if there is one."""
     database = inputs.state(request).database
-    try:
-        session = await sessions.select_session(database, session_id, account.id if account is not None else "")
-    except ChatError as problem:
-        if problem.code != "not_found":
-            raise
-        return None
-    turn = await turns.select_turn_of_message(database, session, message_id)
-    return None if turn is None else (session, turn)
+    session = await sessions.find_session(database, session_id, account_id(account))
+    turn = None if session is None else await turns.select_turn_of_message(database, session, message_id)
+    return (session, turn) if session is not None and turn is not None else None
 
 
 async def _told(request: Request, session: Session, turn_id: str, account: Account | None) -> Response:
@@ -120,9 +101,8 @@ async def join(request: Request) -> Response:
     account = await messages.speaker(request)
     if thread_id := request.query_params.get("threadId"):
         return await _thread(request, thread_id, account)
-    run_id, account_id = request.query_params.get("runId", ""), account.id if account is not None else ""
-    database = inputs.state(request).database
-    session_id = await turns.select_session_of_message(database, run_id, account_id)
+    run_id, database = request.query_params.get("runId", ""), inputs.state(request).database
+    session_id = await turns.select_session_of_message(database, run_id, account_id(account))
     found = await _find(request, session_id, run_id, account)
     if found is None:
         raise not_found("run")
@@ -131,7 +111,7 @@ async def join(request: Request) -> Response:
 
 async def _thread(request: Request, id: str, account: Account | None) -> Response:
     chat = inputs.state(request)
-    session = await sessions.select_session(chat.database, id, account.id if account is not None else "")
+    session = await sessions.select_session(chat.database, id, account_id(account))
     rows, _ = await select_page(chat.database, session.id, 50)
     running = next((row for row in rows if row["status"] not in ENDED), None)
     told = [message for message in chat.mask.messages(session, rows) if message["status"] in ENDED]

@@ -12,11 +12,11 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.errors import ChatError
+from chat.errors import not_found
 from chat.formats.ui_messages import UIMessage, UIMessages, last_words
 from chat.live.answers import start_of
 from chat.store import sessions, turns
-from chat.store.accounts import Account
+from chat.store.accounts import Account, account_id
 from chat.store.database import new_id
 from chat.store.rights import Right
 from chat.store.sessions import Session
@@ -25,8 +25,6 @@ from chat.store.turns import Ask
 from . import inputs, messages
 from .messages import Wish
 from .sessions import Id
-
-HEADERS = {"X-Vercel-AI-UI-Message-Stream": "v1"}
 
 
 class ChatRequest(Wish, kw_only=True):
@@ -50,14 +48,14 @@ async def chat(request: Request) -> Response:
     again = wish.trigger == "regenerate-message"
     reply_ids = {"a": new_id()} if again else {}  # of a reply that is not there yet: an answer made again is a new one
     ask = Ask(message_id or new_id(), text, reply_ids, replaces=again or wish.messageId == message_id)
-    return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages, headers=HEADERS)
+    return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages)
 
 
-async def _session(request: Request, id: str) -> tuple[Session, Account | None]:
-    """Return the chat's session and who asks; on a local start an open session needs no account. Raises `not_found`."""
+async def _asked(request: Request) -> tuple[Session | None, Account | None]:
+    """Return the chat's session and who asks; on a local start an open session needs no account."""
     account = await messages.speaker(request)
-    database = inputs.state(request).database
-    return await sessions.select_session(database, id, account.id if account is not None else ""), account
+    database, id = inputs.state(request).database, request.path_params["chat_id"]
+    return await sessions.find_session(database, id, account_id(account)), account
 
 
 async def stream(request: Request) -> Response:
@@ -65,20 +63,17 @@ async def stream(request: Request) -> Response:
 
     These clients cannot go on in the middle, whatever number of chunks they say they have.
     """
-    try:
-        session, account = await _session(request, request.path_params["chat_id"])
-    except ChatError as problem:
-        if problem.code != "not_found":
-            raise
+    session, account = await _asked(request)
+    database = inputs.state(request).database
+    turn = None if session is None else await turns.select_latest_turn(database, session.id)
+    if session is None or turn is None or turn["status"] != "running":
         return Response(status_code=204)
-    turn = await turns.select_latest_turn(inputs.state(request).database, session.id)
-    if turn is None or turn["status"] != "running":
-        return Response(status_code=204)
-    right = Right(inputs.state(request).database, session, account)
-    return await messages.follow(request, right, start_of(turn["id"]), spoken=UIMessages, headers=HEADERS)
+    return await messages.follow(request, Right(database, session, account), start_of(turn["id"]), spoken=UIMessages)
 
 
 async def stop(request: Request) -> Response:
-    session, account = await _session(request, request.path_params["chat_id"])
-    account_id = account.id if account is not None else ""
-    return inputs.answer({"stopped": await inputs.state(request).generation.stop(session, account_id)})
+    session, account = await _asked(request)
+    if session is None:
+        raise not_found("session")
+    stopped = await inputs.state(request).generation.stop(session, account_id(account))
+    return inputs.answer({"stopped": stopped})

@@ -172,6 +172,23 @@ def _path_and_problem(text: str) -> tuple[str, str]:
     return path or "body", what
 
 
+class ContentPart(msgspec.Struct):
+    """A piece of a message, as OpenAI's and AG-UI's clients send them."""
+
+    type: str = "text"
+    text: str = ""
+    content: str = ""
+
+
+def text_of(place: int, content: str | list[ContentPart] | None) -> str:
+    """Return the text of the message at this place of a conversation. Raises `invalid`."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if any(part.type not in ("text", "input_text", "refusal") for part in content):
+        raise invalid(f"messages[{place}].content", "only text is understood here")
+    return "".join([part.text or part.content for part in content])
+
+
 C = TypeVar("C", bound=Choice)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,9 +12,9 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from chat.direct import Direct, direct_of
-from chat.errors import ChatError, invalid
-from chat.formats import Format
+from chat.direct import direct_of
+from chat.errors import ChatError, invalid, not_found
+from chat.formats import Format, last_of_user
 from chat.formats.arena_lines import ArenaLines
 from chat.formats.bare_text import BareText
 from chat.formats.event_stream import EventStream
@@ -80,7 +81,6 @@ async def start(
     *,
     makes: bool = False,
     spoken: type[Format] | None = None,
-    headers: dict[str, str] | None = None,
 ) -> Response:
     """Start a turn, in a new session where none is named, and follow it. `makes`: the client names sessions itself."""
     chat = inputs.state(request)
@@ -99,7 +99,7 @@ async def start(
     )
     if makes:  # these clients would show the old answer
         turn.check(ask)
-    headers = {"X-Session-Id": session.id} | (headers or {})
+    headers = {"X-Session-Id": session.id}
     if guest:
         headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
     right = Right(chat.database, session, account)
@@ -117,9 +117,7 @@ def read_ask(post: Post) -> Ask:
     """The user message of either shape, and the ids chosen for its replies."""
     if post.messages is None:
         return Ask(post.id or new_id(), post.content or "", {})
-    place = next((n for n in range(len(post.messages) - 1, -1, -1) if post.messages[n].role == "user"), None)
-    if place is None:
-        raise invalid("messages", "there is no user message")
+    place = last_of_user([line.role for line in post.messages])
     user = post.messages[place]
     replies = {}
     lines = [line for line in post.messages[place + 1 :] if line.role == "assistant"]
@@ -156,15 +154,17 @@ def _check_models(session: Session, wish: Wish) -> None:
 # -- following
 
 
+FORMATS: dict[str, tuple[str, type[Format]]] = {  # in the query, in `Accept`
+    "text": ("text/plain;format=text", BareText),
+    "sse": ("text/event-stream", EventStream),
+    "ndjson": ("application/x-ndjson", JsonLines),
+}
+
+
 def chosen_format(request: Request) -> type[Format]:
-    accept = request.headers.get("accept", "*/*").replace(" ", "").lower()
-    if request.query_params.get("format") == "text" or "text/plain;format=text" in accept:
-        return BareText
-    if "text/event-stream" in accept or request.query_params.get("format") == "sse":
-        return EventStream
-    if "application/x-ndjson" in accept or request.query_params.get("format") == "ndjson":
-        return JsonLines
-    return ArenaLines
+    accept = request.headers.get("accept", "").replace(" ", "").lower()
+    named = request.query_params.get("format")
+    return next((spoken for name, (kind, spoken) in FORMATS.items() if named == name or kind in accept), ArenaLines)
 
 
 async def follow(
@@ -179,55 +179,45 @@ async def follow(
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
     places = await inputs.stream_places(request, right.account)
-    try:
+    with ExitStack() as leaving:
+        leaving.callback(chat.limits.leave, places)
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
+        # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
+        leaving.callback(lambda: chat.relay.spawn(chat.relay.part(follower)))
         follower.polls = request.query_params.get("poll") == "1"
-        try:
-            if not await chat.relay.resume(follower, cursor):
-                raise ChatError("not_found", "There is no such turn.")
-        except BaseException:
-            await chat.relay.part(follower)
-            raise
-    except BaseException:
-        chat.limits.leave(places)
-        raise
+        if not await chat.relay.resume(follower, cursor):
+            raise not_found("turn")
+        release = leaving.pop_all().close
     fixed = {
         "Cache-Control": "no-store, no-transform",
         "X-Accel-Buffering": "no",
         "X-Turn-Id": cursor.turn_id,
         "X-Cursor": str(cursor) if cursor.begun else EARLIEST,
         "Content-Type": spoken.content_type,
-    }
-    return FollowResponse(chat, follower, places, spoken, direct_of(request.scope), fixed | (headers or {}))
+    } | spoken.headers
+    pieces = _told(chat, follower, spoken, direct_of(request.scope))
+    return ReleasedResponse(pieces, release, fixed | (headers or {}))
 
 
-class FollowResponse(StreamingResponse):
-    """A stream whose follower leaves its room even when the reader is gone before the first byte."""
+class ReleasedResponse(StreamingResponse):
+    """A stream that is released at its end, even when its reader is gone before the first byte."""
 
     def __init__(
-        self,
-        chat: State,
-        follower: Follower,
-        places: list[str],
-        spoken: type[Format],
-        direct: Direct | None,
-        headers: dict[str, str],
+        self, pieces: AsyncGenerator[bytes, None], release: Callable[[], None], headers: dict[str, str]
     ) -> None:
-        super().__init__(_told(chat, follower, spoken, direct), headers=headers)
-        self._chat = chat
-        self._follower = follower
-        self._places = places
+        super().__init__(pieces, headers=headers)
+        self._pieces = pieces
+        self._release = release
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            async with aclosing(self._pieces):
+                await super().__call__(scope, receive, send)
         finally:
-            self._chat.limits.leave(self._places)
-            # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
-            self._chat.relay.spawn(self._chat.relay.part(self._follower))
+            self._release()
 
 
-async def _told(chat: State, follower: Follower, spoken: type[Format], direct: Any) -> AsyncIterator[bytes]:
+async def _told(chat: State, follower: Follower, spoken: type[Format], direct: Any) -> AsyncGenerator[bytes, None]:
     """The part of a stream that its own task writes: while the reader keeps up, the room writes to it directly."""
     cursor = follower.cursor
     yield spoken.opening + (spoken.resumed(cursor.turn_id, str(cursor)) if cursor.begun else b"")

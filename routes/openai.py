@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from chat.direct import direct_of
 from chat.errors import REPLY_SENTENCES, ChatError, invalid
+from chat.formats import EventFormat
 from chat.formats import completions as spoken
 from chat.live.completions import PEOPLE, Caller, Completion
 from chat.live.streams import CHARS_PER_TOKEN
@@ -24,6 +25,8 @@ from chat.providers import ChatMessage, Limits, ProviderError
 from chat.settings import Settings
 
 from . import inputs
+from .inputs import ContentPart, text_of
+from .messages import ReleasedResponse
 
 TOKENS_MAX = 8000  # of one answer, as of a turn's reply; clients that ask for more by default get these
 LOOK_EVERY = 1.0  # seconds between two looks whether a client that waits for the whole answer is still there
@@ -31,14 +34,9 @@ STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refus
 HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 
 
-class EntryPart(msgspec.Struct):
-    type: str
-    text: str = ""
-
-
 class Entry(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[EntryPart] | None = None
+    content: str | list[ContentPart] | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -114,21 +112,13 @@ async def _caller(request: Request) -> Caller:
 def _read(lines: list[Entry], settings: Settings) -> list[ChatMessage]:
     """The conversation as providers take it."""
     roles = {"developer": "system", "tool": "user", "function": "user"}
-    messages = [ChatMessage(roles.get(line.role, line.role), _text(n, line)) for n, line in enumerate(lines)]
+    messages = [ChatMessage(roles.get(line.role, line.role), text_of(n, line.content)) for n, line in enumerate(lines)]
     most = settings.prompt_max + settings.history_tokens * CHARS_PER_TOKEN
     if sum(len(message.content) for message in messages) > most:
         raise invalid("messages", f"longer than {most} characters altogether")
     if not any(message.content.strip() for message in messages):
         raise invalid("messages", "there is no text")
     return messages
-
-
-def _text(place: int, line: Entry) -> str:
-    if line.content is None or isinstance(line.content, str):
-        return line.content or ""
-    if any(part.type not in ("text", "input_text", "refusal") for part in line.content):
-        raise invalid(f"messages[{place}].content", "only text is understood here")
-    return "".join([part.text for part in line.content])
 
 
 class Exchange:
@@ -164,18 +154,18 @@ class Exchange:
             self.release()
 
     def streamed(self) -> Response:
-        return Streamed(self._events(), self.release, HEADERS)
+        return ReleasedResponse(self._events(), self.release, HEADERS | {"Content-Type": EventFormat.content_type})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         direct, settings = direct_of(self._request.scope), self._chat.settings
-        yield spoken.OPENING + spoken.chunk(self._head, {"role": "assistant", "content": ""})
+        yield EventFormat.opening + spoken.chunk(self._head, {"role": "assistant", "content": ""})
         try:
             async with contextlib.aclosing(self._texts(settings.sse_ping)) as texts:
                 async for text in texts:
                     if direct is not None:  # a reader that takes nothing does not keep its place
                         await direct.room(settings.send_timeout)
                     if text != "":
-                        yield spoken.PING if text is None else spoken.chunk(self._head, {"content": text})
+                        yield EventFormat.ping if text is None else spoken.chunk(self._head, {"content": text})
         except ProviderError as problem:
             yield spoken.event(_failure(problem))
             return
@@ -218,21 +208,3 @@ class Exchange:
 
 def _failure(problem: ProviderError) -> dict[str, Any]:
     return spoken.failure(STATUS.get(problem.code, 502), problem.code, REPLY_SENTENCES[problem.code])
-
-
-class Streamed(StreamingResponse):
-    """A stream that is released even when its reader is gone before the first byte."""
-
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], release: Callable[[], None], headers: dict[str, str]
-    ) -> None:
-        super().__init__(events, headers=headers, media_type="text/event-stream; charset=utf-8")
-        self._events = events
-        self._release = release
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            self._release()

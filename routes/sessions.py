@@ -11,7 +11,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from chat.errors import ChatError, invalid, not_found
+from chat.errors import invalid
 from chat.formats.transcripts import EXTENSIONS, MEDIA, Kind, transcript
 from chat.live import choices
 from chat.live.choices import Choice
@@ -57,10 +57,8 @@ async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool
     """The session a client wishes for, and whether it is new: an id that is already the account's is that session."""
     limits = chat.settings
     inputs.check_object("metadata", wish.metadata)
-    if wish.id is not None:
-        existing = await _existing(chat, wish.id, account)
-        if existing is not None:
-            return existing, False
+    if wish.id is not None and (existing := await sessions.find_session(chat.database, wish.id, account.id)):
+        return existing, False
     mode, models = await choices.choose(wish, chat.generation, chat.leaderboard, chat.dice)
     message = "You are making sessions too quickly."
     await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_minute, 60, message)
@@ -76,19 +74,8 @@ async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool
         metadata=wish.metadata,
         is_open=is_open,
     )
-    session = await _existing(chat, id, account)
-    if session is None:
-        raise not_found("session")  # somebody else's: no other word than for an id that nobody has
-    return session, made
-
-
-async def _existing(chat: State, id: str, account: Account) -> Session | None:
-    try:
-        return await sessions.select_session(chat.database, id, account.id)
-    except ChatError as problem:
-        if problem.code != "not_found":
-            raise
-        return None
+    # An id of somebody else's is answered like an id that nobody has.
+    return await sessions.select_session(chat.database, id, account.id), made
 
 
 async def listing(request: Request) -> Response:

@@ -6,14 +6,18 @@ same function. Each telling holds all the history a dialect needs.
 
 from __future__ import annotations
 
-from ..errors import REPLY_SENTENCES
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..errors import REPLY_SENTENCES, invalid
 from .tellings import Message, Telling
 
 
 class Format:
-    """How an HTTP response speaks: its content type, first and last bytes, and the dialect of what is between."""
+    """How an HTTP response speaks: its headers, first and last bytes, and the dialect of what is between."""
 
     content_type = "text/plain; charset=utf-8"
+    headers: ClassVar[dict[str, str]] = {}
     opening = b""
     closing = b""
     ping = b""
@@ -26,6 +30,14 @@ class Format:
     @staticmethod
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         raise NotImplementedError
+
+
+class EventFormat(Format):
+    """Server-sent events. The first comment opens the stream at once: some proxies wait for a byte."""
+
+    content_type = "text/event-stream; charset=utf-8"
+    opening = b": ok\n\n"
+    ping = b": ping\n\n"
 
 
 def sentence(reply: Message) -> str:
@@ -42,6 +54,13 @@ def problem_of(replies: tuple[Message, ...]) -> str:
     if len(problems) == 1:
         return problems[0][1]
     return " ".join([side + problem for side, problem in problems if problem])
+
+
+def last_of_user(roles: Sequence[str]) -> int:
+    """Return the place of a conversation's last user message. Raises `invalid`."""
+    if "user" not in roles:
+        raise invalid("messages", "there is no user message")
+    return len(roles) - 1 - roles[::-1].index("user")
 
 
 LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))

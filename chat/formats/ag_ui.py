@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import Format, one_line, problem_of
+from . import EventFormat, one_line, problem_of
 from .events import encode
 from .tellings import Begun, Ended, Over, Telling, Words
 
 Event = tuple[str, dict[str, Any]]  # its id, "" for none
 
 
-class AgUi(Format):
-    content_type = "text/event-stream; charset=utf-8"
-    opening = b": ok\n\n"
-    ping = b": ping\n\n"
-
+class AgUi(EventFormat):
     @staticmethod
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         return [b"".join([_sse(id, event) for id, event in _events(tellings)])]

@@ -13,8 +13,6 @@ import msgspec
 from . import one_line
 from .events import encode
 
-OPENING = b": ok\n\n"
-PING = b": ping\n\n"
 CLOSING = b"data: [DONE]\n\n"
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from . import Format, one_line
+from . import EventFormat, one_line
 from .events import event_json, resumed_json
 from .tellings import Telling
 
 
-class EventStream(Format):
-    content_type = "text/event-stream; charset=utf-8"
+class EventStream(EventFormat):
     opening = b": ok\nretry: 1000\n\n"
     closing = b"event: done\ndata: {}\n\n"
-    ping = b": ping\n\n"
 
     @staticmethod
     def resumed(turn_id: str, cursor: str) -> bytes:

@@ -8,13 +8,13 @@ so a resumed stream repeats the turn from its start, under the same message id.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from ..errors import invalid
-from . import Format, one_line, problem_of
+from . import EventFormat, last_of_user, one_line, problem_of
 from .events import encode
 from .tellings import Begun, Ended, Message, Over, Telling, Words
 
@@ -39,9 +39,7 @@ class UIMessage(msgspec.Struct):
 
 def last_words(messages: list[UIMessage]) -> tuple[str, str]:
     """Return the id ("" for none) and the text of the last user message. Raises `invalid`."""
-    place = next((n for n in range(len(messages) - 1, -1, -1) if messages[n].role == "user"), None)
-    if place is None:
-        raise invalid("messages", "there is no user message")
+    place = last_of_user([message.role for message in messages])
     message, parts = messages[place], messages[place].parts or []
     if any(part.type == "file" for part in parts):
         raise invalid(f"messages[{place}].parts", "only text is understood here")
@@ -49,11 +47,9 @@ def last_words(messages: list[UIMessage]) -> tuple[str, str]:
     return message.id or "", text
 
 
-class UIMessages(Format):
-    content_type = "text/event-stream; charset=utf-8"
-    opening = b": ok\n\n"
+class UIMessages(EventFormat):
+    headers: ClassVar = {"X-Vercel-AI-UI-Message-Stream": "v1"}
     closing = b"data: [DONE]\n\n"
-    ping = b": ping\n\n"
 
     @staticmethod
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:

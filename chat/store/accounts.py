@@ -38,6 +38,11 @@ def iso(milliseconds: int | None) -> str | None:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:03d}Z"
 
 
+def account_id(account: Account | None) -> str:
+    """Return the id of whoever asks, "" for nobody: no session is theirs."""
+    return "" if account is None else account.id
+
+
 def account_json(account: Account) -> dict[str, Any]:
     """`user` as its owner sees it."""
     return {

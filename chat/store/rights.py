@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import not_found
+from ..errors import ChatError, not_found
 from . import accounts, sessions
 from .accounts import Account
 from .database import Database
@@ -35,6 +35,12 @@ class Right:
         """Return what the admission stands on: readers with the same grounds keep or lose the right together."""
         version = self.account.token_version if self.account is not None else 0
         return self.account_id, version, self.member, self.share_token, self.operator
+
+    def writer(self) -> Account:
+        """Return who may write. Raises `forbidden` for a reader of a share."""
+        if self.account is None:
+            raise ChatError("forbidden", "This is a read-only view of the session.")
+        return self.account
 
     async def select(self) -> Session:
         """Return the session as it is now. Raises `not_found` when the right has ended or the id is used again."""

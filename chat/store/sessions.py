@@ -132,15 +132,21 @@ async def insert_session(
     return row is not None
 
 
-async def select_session(database: Database | Query, id: str, account_id: str) -> Session:
-    """The session if the account may write in it. Raises `not_found`."""
+async def find_session(database: Database | Query, id: str, account_id: str) -> Session | None:
+    """Return the session if the account may write in it."""
     row = await database.fetch_one(
         f"SELECT {COLUMNS} {FROM} WHERE s.id = :id AND (s.account_id = :account_id OR s.is_open = 1)",
         {"id": id, "account_id": account_id},
     )
-    if row is None:
+    return None if row is None else _session(row)
+
+
+async def select_session(database: Database | Query, id: str, account_id: str) -> Session:
+    """The session if the account may write in it. Raises `not_found`."""
+    session = await find_session(database, id, account_id)
+    if session is None:
         raise not_found("session")
-    return _session(row)
+    return session
 
 
 async def select_readable(database: Database, id: str, account_id: str | None) -> Session:
