@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from tests.harness.scene import ENVIRONMENT, Scene, Stage
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
 
@@ -77,3 +78,18 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield running
         log = running.log()
     assert "Traceback" not in log, log[-6000:]
+
+
+@pytest.fixture(scope="module")
+def stage(postgres_server: Postgres) -> Iterator[Stage]:
+    """Two workers on a Redis of their own, which the tests of the module may kill."""
+    with Redis() as redis:
+        url = postgres_server.create_database()
+        with Service(ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis.url}, workers=2) as service:
+            yield Stage(service, url, redis, postgres_server)
+
+
+@pytest.fixture
+async def scene(stage: Stage) -> AsyncIterator[Scene]:
+    async with await stage.scene() as scene:
+        yield scene

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -19,20 +19,6 @@ from tests.harness.client import SocketReader
 from tests.harness.scene import ENVIRONMENT, Scene, Stage, counted, now, text_of
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_server: Postgres) -> Iterator[Stage]:
-    with Redis() as redis:
-        url = postgres_server.create_database()
-        with Service(ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis.url}, workers=2) as service:
-            yield Stage(service, url, redis, postgres_server)
-
-
-@pytest.fixture
-async def scene(stage: Stage) -> AsyncIterator[Scene]:
-    async with await stage.scene() as scene:
-        yield scene
 
 
 @pytest.fixture

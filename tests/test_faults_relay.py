@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,21 +41,6 @@ from tests.harness.service import Service
 
 CATCH_UP = 3.0  # seconds after Redis is back
 STALL = 1.0  # seconds a reader on the owner's worker may wait while Redis is away
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_server: Postgres) -> Iterator[Stage]:
-    """Two workers on a Redis of their own, which the tests here kill."""
-    with Redis() as redis:
-        url = postgres_server.create_database()
-        with Service(ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis.url}, workers=2) as service:
-            yield Stage(service, url, redis, postgres_server)
-
-
-@pytest.fixture
-async def scene(stage: Stage) -> AsyncIterator[Scene]:
-    async with await stage.scene() as scene:
-        yield scene
 
 
 async def caught_up(reader: SocketReader, text: str, since: float, within: float = CATCH_UP) -> float:
