@@ -23,6 +23,7 @@ from tests.harness.api import call, guest, new_session, post_turn
 from tests.harness.checker import i8_bystander, i9_no_leak, tempo
 from tests.harness.client import SocketReader
 from tests.harness.evidence import counts
+from tests.harness.noise import Noise
 from tests.harness.processes import Process, temporary_directory
 from tests.harness.proxy import Proxy
 from tests.harness.scene import (
@@ -304,7 +305,7 @@ async def test_readers_join_elsewhere_while_redis_is_away(scene: Scene) -> None:
 
 async def test_half_open_client(stage: Stage) -> None:
     """21. A client frozen with SIGSTOP is cut (2 s of pings in tests, 45 s else); the others notice nothing."""
-    async with await stage.scene() as scene:
+    async with await stage.scene() as scene, Noise(stage.service.worker(0).pid) as noise:
         near = await scene.socket("near", 0)
         await near.say("/count 100")
         await near.turn_ended()
@@ -315,7 +316,7 @@ async def test_half_open_client(stage: Stage) -> None:
         client.start()
         try:
             await until(lambda: "open" in client.output(), 10, "the client's connection")
-            baseline = tempo(near)
+            baseline = tempo(near, noise)
             await near.say("/count 200")
             await near.chunks(110)
             frozen = scene.journal.fault("client frozen")
@@ -325,7 +326,7 @@ async def test_half_open_client(stage: Stage) -> None:
         finally:
             client.kill()
         await near.turn_ended(2)
-        assert not i8_bystander(baseline, tempo(near, since=frozen))
+        assert not i8_bystander(baseline, tempo(near, noise, since=frozen))
         await scene.check()
 
 
@@ -348,11 +349,11 @@ async def test_slow_reader_and_silent_reader(postgres_server: Postgres, redis_se
     environment = ENVIRONMENT | pings | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}
     async with Service(environment, server="serve") as service, Proxy.before(service.url, buffer=4096) as slow_way:
         async with Proxy.before(service.url, buffer=4096) as silent_way:
-            async with await Stage(service, url).scene(model_a_id="hasty") as scene:
+            async with await Stage(service, url).scene(model_a_id="hasty") as scene, Noise(service.worker().pid) as noise:
                 quick = await scene.socket("quick")
                 await quick.say("/count 3000")
                 await quick.turn_ended()
-                before, baseline = service.resources(), tempo(quick)
+                before, baseline = service.resources(), tempo(quick, noise)
                 slow = await scene.socket("slow", bases=slow_way.through(service.url))
                 silent = await scene.socket("silent", bases=silent_way.through(service.url))
                 started = now()
@@ -368,7 +369,7 @@ async def test_slow_reader_and_silent_reader(postgres_server: Postgres, redis_se
                 assert not i9_no_leak({"rss": before["rss"]}, {"rss": service.resources()["rss"]})
                 slow_way.ok()
                 await asyncio.gather(slow.turn_ended(within=60), silent.turn_ended(within=30))
-                assert not i8_bystander(baseline, tempo(quick, since=started))
+                assert not i8_bystander(baseline, tempo(quick, noise, since=started))
                 assert quick.view.texts()[1:] == [counted(8000)]
                 assert [text_of(slow)[-100:], text_of(silent)[-100:]] == [counted(8000)[-100:]] * 2
                 frames = {name: len(scene.journal.events(name, "message_chunk")) for name in ("quick", "slow")}

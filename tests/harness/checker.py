@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from .evidence import Allowed, Evidence, MessageRow, Rows, TurnRow, VendorCall, counts, gather, read_rows
+from .noise import Noise
 from .reader import Reader
 from .view import STATUSES, TERMINAL, View, difference
 
@@ -307,18 +308,19 @@ def i7_leases_live(evidence: Evidence) -> Violations:
 # I8, I9: others, and what is left behind
 
 
-def tempo(reader: Reader | View, since: float = 0.0, until: float = math.inf) -> list[float]:
-    """Seconds between one piece of text and the next, within each reply, as far as they came in that time."""
+def tempo(reader: Reader | View, noise: Noise, since: float = 0.0, until: float = math.inf) -> list[float]:
+    """Seconds between one piece of text and the next, within each reply, as far as they came in that time, without
+    those that the machine kept everybody waiting."""
     view = reader.view if isinstance(reader, Reader) else reader
     found = []
     for message in view.messages.values():
         times = [at for at in message.chunks if since <= at <= until]
-        found += [later - at for at, later in pairwise(times)]
+        found += [max(0.0, later - at - noise.between(at, later)) for at, later in pairwise(times)]
     return found
 
 
 def i8_bystander(baseline: Sequence[float], during: Sequence[float], floor: float = 0.05) -> Violations:
-    """The p99 between tokens stays under twice the baseline's; under `floor` seconds it is noise of the machine."""
+    """The p99 between tokens stays under twice the baseline's; under `floor` seconds nobody sees it."""
     if not baseline or not during:
         return [f"I8 nothing to compare: {len(baseline)} gaps before, {len(during)} during"]
     before, now = p99(baseline), p99(during)

@@ -6,11 +6,14 @@ Against a tiny application that speaks the contract's events, and breaks one rul
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import sqlite3
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from tests.harness import until
+from tests.harness import POLL, until
 from tests.harness.api import arena_line, call, guest, messages, new_session, post_turn, stop, ticket
 from tests.harness.checker import (
     Allowed,
@@ -42,7 +45,8 @@ from tests.harness.checker import (
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.evidence import MessageRow, Rows, TurnRow
 from tests.harness.journal import Journal
-from tests.harness.processes import HOST, Port
+from tests.harness.noise import Noise
+from tests.harness.processes import HOST, Port, Process
 from tests.harness.servers import Postgres, Redis
 from tests.harness.sse import SSEParser
 from tests.harness.tiny import TEXT, TOKENS, TURN, as_sent, tiny_app, turn_log
@@ -587,9 +591,37 @@ async def test_a_planted_secret_is_found(tiny: Tiny, journal: Journal) -> None:
     assert found == ["I10 sk-CANARY… is in the log, 1 times", "I10 sk-CANARY… is in what ann got, 1 times"]
 
 
+async def test_waiting_for_a_processor_is_noise_and_a_stall_is_none(tmp_path: Path) -> None:
+    """Another process wants the one processor this thread may have; then the thread sleeps, and its loop with it."""
+    own, burner = os.sched_getaffinity(0), Process([sys.executable, "-c", "while True: pass"], tmp_path / "log.txt")
+    burner.start()
+    try:
+        os.sched_setaffinity(burner.pid, {min(own)})
+        os.sched_setaffinity(0, {min(own)})
+        async with Noise() as noise:
+            computed, waited = await _spent(noise, lambda: sum(range(5_000_000)))
+            os.sched_setaffinity(0, own)
+            stalled, idled = await _spent(noise, lambda: time.sleep(0.3))
+    finally:
+        os.sched_setaffinity(0, own)
+        burner.kill()
+    assert waited > computed / 5, "half of it was the other's"
+    assert stalled - idled > 0.2
+
+
+async def _spent(noise: Noise, do: Callable[[], object]) -> tuple[float, float]:
+    """The seconds a call took, and how many of them were noise."""
+    await asyncio.sleep(3 * POLL)
+    started = time.monotonic()
+    do()
+    ended = time.monotonic()
+    await asyncio.sleep(3 * POLL)
+    return ended - started, noise.between(started, ended)
+
+
 async def test_bystanders_and_leaks_are_measured(tiny: Tiny, journal: Journal) -> None:
     ann = await watched(tiny, journal, "good")
-    assert len(tempo(ann)) == TOKENS - 1
+    assert len(tempo(ann, Noise())) == TOKENS - 1
     assert i8_bystander([0.1] * 100, [0.15] * 100) == []
     assert i8_bystander([0.001] * 100, [0.04] * 100) == []
     assert i8_bystander([0.1] * 100, [0.1] * 90 + [0.3] * 10) == [
