@@ -6,9 +6,10 @@ import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.harness.scene import ENVIRONMENT, Scene, Stage
 from tests.harness.servers import Postgres, Redis
@@ -18,6 +19,13 @@ SECRET = "test-secret-key-of-more-than-32-characters"
 CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "false"}
 STORES = ("sqlite", "postgres+redis")
 
+
+# The files that take longest, the longest first: one that began last would run alone for a minute.
+LONGEST = (
+    *("test_faults_storage", "test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers"),
+    *("test_servers", "test_floods", "test_faults_bus", "test_slow_readers", "test_interop_chats", "test_moments"),
+    *("test_arena", "test_startup", "test_http", "test_doors", "test_interop_openai", "test_conform", "test_interop"),
+)
 
 SEED = int(os.environ.get("PARLEY_TEST_SEED", "0"))
 
@@ -29,6 +37,26 @@ def pytest_report_header() -> str:
 def seeded(scenario: int) -> random.Random:
     """What a scenario draws its moments from."""
     return random.Random(f"{SEED} {scenario}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the rest, and the tests of one file, stay in their order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+class Schedule(LoadScopeScheduling):
+    """Gives each process a file's tests on one kind of storage: they share their services, other storages none."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        return file + next((f" on {name}" for name in STORES if name in test.partition("[")[2]), "")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Schedule:
+    config.option.loadscopereorder = False  # xdist would begin with the files of many tests
+    return Schedule(config, log)
 
 
 NOT_TESTED = "NOT TESTED HERE: "

@@ -63,6 +63,26 @@ def environment(tree: Path, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("given", "together", "random"),
+    [
+        ([], True, False),
+        (["-q", "-k", "resume"], True, False),
+        (["--all", "--durations=0"], True, True),
+        (["tests/test_one.py::test_this", "-q"], False, True),
+        (["tests"], False, True),
+    ],
+)
+def test_a_path_alone_is_run_in_one_process(tree: Path, given: list[str], together: bool, random: bool) -> None:
+    shutil.copy(ROOT / "scripts" / "test", tree / "scripts")
+    command(tree / "scripts" / "environment", "#!/bin/sh\n")
+    command(tree / ".venv" / "bin" / "python", '#!/bin/sh\necho "$@"\n')
+    command(tree / "tests" / "test_one.py", "")
+    words = subprocess.run(["scripts/test", *given], cwd=tree, capture_output=True, text=True, check=True).stdout.split()
+    assert words[:2] == ["-m", "pytest"] and set(given) - {"--all"} <= set(words)
+    assert ("--numprocesses" in words) == together and ("--ignore=tests/test_random_faults.py" not in words) == random
+
+
 def made_from(tree: Path) -> str:
     return (tree / ".venv" / "bin" / "python").read_text()
 
