@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import subprocess
 from collections.abc import Callable
@@ -18,11 +19,13 @@ PATIENCE = 20.0  # seconds for a client to do what it is told; Node.js alone tak
 def packages() -> str:
     """Install the packages, once per change of their lock file. Return what went wrong, or nothing."""
     lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".installed"
-    if not stamp.exists() or stamp.read_text() != lock.read_text():
-        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
-        if done.returncode:
-            return f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}"
-        stamp.write_text(lock.read_text())
+    with open(lock) as asked:
+        fcntl.flock(asked, fcntl.LOCK_EX)  # test processes that install at once would remove each other's packages
+        if not stamp.exists() or stamp.read_text() != lock.read_text():
+            done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
+            if done.returncode:
+                return f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}"
+            stamp.write_text(lock.read_text())
     return ""
 
 
