@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -242,13 +242,11 @@ def real_model(vendors: Vendors) -> dict[str, str]:
     return {"OPENAI_API_KEY": "sk-key-of-the-floods", "PARLEY_MODELS": json.dumps(models)}
 
 
-@contextlib.asynccontextmanager
-async def served(folder: Path, **environment: str) -> AsyncIterator[Service]:
+def served(folder: Path, **environment: str) -> Service:
     longest = folder / "longest"
     longest.write_text("0")
     storage = {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}", "FLOODS_LONGEST": str(longest)}
-    async with Service(PRODUCTION | storage | environment, command=WATCHED.split("\n", 1)) as service:
-        yield service
+    return Service(PRODUCTION | storage | environment, command=WATCHED.split("\n", 1))
 
 
 async def play(service: Service, folder: Path, flood: Flood, seconds: float) -> Cost:

@@ -113,6 +113,7 @@ async def test_answers_carry_what_browsers_obey(tmp_path: Path) -> None:
 async def test_at_debug_a_bare_uvicorn_prints_no_token_and_no_prompt(tmp_path: Path) -> None:
     """Wherever a client may put a token; the prompt over a socket and over HTTP."""
     environment = CLOSED | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}", "PARLEY_LOG_LEVEL": "debug"}
+    environment["PARLEY_MODELS"] = '[{"id": "hasty", "provider": "demo", "pace": 0.001}]'
     async with Service(environment, options=["--log-level", "debug"]) as running:
         someone = await guest(running.url)
         session_id = (await new_session(running.url, someone.access))["id"]

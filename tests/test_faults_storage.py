@@ -22,7 +22,7 @@ import pytest
 
 from tests.conftest import CLOSED, SECRET, STORES, absent, store
 from tests.harness import until
-from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn
+from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn, stop
 from tests.harness.chaos import KEY, models
 from tests.harness.checker import Allowed, check, gather, read_rows
 from tests.harness.client import SocketReader
@@ -46,16 +46,25 @@ def two_workers(name: str, request: pytest.FixtureRequest, folder: Path) -> dict
 
 
 @pytest.fixture(params=STORES)
-def pair(request: pytest.FixtureRequest, vendors: Vendors, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of two workers whose models are the vendor's, of one API: to import an SDK takes a second."""
-    vendors.reset()
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """The environment of two workers whose model is a demo: to import a vendor's SDK takes a second."""
+    return two_workers(request.param, request, tmp_path) | {"PARLEY_MODELS": json.dumps([FLUENT | {"id": "alpha"}])}
+
+
+@pytest.fixture(scope="module", params=STORES)
+def asking(
+    request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """Two workers whose models are the vendor's, of one API."""
     alpha = models(vendors)[0]
-    yield two_workers(request.param, request, tmp_path) | {
+    environment = two_workers(request.param, request, tmp_path_factory.mktemp("asking")) | {
         "PARLEY_MODELS": json.dumps([alpha, alpha | {"id": "beta"}]),
         "VENDOR_KEY": KEY,
         "PARLEY_FIRST_TOKEN_TIMEOUT": "10",  # no test here is about a vendor's clock
         "PARLEY_IDLE_TIMEOUT": "10",
     }
+    with Service(environment, workers=2) as running:
+        yield running
 
 
 # -- a database that cannot write (row 14)
@@ -161,42 +170,48 @@ async def _is_refused(base: str, token: str, session: str) -> bool:
 
 
 @pytest.mark.slow
-async def test_one_message_id_ten_times_is_one_turn(pair: dict[str, str], vendors: Vendors) -> None:
+async def test_one_message_id_ten_times_is_one_turn(asking: Service, vendors: Vendors) -> None:
     """In parallel on two workers: one message, one call, ten equal streams."""
-    async with Service(pair, workers=2) as service:
-        token = (await guest(service.url)).access
-        for round in range(3):
-            session = (await new_session(service.url, token, model_a_id="alpha"))["id"]
-            content, id = f"[[tokens:60 pace:0.01 id:m]] {session}", str(uuid.uuid4())
-            answers = await asyncio.gather(
-                *[post_turn(service.urls[n % 2], token, session, content, id=id) for n in range(10)]
-            )
-            assert [answer.status for answer in answers] == [200] * 10
-            assert {answer.turn_id for answer in answers} == {answers[0].turn_id}, round
-            whole = "".join(f"⟨m:{n}⟩ " for n in range(60))
-            assert [answer.sides() for answer in answers] == [{"a": whole}] * 10
-            assert vendors.count(content) == 1
-            rows = await messages(service.url, token, session)
-            assert [(row["role"], row["status"]) for row in rows] == [("user", "success"), ("assistant", "success")]
-            later = await post_turn(service.urls[1], token, session, content, id=id)
-            assert later.turn_id == answers[0].turn_id and later.sides() == {"a": whole}
-            assert vendors.count(content) == 1
+    token = (await guest(asking.url)).access
+    for round in range(3):
+        session = (await new_session(asking.url, token, model_a_id="alpha"))["id"]
+        content, id = f"[[tokens:60 pace:0.01 id:m]] {session}", str(uuid.uuid4())
+        answers = await asyncio.gather(
+            *[post_turn(asking.urls[n % 2], token, session, content, id=id) for n in range(10)]
+        )
+        assert [answer.status for answer in answers] == [200] * 10
+        assert {answer.turn_id for answer in answers} == {answers[0].turn_id}, round
+        whole = "".join(f"⟨m:{n}⟩ " for n in range(60))
+        assert [answer.sides() for answer in answers] == [{"a": whole}] * 10
+        assert vendors.count(content) == 1
+        rows = await messages(asking.url, token, session)
+        assert [(row["role"], row["status"]) for row in rows] == [("user", "success"), ("assistant", "success")]
+        later = await post_turn(asking.urls[1], token, session, content, id=id)
+        assert later.turn_id == answers[0].turn_id and later.sides() == {"a": whole}
+        assert vendors.count(content) == 1
 
 
 @pytest.mark.slow
-async def test_one_turn_runs_in_a_session_whoever_asks(pair: dict[str, str], vendors: Vendors) -> None:
+async def test_one_turn_runs_in_a_session_whoever_asks(asking: Service, vendors: Vendors) -> None:
     """Fifty different messages at once on two workers: one is answered, the others are told that it is busy."""
-    async with Service(pair, workers=2) as service:
-        token = (await guest(service.url)).access
-        session = (await new_session(service.url, token, model_a_id="alpha"))["id"]
-        answers = await asyncio.gather(
-            *[post_turn(service.urls[n % 2], token, session, f"[[mode:stall id:m{n}]]") for n in range(50)]
-        )
-        assert Counter(answer.status for answer in answers) == {200: 1, 409: 49}, [a.error for a in answers]
-        assert {answer.error["error"] for answer in answers if answer.error} == {"busy"}
-        assert len([call for call in vendors.calls if call.mode == "stall"]) == 1
-        rows = await read_rows(pair["DATABASE_URL"])
-        assert [row.role for row in rows.messages] == ["user", "assistant"] and len(rows.turns) == 1
+    token = (await guest(asking.url)).access
+    session = (await new_session(asking.url, token, model_a_id="alpha"))["id"]
+    posts = [
+        asyncio.create_task(post_turn(asking.urls[n % 2], token, session, f"[[mode:stall]] {n} of {session}"))
+        for n in range(50)
+    ]
+    await until(lambda: sum(post.done() for post in posts) == 49, 20, "the answers to all but one")
+    assert await stop(asking.url, token, session)
+    answers = await asyncio.gather(*posts)
+    assert Counter(answer.status for answer in answers) == {200: 1, 409: 49}, [a.error for a in answers]
+    assert {answer.error["error"] for answer in answers if answer.error} == {"busy"}
+    assert len([call for call in vendors.calls if session in call.prompt]) == 1
+    rows = await read_rows(_database(asking), session)
+    assert [row.role for row in rows.messages] == ["user", "assistant"] and len(rows.turns) == 1
+
+
+def _database(service: Service) -> str:
+    return str((service.processes[0].env or {})["DATABASE_URL"])
 
 
 PAID = {"PARLEY_MODELS": '[{"id": "paid", "provider": "demo", "paid": true}]'}  # a demo model that costs a budget
@@ -209,7 +224,7 @@ async def test_the_daily_cap_is_exact(pair: dict[str, str]) -> None:
         someone = await guest(service.url)
         sessions = await _sessions(service, someone, 50)
         answers = await asyncio.gather(
-            *[post_turn(service.urls[n % 2], someone.access, session, "[[tokens:3]]") for n, session in enumerate(sessions)]
+            *[post_turn(service.urls[n % 2], someone.access, session, "/count 3") for n, session in enumerate(sessions)]
         )
         assert Counter(answer.status for answer in answers) == {200: 20, 403: 30}, [a.error for a in answers]
         assert {answer.error["error"] for answer in answers if answer.error} == {"daily_limit_reached"}
@@ -264,11 +279,14 @@ async def test_turns_at_once_are_counted_exactly(pair: dict[str, str]) -> None:
     async with Service(pair | {"PARLEY_TURNS_PER_ACCOUNT": "3"}, workers=2) as service:
         someone = await guest(service.url)
         sessions = await _sessions(service, someone, 50)
-        asked = [
-            post_turn(service.urls[n % 2], someone.access, session, f"[[mode:no-header id:m{n}]]")
+        posts = {
+            session: asyncio.create_task(post_turn(service.urls[n % 2], someone.access, session, "/count 2000"))
             for n, session in enumerate(sessions)
-        ]
-        answers = await asyncio.gather(*asked)
+        }
+        await until(lambda: sum(post.done() for post in posts.values()) == 47, 20, "the answers to all but three")
+        for session in [session for session, post in posts.items() if not post.done()]:
+            assert await stop(service.url, someone.access, session)
+        answers = await asyncio.gather(*posts.values())
         refused = [answer.error["error"] for answer in answers if answer.status != 200]
         assert len(refused) == 47 and set(refused) == {"rate_limited"}, Counter(refused)
 
@@ -279,25 +297,24 @@ async def _sessions(service: Service, someone: Guest, count: int) -> list[str]:
 
 
 @pytest.mark.slow
-async def test_positions_are_distinct_under_parallel_posts(pair: dict[str, str]) -> None:
+async def test_positions_are_distinct_under_parallel_posts(asking: Service) -> None:
     """Twenty turns forced into one session from both workers: positions have no gap and no pair, in order of time."""
-    async with Service(pair, workers=2) as service:
-        token = (await guest(service.url)).access
-        session = (await new_session(service.url, token, mode="compare", model_a_id="alpha", model_b_id="beta"))["id"]
-        done: list[int] = []
+    token = (await guest(asking.url)).access
+    session = (await new_session(asking.url, token, mode="compare", model_a_id="alpha", model_b_id="beta"))["id"]
+    done: list[int] = []
 
-        async def talk(base: str, n: int) -> None:
-            while len(done) < 20:
-                answer = await post_turn(base, token, session, f"[[tokens:2 id:m{n}x{len(done)}]] {uuid.uuid4()}")
-                assert answer.status in (200, 409), answer.error
-                if answer.status == 200:
-                    done.append(n)
+    async def talk(base: str, n: int) -> None:
+        while len(done) < 20:
+            answer = await post_turn(base, token, session, f"[[tokens:2 id:m{n}x{len(done)}]] {uuid.uuid4()}")
+            assert answer.status in (200, 409), answer.error
+            if answer.status == 200:
+                done.append(n)
 
-        await asyncio.gather(*[talk(service.urls[n % 2], n) for n in range(8)])
-        rows = (await read_rows(pair["DATABASE_URL"], session)).messages
-        first = rows[0].position
-        assert [row.position for row in rows] == list(range(first, first + 3 * len(done)))
-        assert [row.role for row in rows] == ["user", "assistant", "assistant"] * len(done)
+    await asyncio.gather(*[talk(asking.urls[n % 2], n) for n in range(8)])
+    rows = (await read_rows(_database(asking), session)).messages
+    first = rows[0].position
+    assert [row.position for row in rows] == list(range(first, first + 3 * len(done)))
+    assert [row.role for row in rows] == ["user", "assistant", "assistant"] * len(done)
 
 
 async def test_a_locked_session_holds_up_nobody_else(postgres_server: Postgres, redis_server: Redis) -> None:
@@ -402,8 +419,7 @@ async def test_keys_are_rotated_under_load(pair: dict[str, str]) -> None:
     new = "another-secret-key-of-more-than-32-characters"
     refused: list[str] = []
     done: Counter[str] = Counter()
-    demo = {name: value for name, value in pair.items() if name not in ("PARLEY_MODELS", "VENDOR_KEY")}
-    async with Service(demo | {"SECRET_KEY": SECRET}, workers=2) as service:
+    async with Service(pair | {"SECRET_KEY": SECRET}, workers=2) as service:
         people = [await guest(service.url) for _ in range(6)]
         tokens = {person.id: (person.access, person.refresh) for person in people}
         finished = asyncio.Event()

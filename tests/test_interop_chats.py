@@ -32,6 +32,7 @@ if not all(map(shutil.which, ("node", "npm"))):
 SDKS = ("ai5", "ai6", "ai", "socket")  # the versions of `ai` over SSE, and its newest over a socket
 CHATS = (*SDKS, "tanstack", "agui")
 ENDLESS = "[[tokens:100000 pace:0.02 id:e]]"
+ONE_STORE = pytest.mark.parametrize("service", ["sqlite"], indirect=True)  # for what no storage has a part in
 COMPARE = {"mode": "compare", "model_a_id": "alpha", "model_b_id": "beta"}
 CUTS = 6
 
@@ -96,6 +97,7 @@ async def test_a_turn_and_another(service: Service, vendors: Vendors, name: str)
         ]
 
 
+@ONE_STORE
 @pytest.mark.parametrize("name", CHATS)
 async def test_a_turn_of_two_models(service: Service, vendors: Vendors, name: str) -> None:
     vendors.reset()
@@ -106,6 +108,7 @@ async def test_a_turn_of_two_models(service: Service, vendors: Vendors, name: st
         assert sorted(tab.texts()) == sorted(sides.values()) and tab.problems == []
 
 
+@ONE_STORE
 @pytest.mark.parametrize("name", CHATS)
 async def test_a_model_that_fails_is_said_in_a_sentence(service: Service, vendors: Vendors, name: str) -> None:
     vendors.reset()
@@ -180,6 +183,7 @@ async def test_a_page_that_was_loaded_again_is_told_the_whole_answer(
         assert again.problems == [] and again.texts() == [stored[-1]["content"]] and len(vendors.calls) == 1
 
 
+@ONE_STORE
 @pytest.mark.parametrize("name", SDKS)
 async def test_what_was_said_is_edited_and_answered_again(service: Service, vendors: Vendors, name: str) -> None:
     """A message that is edited, or answered again, takes the place of the old one and of all that followed it."""
@@ -211,6 +215,7 @@ async def test_what_was_said_is_edited_and_answered_again(service: Service, vend
         assert "n1" not in json.dumps(vendors.calls[-1].body) and "n1" not in json.dumps(vendors.calls[-2].body)
 
 
+@ONE_STORE
 @pytest.mark.parametrize("name", SDKS)
 async def test_what_is_refused_is_said_in_a_sentence(service: Service, vendors: Vendors, name: str) -> None:
     vendors.reset()

@@ -51,8 +51,6 @@ def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
         ({"PARLEY_LEASE": "soon"}, "settings: "),
         ({"PARLEY_MODELS": "[]"}, "no [[models]]"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": ""}, "SECRET_KEY is not set"),
-        ({"PARLEY_ENV": "production", "SECRET_KEY": "short"}, "SECRET_KEY is too short"),
-        ({"PARLEY_ENV": "production", "SECRET_KEY": "x" * 31}, "SECRET_KEY is too short"),
         ({"PARLEY_RELAY_PREFIX": "two words"}, "relay_prefix must be"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": "k" * 31}, "SECRET_KEY is too short"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": f"{'k' * 40},{'k' * 31}"}, "SECRET_KEY is too short"),
