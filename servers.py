@@ -31,10 +31,11 @@ from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.server import ServerProtocol
 
-from chat.callers import counted
+from chat.callers import address
 from chat.direct import EXTENSION, Sleeper
 from chat.errors import StartupError
 from chat.formats.events import encode
+from chat.limits import Crowd
 from chat.settings import Settings, read_settings
 
 STARTUP_FAILURE = 3  # uvicorn's word for "the same would happen again": its parent process stops as well
@@ -220,6 +221,8 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
     _rest = b""  # what was read and is not parsed yet
     _second = 0  # of the loop's time
     _frames = 0  # that came in this second
+    sockets_of = Crowd()  # this worker's sockets; a peer that does not answer our close stays for seconds
+    _address = ""  # once it is counted
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -300,6 +303,16 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
         self.response.headers.clear()  # they are sent
 
     def handle_connect(self, event: Any) -> None:
+        settings = getattr(self.app, "settings", None)
+        if settings is not None:
+            forwarded = event.headers.get_all("X-Forwarded-For")
+            self._address = address(self.client, forwarded, settings.trusted_proxies)
+            # The consumer counts those that talk, and tells the others why not: twice as many have to be enough.
+            if not self.sockets_of.enter(self._address, 2 * settings.sockets_per_address):
+                self._reject(429, "rate_limited", "There are too many sockets from this address.")
+                self.close_sent = True
+                self.transport.close()
+                return
         super().handle_connect(event)
         event.headers.clear()  # the scope has its own; the parser keeps these as long as the socket lives
         # A client that negotiated compression needs each frame made for it alone.
@@ -309,13 +322,19 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
     def send_500_response(self) -> None:
         """The answer of uvicorn to a handshake that it aborts, in the shape of our errors."""
         if not (self.initial_response or self.handshake_complete):
-            sentence = "The service is restarting."
-            body = {"error": "draining", "message": sentence, "detail": sentence}
-            response = self.conn.reject(http.HTTPStatus.SERVICE_UNAVAILABLE, encode(body).decode())
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = "application/json"
-            self.conn.send_response(response)
-            self.transport.write(b"".join(self.conn.data_to_send()))
+            self._reject(503, "draining", "The service is restarting.")
+
+    def _reject(self, status: int, code: str, sentence: str) -> None:
+        response = self.conn.reject(status, encode({"error": code, "message": sentence, "detail": sentence}).decode())
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        self.conn.send_response(response)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._address:
+            self.sockets_of.leave(self._address)
 
     async def writable_again(self) -> None:
         await self.writable.wait()
@@ -342,7 +361,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
     Between two requests uvicorn's keep-alive counts.
     """
 
-    connections_of: Counter[str] = Counter()  # noqa: RUF012  # address → this worker's connections from there
+    connections_of = Crowd()  # this worker's connections
     bodies_of: Counter[str] = Counter()  # noqa: RUF012  # address → bytes of bodies not answered yet
     _waiting: asyncio.TimerHandle | None = None
     _address = ""  # once it is counted
@@ -356,15 +375,15 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._address = counted(self.client[0]) if self.client else "unknown"
-        self.connections_of[self._address] += 1
+        self._address = address(self.client, (), 0)
         settings = getattr(self.app, "settings", None)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # Behind a proxy all come from its address; the gate counts their requests there.
         if settings is not None and not settings.trusted_proxies:
-            most = min(settings.connections_per_address, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-            if self.connections_of[self._address] > most:
-                self._refuse(429, "rate_limited", "There are too many connections from this address.")
-                return
+            most = min(settings.connections_per_address, most // 2)
+        if not self.connections_of.enter(self._address, most):
+            self._refuse(429, "rate_limited", "There are too many connections from this address.")
+            return
         self._wait(self.transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -472,9 +491,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
     def _leave(self) -> None:
         self._give_back()
         if self._address:
-            self.connections_of[self._address] -= 1
-            if not self.connections_of[self._address]:
-                del self.connections_of[self._address]
+            self.connections_of.leave(self._address)
             self._address = ""
 
     def _give_back(self) -> None:

@@ -140,6 +140,25 @@ class RateLimits:
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
 
 
+class Crowd:
+    """How many of something each address, and the network around it, has in this process."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+
+    def enter(self, address: str, limit: int) -> bool:
+        """Count one more, until it leaves; whether that is within the limit."""
+        for place, _ in places(address):
+            self._count[place] += 1
+        return all(self._count[place] <= limit * times for place, times in places(address))
+
+    def leave(self, address: str) -> None:
+        for place, _ in places(address):
+            self._count[place] -= 1
+            if self._count[place] <= 0:
+                del self._count[place]
+
+
 def places(address: str) -> list[tuple[str, int]]:
     """Return an address and the IPv6 network around it, which one customer may have, each with its times the limit.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chat import callers
 from chat.errors import ChatError
+from chat.limits import Crowd
 from chat.settings import Settings
 
 from .inputs import error_answer
@@ -40,7 +40,7 @@ class Gate:
         self.sockets = sockets
         self.settings = settings
         self.bounded = RequestBodyLimitMiddleware(app, settings.body_max)
-        self._under_way: Counter[str] = Counter()  # address → requests, where proxies stand in front
+        self._under_way = Crowd()  # requests, where proxies stand in front
         self._warned: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,9 +65,9 @@ class Gate:
                 message["headers"] = [*message["headers"], *self._headers(scope, message["headers"])]
             await send(message)
 
-        address = self._enter(scope)
+        address = self._address(scope)
         try:
-            if self._under_way[address] > self.settings.connections_per_address:
+            if address and not self._under_way.enter(address, self.settings.connections_per_address):
                 problem = ChatError("rate_limited", "There are too many requests at once from this address.")
             await self._app(problem, scope)(scope, receive, send_safely)
         except asyncio.CancelledError:
@@ -76,7 +76,8 @@ class Gate:
                 problem = ChatError("draining", "The service is restarting.", retry_after=2)
                 await refuse(problem, scope, receive, send_safely)
         finally:
-            self._leave(address)
+            if address:
+                self._under_way.leave(address)
 
     def _app(self, problem: ChatError | None, scope: Scope) -> ASGIApp:
         headers = Headers(scope=scope)
@@ -109,8 +110,8 @@ class Gate:
             ]
         return added
 
-    def _enter(self, scope: Scope) -> str:
-        """Count a request where proxies stand in front of us; without one its connection is counted."""
+    def _address(self, scope: Scope) -> str:
+        """Return whose request it is where proxies stand in front of us; without one its connection is counted."""
         forwarded = Headers(scope=scope).getlist("x-forwarded-for")
         if not self.settings.trusted_proxies:
             if forwarded:
@@ -119,14 +120,7 @@ class Gate:
                     "as one address. Set PARLEY_TRUSTED_PROXIES to the number of proxies"
                 )
             return ""
-        address = callers.address(scope.get("client"), forwarded, self.settings.trusted_proxies)
-        self._under_way[address] += 1
-        return address
-
-    def _leave(self, address: str) -> None:
-        self._under_way[address] -= 1
-        if self._under_way[address] <= 0:
-            del self._under_way[address]
+        return callers.address(scope.get("client"), forwarded, self.settings.trusted_proxies)
 
     def _warn_once(self, text: str) -> None:
         """Log a line that strangers can cause, a hundred different ones at most."""

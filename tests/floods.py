@@ -223,11 +223,17 @@ async def silent_sockets(port: int, seconds: float) -> None:
     await _many(port, seconds, HANDSHAKE, b"")
 
 
+async def refused_sockets(port: int, seconds: float) -> None:
+    """Whose peers do not answer when they are closed."""
+    await _many(port, seconds, HANDSHAKE.replace(b"Host", b"Authorization: Bearer nonsense\r\nHost"), b"", 2_000)
+
+
 FLOODS: dict[str, Flood] = {
     flood.__name__: flood
     for flood in (
         header_lines, long_header, long_address, trailers, long_trailer, endless_body, chunk_extensions, pipelined,
         pings, empty_pings, empty_fragments, idle_connections, slow_heads, slow_bodies, silent_sockets,
+        refused_sockets,
     )
 }  # fmt: skip
 
