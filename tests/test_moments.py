@@ -69,7 +69,8 @@ async def test_a_deploy_in_the_first_moments_leaves_nothing_pending(
     """SIGTERM 0 to 20 ms after the second message: the next process finds every reply ended."""
     environment = CLOSED | store(name, request, tmp_path) | {"PARLEY_DRAIN": "0.01"}
     for moment in (0.0, 0.003, 0.006, 0.01, 0.02):
-        async with Service(environment) as service:
+        # Uvicorn waits so long for the readers' connections before it lets the service end their turns.
+        async with Service(environment, options=["--timeout-graceful-shutdown", "1"]) as service:
             someone = await guest(service.url)
             session = await new_session(service.url, someone.access)
             await post_turn(service.url, someone.access, session["id"], "/echo first")

@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-POLL = 0.005  # seconds between two looks: short beside what tests wait for, long beside what a look costs
+POLL = 0.005  # seconds between two looks, short beside what tests wait for
+
+
+def pause(looked: float) -> float:
+    """Seconds until the next look: as long as the last one took since `looked`, so that looking leaves time for others."""
+    return min(max(POLL, time.monotonic() - looked), 10 * POLL)
 
 
 async def until(
@@ -23,6 +28,7 @@ async def until(
     """
     deadline = time.monotonic() + within
     while True:
+        looked = time.monotonic()
         answer = condition()
         if inspect.isawaitable(answer):
             answer = await answer
@@ -30,4 +36,4 @@ async def until(
             return answer
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {within} s" + (f"\n{story()}" if story else ""))
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(pause(looked))

@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import psutil
 
-from . import POLL
+from . import POLL, pause
 from .reaper import alive, family, kill
 
 HOST = "127.0.0.1"
@@ -187,12 +187,15 @@ class Process:
     def wait_until(self, ready: Callable[[], bool], within: float) -> None:
         """Block until `ready()`; raises `StartFailed` when the process ends first or `within` seconds pass."""
         deadline = time.monotonic() + within
-        while not ready():
+        while True:
+            looked = time.monotonic()
+            if ready():
+                return
             if not self.running:
                 raise StartFailed(f"{self.command[0]} ended with {self.returncode}:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise StartFailed(f"{self.command[0]} was not ready within {within} s:\n{self.tail()}")
-            time.sleep(POLL)
+            time.sleep(pause(looked))
 
     def send(self, number: int) -> None:
         """Send a signal to the process itself, not to its children."""
