@@ -18,7 +18,7 @@ from chat.live.answers import Answer, Cursor
 from chat.live.bus import GAP, Gather
 from chat.live.leases import Leases
 from chat.live.rooms import Follower, Room
-from chat.live.voice import Patience, Voice, always
+from chat.live.voice import Voice, always
 from chat.settings import read_settings
 from chat.state import State, open_state
 from chat.store import accounts, sessions, turns
@@ -302,13 +302,12 @@ async def test_words_that_wait_for_redis_and_for_the_lease_are_not_shown() -> No
     """Redis is late, and the process was frozen: readers here must not see what a taken turn would have said."""
     answer = Answer("turn", 1, "", [message("user", None), message("reply", "a")])
     bus: Any = Stalled()
-    patience = Patience(0.01)
-    voice = Voice(answer, lambda: None, lambda payload: None, Gather(0), patience, bus=bus, channel="channel")
+    voice = Voice(answer, lambda: None, lambda payload: None, Gather(0), bus=bus, channel="channel")
     voice.say("a", "sent ")
     await asyncio.sleep(0)
     voice.owned = lambda: False
     voice.say("a", "not sent")
-    voice.wait_no_longer()
+    voice.show_late(0)
     assert answer.replies["a"].text == "sent "
     voice.owned = always
     voice.hurry()

@@ -29,7 +29,7 @@ from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, placed
-from .voice import Patience, Voice, always, text_key
+from .voice import Voice, always, text_key
 
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
@@ -68,7 +68,6 @@ class Relay:
         self._beat_channel = self._channel("worker", worker)
         self._everyone = self._channel("workers")
         self._gather = Gather(settings.publish_every) if bus is None else bus.gather
-        self._patience = Patience(settings.relay_ack)
         self._untold: dict[str, None] = {}  # channels on which something could not be published
         if bus is not None:
             bus.on_return = self._redis_is_back
@@ -93,6 +92,8 @@ class Relay:
             started = asyncio.Event()
             self.spawn(self._listen(channel, hear, started))
             await started.wait()
+        if self.bus is not None:
+            self.tasks.beat(self._show_late, self.settings.relay_ack / 2)
         await self.beat()
 
     async def stop(self) -> None:
@@ -303,12 +304,15 @@ class Relay:
             room.notify,
             lambda payload: self._publish(room.channel, payload),
             self._gather,
-            self._patience,
             bus=self.bus,
             channel=room.channel,
         )
         self.voices.add(voice)
         return voice
+
+    async def _show_late(self) -> None:
+        for voice in list(self.voices):
+            voice.show_late(self.settings.relay_ack)
 
     def silence(self, voice: Voice) -> None:
         self.voices.discard(voice)

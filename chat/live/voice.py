@@ -29,34 +29,6 @@ def always() -> bool:
     return True
 
 
-class Patience:
-    """Tells voices that Redis has kept them waiting for `seconds`: one timer for all of them instead of one a piece."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._since: dict[Voice, float] = {}  # the voices that wait, the longest first
-        self._timed = False
-
-    def begin(self, voice: Voice) -> None:
-        self._since[voice] = time.monotonic()
-        if not self._timed:
-            self._timed = True
-            asyncio.get_running_loop().call_later(self._seconds, self._look)
-
-    def end(self, voice: Voice) -> None:
-        self._since.pop(voice, None)
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        for voice in [each for each, since in self._since.items() if now - since >= self._seconds - 0.001]:
-            self.end(voice)
-            voice.wait_no_longer()
-        self._timed = bool(self._since)
-        if self._timed:
-            first = next(iter(self._since.values()))
-            asyncio.get_running_loop().call_later(first + self._seconds - now, self._look)
-
-
 class Voice:
     """The output of a turn. `say` never waits; `settled` waits until readers have been shown all of its text."""
 
@@ -66,7 +38,6 @@ class Voice:
         notify: Callable[[], None],
         publish: Callable[[bytes], None],
         gather: Gather,
-        patience: Patience,
         *,
         bus: RedisBus | None,
         channel: str,
@@ -77,7 +48,6 @@ class Voice:
         self._notify = notify
         self._publish = publish
         self._gather = gather
-        self._patience = patience
         self._bus = bus
         self.channel = channel
         self._keys = {} if bus is None else {side: text_key(bus, answer.turn_id, side) for side in answer.replies}
@@ -86,6 +56,7 @@ class Voice:
         self._unsent = dict.fromkeys(answer.replies, "")
         self._flying: list[Piece] = []  # sent to Redis, not shown yet
         self._unanswered = False  # Redis has not answered the last piece
+        self._asked_at = 0.0  # monotonic: when that piece was sent
         self._gathered = False  # `_leave` is about to be called
         self._silent = False
         self._kept = False  # Redis was told how long to keep the texts
@@ -177,7 +148,7 @@ class Voice:
             self._bytes[side] += len(data)
             texts.append((self._keys[side], data))
         self._unanswered = True
-        self._patience.begin(self)
+        self._asked_at = time.monotonic()
         sides = [side for side, _, _ in pieces]
         payload = encode(TurnWords(self.answer.turn_id, pieces))
         bus.grow(texts, self.channel, payload, lambda lengths: self._answered(sides, lengths))
@@ -187,7 +158,6 @@ class Voice:
                 bus.command("EXPIRE", self._keys[side], KEEP)
 
     def _answered(self, sides: list[str], lengths: list[int] | Exception) -> None:
-        self._patience.end(self)
         self._unanswered = False
         self._show()
         if not isinstance(lengths, Exception):
@@ -197,9 +167,10 @@ class Voice:
         if any(self._unsent.values()):
             self.hurry()
 
-    def wait_no_longer(self) -> None:
-        """Show all pending text without waiting for Redis, which takes too long."""
-        self._show()
+    def show_late(self, seconds: float) -> None:
+        """Show all pending text if Redis has kept it waiting for so long."""
+        if self._flying and time.monotonic() - self._asked_at >= seconds:
+            self._show()
 
     def _show(self) -> None:
         flying, self._flying = self._flying, []
