@@ -77,13 +77,7 @@ class Completion:
         async def work(query: Query) -> Reservation:
             return await reserve(query, database.now(), budgets, self._meter.most, daily_messages)
 
-        try:
-            self._held = await database.transaction(work)
-        except ChatError as problem:
-            if problem.code != "budget_exhausted" or not self._generation.unused:
-                raise
-            await self._generation.unused.give_back()
-            self._held = await database.transaction(work)
+        self._held = await self._generation.unused.within(lambda: database.transaction(work))
 
     async def run(self, say: Callable[[str], None]) -> None:
         """Pass the answer's text to `say`; `result` has the ending afterwards. Raises `ProviderError`."""

@@ -155,7 +155,7 @@ class Generation:
     async def _insert(self, turn: Turn, address: str, content: str, insert: Insert, limits: Limits) -> StoredTurn:
         try:
             terms = await self._terms(turn, address, content, limits)
-            stored = await self._within_budget(turn.id, terms, insert)
+            stored = await self.unused.within(lambda: insert(turn.id, terms))
         except BaseException:
             del self.turns[turn.id]
             raise
@@ -192,16 +192,6 @@ class Generation:
         key = self.settings.secret_keys[-1].encode()[:64] if self.settings.secret_keys else b""
         names = [(hashlib.blake2b(place.encode(), key=key, digest_size=12), times) for place, times in places(address)]
         return [(name.hexdigest(), times) for name, times in names]
-
-    async def _within_budget(self, turn_id: str, terms: Terms, insert: Insert) -> StoredTurn:
-        """Insert a turn; where the budget does not allow it, once more with the tokens that others have not used."""
-        try:
-            return await insert(turn_id, terms)
-        except ChatError as problem:
-            if problem.code != "budget_exhausted" or not self.unused:
-                raise
-        await self.unused.give_back()
-        return await insert(turn_id, terms)
 
     def launch(self, turn: Turn, stored: StoredTurn, limits: Limits) -> None:
         """Hand a stored turn to a task of its own. The row exists: from here on the turn ends, whatever happens."""

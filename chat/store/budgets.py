@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..errors import ChatError
 from ..settings import Model
 from .database import Database, StorageUnavailable
 from .queries import Query
+
+T = TypeVar("T")
 
 FRAME = 8  # tokens a provider adds around one message: its role and what separates it; 3 to 5 with those we know
 KEPT = 35 * 86_400_000  # milliseconds a day's budgets are kept
@@ -160,14 +163,21 @@ class Unused:
         self._database = database
         self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
 
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
     def settle(self, held: Reservation, meters: Iterable[Meter]) -> None:
         """A turn has ended. Tokens spent beyond the reservation (a second call) are charged with the next write."""
         if unused := held.tokens - sum(meter.spent for meter in meters):
             for name in held.names:
                 self._tokens[name, held.day] += unused
+
+    async def within(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Reserve tokens by `attempt`; where the budget does not allow it, again with what others have not used."""
+        try:
+            return await attempt()
+        except ChatError as problem:
+            if problem.code != "budget_exhausted" or not self._tokens:
+                raise
+        await self.give_back()
+        return await attempt()
 
     async def give_back(self) -> None:
         """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""
