@@ -8,10 +8,10 @@ import msgspec
 from msgspec import Meta
 
 from chat.errors import ChatError
+from chat.formats import Id
 from chat.formats.ui_messages import UIMessage
 from chat.live.choices import Choice
 
-Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]  # `$` would let a line end through
 RequestId = Annotated[str, Meta(min_length=1, max_length=100)]
 Echo = msgspec.Raw  # said back as it came: what need not be decoded cannot fail to be encoded again
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chat.errors import invalid, not_found
-from chat.formats import last_of_user
+from chat.formats import Id, last_of_user
 from chat.formats.ag_ui import AgUi
 from chat.live.answers import ENDED, parse_cursor, start_of
 from chat.live.choices import Choice
@@ -30,7 +30,6 @@ from chat.store.turns import Ask, StoredTurn
 from . import inputs, messages
 from .inputs import ContentPart, text_of
 from .messages import Wish
-from .sessions import Id
 
 
 class RunMessage(msgspec.Struct):
@@ -54,8 +53,7 @@ async def run(request: Request) -> Response:
     """Start a run and tell it; with `Last-Event-ID`, go on telling one and start nothing."""
     account = await messages.speaker(request)
     wish = inputs.with_query(request, await inputs.body(request, Run))
-    for name in Choice.__struct_fields__ if wish.forwardedProps is not None else ():
-        setattr(wish, name, getattr(wish, name) or getattr(wish.forwardedProps, name))
+    wish = inputs.with_choice(wish, wish.forwardedProps or Choice())
     wish.session_id = wish.threadId
     place = last_of_user([each.role for each in wish.messages])
     message = wish.messages[place]

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chat.errors import not_found
+from chat.formats import Id
 from chat.formats.ui_messages import UIMessage, UIMessages, last_words
 from chat.live.answers import start_of
 from chat.store import sessions, turns
@@ -24,7 +25,6 @@ from chat.store.turns import Ask
 
 from . import inputs, messages
 from .messages import Wish
-from .sessions import Id
 
 
 class ChatRequest(Wish, kw_only=True):

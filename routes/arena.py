@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from chat.errors import ChatError, invalid, not_found
+from chat.formats import Id
 from chat.settings import Model
 from chat.state import State
 from chat.store import sessions, votes
@@ -19,7 +20,6 @@ from chat.store.mask import model_card
 from chat.store.votes import Standing
 
 from . import inputs
-from .sessions import Id
 
 
 class Feedback(msgspec.Struct):

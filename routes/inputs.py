@@ -22,7 +22,6 @@ from chat.store.pages import LAST, select_page
 from chat.store.queries import Row
 
 T = TypeVar("T")
-ID = r"^[A-Za-z0-9_-]{1,64}\Z"  # `$` would let a line end through, into headers and event streams
 OBJECT_MAX = 16_384  # bytes of `metadata` or `preferences` as JSON
 OBJECT_DEPTH = 8  # what is nearly as deep as the parser goes could be stored and never read again
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
@@ -194,10 +193,13 @@ C = TypeVar("C", bound=Choice)
 
 def with_query(request: Request, wish: C) -> C:
     """Take from the query what the body leaves open of a choice."""
-    in_query = chosen(request.query_params)
+    return with_choice(wish, chosen(request.query_params))
+
+
+def with_choice(wish: C, other: Choice) -> C:
     for name in Choice.__struct_fields__:
         if getattr(wish, name) is None:
-            setattr(wish, name, getattr(in_query, name))
+            setattr(wish, name, getattr(other, name))
     return wish
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from chat.direct import direct_of
 from chat.errors import ChatError, invalid, not_found
-from chat.formats import Format, last_of_user
+from chat.formats import Format, Id, last_of_user
 from chat.formats.arena_lines import ArenaLines
 from chat.formats.bare_text import BareText
 from chat.formats.event_stream import EventStream
@@ -34,7 +34,7 @@ from chat.store.tickets import open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
-from .sessions import Id, NewSession, Title, make
+from .sessions import NewSession, Title, make
 
 EARLIEST = "earliest"  # X-Cursor of a stream that tells a turn from its start
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from chat.errors import invalid
+from chat.formats import Id
 from chat.formats.transcripts import EXTENSIONS, MEDIA, Kind, transcript
 from chat.live import choices
 from chat.live.choices import Choice
@@ -27,7 +28,6 @@ from . import inputs
 
 END_WAIT = 5.0  # seconds a turn has to end before its session is deleted; its worker may be dead
 Title = Annotated[str, Meta(max_length=255)]
-Id = Annotated[str, Meta(pattern=inputs.ID)]
 
 
 class NewSession(Choice, kw_only=True):

@@ -7,10 +7,14 @@ same function. Each telling holds all the history a dialect needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from ..errors import REPLY_SENTENCES, invalid
 from .tellings import Message, Telling
+
+Id = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]  # `$` would let a line end through, into event streams
 
 
 class Format:

@@ -8,13 +8,12 @@ so a resumed stream repeats the turn from its start, under the same message id.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
-from msgspec import Meta
 
 from ..errors import invalid
-from . import EventFormat, last_of_user, one_line, problem_of
+from . import EventFormat, Id, last_of_user, one_line, problem_of
 from .events import encode
 from .tellings import Begun, Ended, Message, Over, Telling, Words
 
@@ -32,7 +31,7 @@ class UIMessage(msgspec.Struct):
     """A message as these clients keep it; they send their whole conversation each time."""
 
     role: Literal["system", "user", "assistant"]
-    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")] | None = None
+    id: Id | None = None
     parts: list[Part] | None = None
     content: str = ""
 
