@@ -20,11 +20,13 @@ CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "
 STORES = ("sqlite", "postgres+redis")
 
 
-# The files that take longest, the longest first: one that began last would run alone for a minute.
+# The files that take longest, the longest first: one that began last would run alone for a minute. Those that wait stand
+# among those that compute.
 LONGEST = (
-    *("test_faults_storage", "test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers"),
-    *("test_servers", "test_floods", "test_faults_bus", "test_slow_readers", "test_interop_chats", "test_moments"),
-    *("test_arena", "test_startup", "test_http", "test_doors", "test_interop_openai", "test_conform", "test_interop"),
+    *("test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers", "test_interop_chats"),
+    *("test_servers", "test_providers", "test_faults_storage", "test_startup", "test_floods", "test_faults_bus"),
+    *("test_slow_readers", "test_commands", "test_interop", "test_moments", "test_browser", "test_arena", "test_http"),
+    *("test_database", "test_conform", "test_doors", "test_interop_openai", "test_canaries"),
 )
 
 SEED = int(os.environ.get("PARLEY_TEST_SEED", "0"))
