@@ -31,6 +31,7 @@ BOTH: tuple[Direction, Direction] = ("to_client", "to_server")
 PIECE = 65_536  # bytes read at once
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close sends RST instead of FIN
 CONNECT_TIMEOUT = 10.0  # seconds a paused server has to accept
+LATE = 0.5  # seconds that a limited connection makes up for, where a busy machine kept the proxy from its next piece
 TICK = 0.05  # seconds between pieces of a limited connection: finer than anything a test measures
 
 
@@ -57,6 +58,7 @@ class Link:
     sent: dict[Direction, int] = field(default_factory=lambda: dict.fromkeys(BOTH, 0))
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     left: int | None = None  # bytes until the cut
+    due: float = 0.0  # when a limited connection's next piece may go
     shut: set[Direction] = field(default_factory=set)  # FIN said early: what still comes is dropped
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -66,6 +68,7 @@ class Link:
     def impose(self, fault: Fault) -> None:
         self.fault = fault
         self.left = fault.cut_after
+        self.due = time.monotonic()
         self.changed.set()
 
     def ends(self, direction: Direction) -> tuple[socket.socket, socket.socket]:
@@ -306,7 +309,8 @@ class Proxy:
                     self._end(link, link.fault.cut_with_reset)
                     await asyncio.sleep(0)  # cancelled here
             if link.fault.rate and direction == "to_client":
-                await asyncio.sleep(size / link.fault.rate)
+                link.due = max(link.due, time.monotonic() - LATE) + size / link.fault.rate
+                await asyncio.sleep(link.due - time.monotonic())
 
 
 class Narrow(Proxy):
