@@ -11,6 +11,7 @@ table = [
     Route("/leaderboard",                             pages.leaderboard),
     Route("/shared/{token}",                          pages.shared),
     Route("/debug",                                   pages.debug),
+    Route("/admin",                                   pages.admin),
     Route("/widget.js",                               pages.widget),
     Route("/widget/{name}",                           pages.asset),
     Route("/api/widget",                              pages.widget_settings),

@@ -7,11 +7,12 @@ import gzip
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.errors import not_found
+from chat.errors import REPLY_SENTENCES, not_found
 from chat.settings import HERE
 
 from . import inputs
@@ -84,6 +85,13 @@ async def debug(request: Request) -> Response:
     return _send(request, "debug.html", PAGE)
 
 
+async def admin(request: Request) -> Response:
+    """The operator's page, where ADMIN_TOKEN is set: its script asks for the token and keeps it in its memory."""
+    if not inputs.state(request).settings.admin_token:
+        raise not_found("page")
+    return _send(request, "admin.html", PAGE)
+
+
 async def widget(request: Request) -> Response:
     return _send(request, "widget.js", ANYWHERE)
 
@@ -99,9 +107,40 @@ async def asset(request: Request) -> Response:
 ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css", ".svg")} - {"widget.js"}
 
 
+WORDS: dict[str, Any] = REPLY_SENTENCES | {
+    "greeting": "Ask me anything",
+    "battle": "Two models answer, and you judge",
+    "log": "Conversation",
+    "you": "You",
+    "model": "Assistant",
+    "pending": "Thinking",
+    "sending": "Waiting to be sent",
+    "unread": "Open chat, new answer",
+    "reset": "New chat",
+    "stop": "Stop",
+    "latest": "Latest",
+    "copy": "Copy",
+    "done": "Answer finished.",
+    "stopped": "Stopped",
+    "failed": "No answer came",
+    "more": "Continue",
+    "like": "Good answer",
+    "dislike": "Bad answer",
+    "which": "Which answer is better?",
+    "model_a": "A is better",
+    "model_b": "B is better",
+    "tie": "Tie",
+    "both_bad": "Both are bad",
+    "voted": "Thanks for your vote",
+}
+
+
 async def widget_settings(request: Request) -> Response:
-    """The first words of a widget as the operator wants them; the widget asks when it is first opened."""
+    """The first words of a widget as the operator wants them, and those that stand beside answers.
+
+    The widget asks when it is first opened.
+    """
     settings = inputs.state(request).settings
-    wishes = {"title": settings.name, "suggestions": settings.suggestions}
+    wishes = WORDS | {"title": settings.name, "suggestions": settings.suggestions}
     wishes |= {"greeting": settings.greeting} if settings.greeting else {}
     return inputs.answer(wishes, headers={"Cache-Control": "max-age=60"})

@@ -104,6 +104,7 @@ CASES = {
     "GET /leaderboard": Case(200),
     "GET /shared/{token}": Case(200),  # the same page for any token: what it asks for then is refused
     "GET /debug": Case(200),  # on a local start only
+    "GET /admin": Case(404),  # there is none without ADMIN_TOKEN
     "GET /widget.js": Case(200),
     "GET /widget/{name}": Case(404),
     "GET /api/widget": Case(200),

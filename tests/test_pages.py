@@ -22,7 +22,8 @@ MODELS = [
     {"id": name, "provider": "demo", "vendor": "Parley", "display_name": name.title(), "pace": 0.005}
     for name in ("owl", "fox", "hen")
 ]
-PAGES = ("/", "/arena", "/leaderboard", "/shared/some-token", "/debug")
+ADMIN = "the-operators-token-of-these-tests"
+PAGES = ("/", "/arena", "/leaderboard", "/shared/some-token", "/debug", "/admin")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -35,7 +36,7 @@ async def browser() -> AsyncIterator[Any]:
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Service]:
     """As a developer starts it, with three models."""
     environment = store("sqlite", request, tmp_path_factory.mktemp("pages"))
-    environment |= {"PARLEY_MODELS": json.dumps(MODELS), "PARLEY_LEADERBOARD_CACHE": "0", "PARLEY_PACE": "0.001"}
+    environment |= {"PARLEY_MODELS": json.dumps(MODELS), "PARLEY_LEADERBOARD_CACHE": "0", "PARLEY_PACE": "0.001", "ADMIN_TOKEN": ADMIN}
     with Service(environment, server="serve") as running:
         yield running
         log = running.log()
@@ -153,3 +154,49 @@ async def test_a_developer_sees_every_event_and_its_cursor(visit: Any) -> None:
         return [...document.querySelectorAll('tr.message_chunk .json')].map((each) => JSON.parse(each.textContent).chunk).join('');
     """)
     assert said == counted(40)
+
+
+async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Service) -> None:
+    """From the list of sessions to the visitor's tab, which shows the words under a name, now and after a reload."""
+    shop = await (await visit("/")).there()
+    await shop.say("Is anybody there?")
+    await shop.answered()
+    desk = await visit("/admin")
+    await desk.tab.get_by_label("token").fill(ADMIN + "x")
+    await desk.tab.get_by_label("Your name").fill("Anna")
+    await desk.button("Show the sessions").click()
+    await desk.see("document.getElementById('state').textContent === \"This needs the operator's token.\"")
+    await desk.tab.get_by_label("token").fill(ADMIN)
+    await desk.button("Show the sessions").click()
+    await desk.tab.get_by_role("button", name="Is anybody there?").click()
+    await desk.see("$('.you')?.textContent === 'Is anybody there?'")
+    await desk.say("Yes!")
+    await desk.see("$('.note.bad')?.textContent.includes('Take this session over')")
+    await desk.button("Take over").click()
+    await desk.see("document.getElementById('who').textContent.startsWith('Anna answers')")
+    await desk.button("Try again").click()
+    await shop.see("[...chat.root.querySelectorAll('.by')].at(-1)?.textContent === 'Anna'")
+    await shop.see("[...chat.root.querySelectorAll('.prose')].at(-1)?.textContent === 'Yes!'")
+    await shop.say("Good.")
+    await shop.see("[...chat.root.querySelectorAll('.note')].at(-1)?.textContent === 'Anna will answer you here.'")
+    await desk.see("[...chat.root.querySelectorAll('.you')].at(-1)?.textContent === 'Good.'")
+    await desk.say("*Ask* me.")
+    await shop.see("[...chat.root.querySelectorAll('.prose')].at(-1)?.textContent === 'Ask me.'")
+    assert await shop.ask("return chat.root.querySelectorAll('.note').length") == 0  # the question is answered
+    await shop.reload()
+    await shop.see("[...chat.root.querySelectorAll('.by')].map((each) => each.textContent).join() === 'Anna,Anna'")
+    await desk.button("Hand back to the model").click()
+    await desk.see("document.getElementById('who').textContent === 'The model answers.'")
+    await shop.say("/count 4")
+    await shop.see("[...chat.root.querySelectorAll('.prose')].at(-1)?.textContent === given", given=counted(4))
+
+
+@pytest.mark.parametrize("path", ["/", "/arena", "/leaderboard", "/debug", "/admin"])
+async def test_at_four_times_the_size_nothing_is_cut_off(visit: Any, path: str) -> None:
+    """400 % zoom of a window of 1280 × 1024 is one of 320 × 256: no page scrolls sideways, and a chat has room."""
+    page = await visit(path)
+    await page.tab.set_viewport_size({"width": 320, "height": 256})
+    assert await page.ask("return document.documentElement.scrollWidth") == 320
+    if path in ("/", "/arena"):
+        await page.there()
+        await page.see("$('.log').clientHeight > 150")

@@ -151,6 +151,7 @@ def environment(request: pytest.FixtureRequest, folder: Path, port: int, **more:
         "PARLEY_SUGGESTIONS": '["Hello", "Is it raining?"]',
         "PARLEY_GREETING": "What is it?",
         "PARLEY_LEADERBOARD_CACHE": "0",
+        "ADMIN_TOKEN": "the-operators-token-of-these-tests",
     }
     return CLOSED | store("sqlite", request, folder) | wishes | more
 
@@ -389,7 +390,7 @@ async def test_a_failed_battle_cannot_be_voted_on_but_asked_again(visit: Any, pa
     shop = await (await visit()).there()
     await shop.say("/fail 3 poet")
     await shop.answered(2)
-    assert await shop.ask("return [...chat.root.querySelectorAll('.note')].map((each) => each.textContent)") == ["No answer came"]
+    assert await shop.ask("return [...chat.root.querySelectorAll('.note')].map((each) => each.textContent)") == ["The model could not be reached."]
     assert await shop.ask("return $('.votes')") is None
     # An answer that fails at once runs too shortly to be seen from outside: the page looks for it by itself.
     await shop.ask("const look = () => { window.ran ||= talk.running; window.ran || setTimeout(look) }; look()")
@@ -558,6 +559,7 @@ MARKDOWN = {
     "> q\n> > r\n\n---\n": "<blockquote><p>q</p><blockquote><p>r</p></blockquote></blockquote><hr>",
     "snake_case_name 2*3*4 \\*no\\*": "<p>snake_case_name 2*3*4 *no*</p>",
     "***both*** **a *b* c**": "<p><strong><em>both</em></strong> <strong>a <em>b</em> c</strong></p>",
+    "~~gone~~ and ~ here": "<p><del>gone</del> and ~ here</p>",
     "**open and `code": "<p>**open and `code</p>",
     "1 < 2 & <b>3</b>": "<p>1 &lt; 2 &amp; &lt;b&gt;3&lt;/b&gt;</p>",
 }  # fmt: skip
@@ -733,7 +735,7 @@ async def test_axe_finds_nothing_on_any_page(visit: Any, context: Any, accessibi
         await arena.button("Tie").click()
         await arena.see("!$('.votes')")
         assert await axe(arena) == [], "after it"
-        for path in ("/", "/leaderboard", "/debug", "/shared/nothing"):
+        for path in ("/", "/leaderboard", "/debug", "/shared/nothing", "/admin"):
             page = await visit(path)
             await page.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
             await page.tab.wait_for_load_state("networkidle")
@@ -762,6 +764,16 @@ async def test_the_keyboard_does_everything(visit: Any) -> None:
     assert await shop.ask(focused) == "Copy"
     await keys.press("Escape")
     await shop.see("!$('dialog').open && chat.root.activeElement?.getAttribute('aria-label') === 'Open chat'")
+
+
+async def test_an_answer_that_came_meanwhile_marks_the_launcher(visit: Any) -> None:
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 30")
+    await shop.see("talk.running")
+    await shop.button("Close").first.click()
+    await shop.see("$('.launcher.unread')?.ariaLabel === 'Open chat, new answer'")
+    await shop.button("Open chat, new answer").click()
+    await shop.see("!$('.unread')")
 
 
 async def test_a_screen_reader_is_told_once(visit: Any) -> None:

@@ -1,4 +1,4 @@
-// What the pages do beside the widget: name this host in the lines to copy, and say which session is shared.
+// The pages beside the widget: this host in the lines to copy, and which session is shared.
 const host = (text) => text.replace(/(https|wss):\/\/HOST/, (_, kind) => (kind === 'wss' ? location.origin.replace('http', 'ws') : location.origin));
 for (const code of document.querySelectorAll('[data-host]')) {
   code.textContent = host(code.textContent);

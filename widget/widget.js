@@ -1,31 +1,26 @@
-/* Parley's chat widget, served as it is read; see the README. */
 (() => {
 const SCRIPT = document.currentScript, STRINGS = JSON.parse(SCRIPT.dataset.strings || '{}')
+// The words of the first moment; the service adds the rest.
 const words = {
-	title: 'Chat', open: 'Open chat', close: 'Close', reset: 'New chat', greeting: 'Ask me anything',
-	battle: 'Two models answer, and you judge', write: 'Write a message', send: 'Send',
-	stop: 'Stop', log: 'Conversation', you: 'You', model: 'Assistant', pending: 'Thinking', sending: 'Waiting to be sent',
-	latest: 'Latest', connecting: 'Connecting', syncing: 'Catching up', offline: 'Offline',
-	over: 'This chat cannot be reached.', copy: 'Copy', 
-	again: 'Try again', more: 'Continue', like: 'Good answer', dislike: 'Bad answer', model_a: 'A is better', model_b: 'B is better',
-	tie: 'Tie', both_bad: 'Both are bad', which: 'Which answer is better?', voted: 'Thanks for your vote',
-	done: 'Answer finished.', stopped: 'Stopped', interrupted: 'Interrupted', failed: 'No answer came',
-	suggestions: [], ...STRINGS,
+	title: 'Chat', open: 'Open chat', close: 'Close', write: 'Write a message', send: 'Send', again: 'Try again',
+	connecting: 'Connecting', syncing: 'Catching up', offline: 'Offline', over: 'This chat cannot be reached.', ...STRINGS,
 }
 const ICONS = {
 	open: 'M3 5h18v11H11l-5 4v-4H3z', close: 'M6 6l12 12M18 6 6 18', reset: 'M12 5v14M5 12h14',
-	send: 'M12 19V5m-6 6 6-6 6 6', latest: 'M12 5v14m-6-6 6 6 6-6', stop: 'M7 7h10v10H7z', copy: 'M9 9h11v11H9zM5 15H4V4h11v1',
+	send: 'M12 19V5m-6 6 6-6 6 6', stop: 'M7 7h10v10H7z', copy: 'M9 9h11v11H9zM5 15H4V4h11v1',
 	again: 'M20 11a8 8 0 1 0-2 6M20 5v6h-6', like: 'M4 11h3v9H4zm3 0 4-8q3 0 2 6h6l-2 11H7',
 }
+ICONS.dislike = ICONS.like
+ICONS.latest = ICONS.send
 
 // -- trees: how a page should look
 
 // what: tag.class.class
 const h = (what, set, ...kids) => {
 	const [tag, ...classes] = what.split('.')
-	return {tag, set: {...classes[0] && {class: classes.join(' ')}, ...set}, kids: kids.flat(9).filter((kid) => kid && kid !== true)}
+	return {tag, set: {...classes[0] && {class: classes.join(' ')}, ...set}, kids: kids.flat(9).filter((each) => each && each !== true)}
 }
-const icon = (name) => h('svg', {viewBox: '0 0 24 24'}, h('path', {d: ICONS[name] || ICONS.like}))
+const icon = (name) => h('svg', {viewBox: '0 0 24 24'}, h('path', {d: ICONS[name]}))
 const button = (name, onclick, look = 'icon', text, more) => h(`button.${look}`, {title: words[name], onclick, ...more}, text || icon(name))
 const plain = (name, onclick) => button(name, onclick, 'plain', words[name])
 const copying = (text) => button('copy', ({target}) => navigator.clipboard?.writeText(text).then(() => target.closest('button').className += ' on'))
@@ -66,12 +61,12 @@ const show = (parent, trees, node = parent.firstChild) => {
 
 // -- Markdown that grows → trees
 
-const SPAN = /\\([^\w\s])|(`+)([^]{0,999}?[^`])\2(?!`)|!?\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)|(\*\*|__|\*|(?<!\w)_)(?=\S)([^]{0,999}?[^\s\\])\6(?![*\w])|(https?:\/\/[^\s<>"'`)\]]*[^\s<>"'`)\].,;:!?*_])/g
+const SPAN = /\\([^\w\s])|(`+)([^]{0,999}?[^`])\2(?!`)|!?\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)|(\*\*|__|~~|\*|(?<!\w)_)(?=\S)([^]{0,999}?[^\s\\])\6(?![*\w])|(https?:\/\/[^\s<>"'`)\]]*[^\s<>"'`)\].,;:!?*_])/g
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/, FENCE = /^ *(```+|~~~+) *([^`]*)$/, RULE = /^ *([-*_])( *\1){2,} *$/
 const HEADING = /^(#{1,6}) +(.*)$/, QUOTE = /^ {0,3}> ?/, DASHES = /^[ |:-]*-[ |:-]*$/
-const starts = (line) => [ITEM, FENCE, RULE, HEADING, QUOTE].some((kind) => kind.test(line))
-const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/ *(?<!\\)\| */).map((cell) => cell.replace(/\\\|/g, '|'))
-const link = (url, ...kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
+const starts = (line) => [ITEM, FENCE, RULE, HEADING, QUOTE].some((each) => each.test(line))
+const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/ *(?<!\\)\| */).map((each) => each.replace(/\\\|/g, '|'))
+const link = (url, kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
 
 const spans = (text) => {
 	const out = []
@@ -79,7 +74,7 @@ const spans = (text) => {
 	for (const found of text.matchAll(SPAN)) {
 		const [all, escaped, , code, label, url, mark, inner, bare] = found
 		out.push(text.slice(from, found.index), escaped || (code ? h('code', {}, code)
-			: bare ? link(bare, bare) : mark ? h(mark[1] ? 'strong' : 'em', {}, spans(inner))
+			: bare ? link(bare, bare) : mark ? h(mark === '~~' ? 'del' : mark[1] ? 'strong' : 'em', {}, spans(inner))
 			: link(url, all[0] === '!' ? label || url : spans(label))))
 		from = found.index + all.length
 	}
@@ -100,7 +95,7 @@ const blocks = (lines, live) => {
 		return lines.slice(from, i)
 	}
 	const inline = (text) => spans(live && i >= end ? mend(text) : text)
-	const inside = (part, last = true) => blocks(part, last && live && i >= end).map((block) => block[1])
+	const inside = (part, last = true) => blocks(part, last && live && i >= end).map((each) => each[1])
 	const block = (line, at) => {
 		let found = FENCE.exec(line)
 		if (found) {
@@ -130,8 +125,8 @@ const blocks = (lines, live) => {
 			}))
 		}
 		if (line.includes('|') && (i < end ? DASHES.test(lines[i]) : live && line[0] === '|')) {
-			const sides = cells(lines[i++] || '').map((cell) => cell.endsWith(':') && cell[0] !== ':' ? '.end' : '')
-			const row = (tag, text) => h('tr', {}, cells(text).map((cell, k) => h(tag + (sides[k] || ''), {}, inline(cell))))
+			const sides = cells(lines[i++] || '').map((each) => each.endsWith(':') && each[0] !== ':' ? '.end' : '')
+			const row = (tag, text) => h('tr', {}, cells(text).map((each, k) => h(tag + (sides[k] || ''), {}, inline(each))))
 			return h('div.scroll', {tabindex: 0}, h('table', {}, h('thead', {}, row('th', line)), h('tbody', {}, take((each) => each.includes('|')).map((each) => row('td', each)))))
 		}
 		take((each) => each.trim() && !starts(each) && !(each.includes('|') && DASHES.test(lines[i + 1])))
@@ -148,7 +143,7 @@ const prose = (root) => {
 		if (!text.startsWith(known)) from = kept = 0
 		known = text
 		const lines = text.slice(from).split('\n'), found = blocks(lines, live)
-		show(root, found.map((block) => block[1]), root.childNodes[kept] ?? null)
+		show(root, found.map((each) => each[1]), root.childNodes[kept] ?? null)
 		const open = found.findLastIndex(([at]) => at < lines.length - 1) // it has a whole line
 		if (open > 0) {
 			from += lines.slice(0, found[open][0]).join('\n').length + 1
@@ -164,12 +159,12 @@ sheet.replaceSync(`
 *{box-sizing:border-box;margin:0;padding:0}
 section{--a:var(--parley-accent,light-dark(#0b5d63,#6ad0c7));--on:var(--parley-on-accent,light-dark(#fff,#04201f));--bg:var(--parley-surface,light-dark(#fffdf9,#15181b));--fg:var(--parley-text,light-dark(#1c1f22,#e9e6e0));--r:var(--parley-radius,14px);--b:light-dark(#a63d17,#f3a581);--mute:color-mix(in oklab,var(--fg) 70%,var(--bg));--tint:color-mix(in oklab,var(--fg) 5%,var(--bg));--edge:1px solid color-mix(in oklab,var(--fg) 16%,var(--bg));color-scheme:var(--parley-scheme,light dark);color:var(--fg);font:1em/1.55 var(--parley-font,system-ui,sans-serif)}
 .bubble,dialog.panel{position:fixed;z-index:2147483647;inset:auto;inset-block-end:20px;inset-inline-end:20px}
-button{font:inherit;color:inherit;background:none;border:1px solid #0000;border-radius:9px;cursor:pointer;min-width:28px;min-height:28px}
-:focus-visible:not(textarea),.composer:focus-within{outline:2px solid var(--a);outline-offset:2px}
+button,textarea{font:inherit;color:inherit;background:none;border:1px solid #0000;border-radius:9px}
+button{cursor:pointer;min-width:28px;min-height:28px}
+:focus-visible:not(textarea),.composer:focus-within,.won{outline:2px solid var(--a);outline-offset:2px}
 svg{width:1.25em;display:block;margin:auto;fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round;stroke-linejoin:round}
-.launcher,.send{width:56px;height:56px;border-radius:50%;background:var(--a);color:var(--on)}
-.launcher{font-size:1.4em}
-.send{width:36px;height:36px}
+.launcher,.send{width:36px;height:36px;border-radius:50%;background:var(--a);color:var(--on)}
+.launcher{width:56px;height:56px;font-size:1.4em}
 .panel{display:flex;flex-direction:column;height:var(--parley-height,34em);border:var(--edge);border-radius:var(--r);background:var(--bg);color:inherit;overflow:hidden;position:relative}
 dialog:not([open]){display:none}
 dialog.panel{inset-block-end:88px;width:min(var(--parley-width,var(--w,25em)),100vw - 40px);height:min(var(--parley-height,40em),100dvh - 108px);max-width:none;max-height:none;box-shadow:0 16px 60px #0003}
@@ -180,12 +175,12 @@ header,.alert{padding:10px;padding-inline-start:16px;border-block-end:var(--edge
 header div{flex:1}
 h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .hello{font-size:1.5em}
-.state,.code div{font-size:.8em}
-.note,.by,.vote,.plain,table{font-size:.9em}
-.state,.code div,.icon,.pending,.note,.by,.vote,::placeholder{color:var(--mute)}
+.state,.note,.by,.vote,.code div,.plain,table{font-size:.9em}
+.state,.note,.by,.vote,.code div,.icon,.pending,::placeholder{color:var(--mute)}
 .bad,.alert{color:var(--b)}
 .state{animation:blink .3s .4s backwards}
 .pending{animation:blink 1.5s infinite}
+.unread::after{content:'';position:absolute;inset:0 0 auto auto;border:7px solid var(--b);border-radius:50%}
 .icon:hover,.plain:hover,.on{color:var(--a);background:var(--tint)}
 .log{display:flex;flex-direction:column;flex:1;overflow:auto;overscroll-behavior:contain;padding:18px 16px 8px;gap:14px}
 .log,pre,.composer:focus-within{outline-offset:-2px}
@@ -195,34 +190,33 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .you{max-width:85%;padding:8px 14px;border:1px solid #0000;border-radius:var(--r);border-end-end-radius:4px;background:color-mix(in oklab,var(--a) 16%,var(--bg))}
 .you,.prose{overflow-wrap:anywhere}
 .you,.prose p{white-space:pre-line}
-.pair,.votes{display:grid;gap:8px;grid-template-columns:repeat(auto-fit,minmax(250px,1fr))}
-.votes{grid-template-columns:repeat(auto-fit,minmax(120px,1fr))}
+.pair,.votes{display:grid;gap:8px;grid-template-columns:repeat(auto-fit,minmax(var(--min,250px),1fr))}
+.votes{--min:120px}
 .pair article{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
-.pair .b{border-block-start-color:var(--b)}
-.won{outline:2px solid var(--a)}
+.b{border-block-start-color:var(--b)}
 .by{font-weight:600}
 .prose *{unicode-bidi:plaintext}
 .prose>*+*,li>*+*,blockquote>*+*{margin-block-start:.7em}
 ul,ol{padding-inline-start:1.5em}
 a{color:var(--a)}
 blockquote{border-inline-start:3px solid var(--mute);padding-inline-start:12px}
-code{font:.9em ui-monospace,monospace;background:var(--tint)}
+code{font:.9em ui-monospace,monospace}
+th,code,.code div{background:var(--tint)}
 .code,.scroll{border:var(--edge);border-radius:9px;overflow:auto}
-.code div{padding-inline-start:12px;background:var(--tint)}
+.code div{padding-inline-start:12px}
 pre{overflow:auto;padding:10px 12px;direction:ltr}
 pre code{background:none}
 table{border-collapse:collapse;width:100%;overflow-wrap:normal}
 th,td{padding:6px 12px;text-align:start}
 td{border-block-start:var(--edge)}
-th{background:var(--tint)}
 .end{text-align:end}
 .vote{text-align:center}
 .acts{flex-wrap:wrap}
 .acts svg{width:1em}
-.dislike svg{rotate:180deg}
+.dislike svg,.latest svg{rotate:180deg}
 .latest{position:absolute;inset:auto 0 76px;margin:auto;border:var(--edge);background:var(--bg)}
 .composer{display:flex;align-items:end;gap:4px;margin:10px 12px 12px;padding:5px;padding-inline-start:14px;border:1px solid var(--mute);border-radius:23px}
-textarea{flex:1;min-width:0;font:inherit;color:inherit;background:none;border:0;outline:0;resize:none;padding:5px 0;max-height:9em;field-sizing:content}
+textarea{flex:1;min-width:0;outline:0;resize:none;padding:5px 0;max-height:9em;field-sizing:content}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 @keyframes blink{from,to{opacity:.2}}
 @media(max-width:480px){dialog.panel{inset:var(--top,0) 0 auto;width:100%;height:var(--high,100dvh);border:0;border-radius:0}}
@@ -439,8 +433,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		const {type, turn_id: turn, message: said} = event, message = this.messages.get(event.message_id)
 		if (type === 'session_state') {
 			const {waiting} = this
-			this.messages = new Map()
-			if (waiting) this.put(waiting, waiting.text)
+			this.messages = new Map(waiting && [[waiting.id, waiting]])
 			event.messages.forEach((each) => this.put(each))
 			this.session = event.session
 			this.cursor = event.turn?.cursor
@@ -450,7 +443,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			this.become('live')
 		}
 		if (said?.id) this.put({...said, turn})
-		if (type === 'message_complete') this.emit('message', said)
+		if (type === 'message_complete') this.unread = this.emit('message', said)
 		if (type === 'message_chunk' && message) {
 			const over = message.size - event.offset
 			if (over < 0) return this.drop(1006) // come back for what is missing
@@ -512,6 +505,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 	draw() {
 		const {state, problem, inline, shared} = this, opened = !!this.$('dialog')?.open, title = this.option('title') || words.title
 		this.frame = 0
+		if (opened) this.unread = false
 		const kids = [
 			h('header', {}, h('div', {}, h('h2', {}, title), /new|live|over/.test(state) || h('div.state', {role: 'status'}, words[state])),
 				this.messages.size > 0 && !shared && button('reset', () => this.reset()), inline || button('close', () => this.toggle())),
@@ -522,7 +516,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			h('div.sr', {role: 'status'}, this.said),
 		]
 		show(this.root, [h(`section.${inline ? 'inline' : 'bubble'}.${this.arena && 'arena'}`, {'aria-label': title, lang: this.option('lang')}, inline ? h('div.panel', {}, kids) : [
-			h('button.launcher', {'aria-expanded': opened, onclick: () => this.toggle(), 'aria-label': opened ? words.close : words.open},
+			h(`button.launcher.${this.unread && !opened && 'unread'}`, {'aria-expanded': opened, onclick: () => this.toggle(), 'aria-label': words[opened ? 'close' : this.unread ? 'unread' : 'open']},
 				icon(opened ? 'close' : 'open')),
 			h('dialog.panel', {'aria-label': title, onkeydown: ({key, isComposing}) => key === 'Escape' && !isComposing && this.toggle(false), onclose: () => {
 				this.draw()
@@ -538,19 +532,20 @@ customElements.define('parley-chat', class extends HTMLElement {
 
 	log() {
 		const turns = []
-		for (const each of this.list) each.role === 'user' ? turns.push([each]) : turns.at(-1)?.push(each)
+		for (const each of this.list) each.parent_message_ids?.[0] ? turns.at(-1)?.push(each) : turns.push([each])
 		return h('div.log', {role: 'log', 'aria-live': 'off', 'aria-label': words.log, tabindex: 0, onscroll: ({target}) => {
 			const follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40
 			if (follows !== this.follows) this.changed(this.follows = follows)
 		}}, turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
 			h('h3.hello', {}, this.option('greeting') || (this.arena ? words.battle : words.greeting)),
-			(this.option('suggestions')?.split('|') || words.suggestions).map((text) => button(0, () => this.send(text), 'plain', text))))
+			(this.option('suggestions')?.split('|') || words.suggestions)?.map((text) => button(0, () => this.send(text), 'plain', text))))
 	}
 
-	turn([user, ...replies], last) {
-		const {id, text, status, problem} = user, pair = replies.length > 1
+	/** A user's message and its replies, or a person's words alone. */
+	turn(turn, last) {
+		const [user] = turn, {id, text, status, problem} = user, replies = turn.filter(({role}) => role !== 'user'), pair = replies.length > 1
 		return [
-			h(`div.you.${status}`, {key: id, role: 'article', 'aria-label': words.you, dir: 'auto'}, text),
+			user === replies[0] || h(`div.you.${status}`, {key: id, role: 'article', 'aria-label': words.you, dir: 'auto'}, text),
 			status === 'sending' && /offline|connecting/.test(this.state) && h('div.note', {}, words.sending),
 			problem && h('div.note.bad', {role: 'alert'}, sentence(problem), plain('again', () => this.say(text, id))),
 			replies[0] && h(pair ? 'div.pair' : 'div', {key: id + '+'}, replies.map((reply) => this.reply(reply, user, pair, last))),
@@ -560,16 +555,17 @@ customElements.define('parley-chat', class extends HTMLElement {
 	}
 
 	reply(reply, user, pair, last) {
-		const {id, status, participant, text, feedback} = reply, running = isRunning(reply), good = status === 'success', side = `model_${participant}`
-		const won = pair && user.feedback === side, name = this.session?.[side]?.display_name || words.model, again = () => this.act(`messages/${id}/regenerate/`)
+		const {id, status, participant, text, feedback, model} = reply, running = isRunning(reply), good = status === 'success', person = model?.id === 'person'
+		const won = pair && user.feedback === `model_${participant}`, name = model?.display_name || words.model, again = () => this.act(`messages/${id}/regenerate/`)
+		if (person && user !== reply) return last && h('div.note', {}, text) // who will answer
 		return h(`article.reply.${participant}.${won && 'won'}`, {key: id, 'aria-label': name},
-			pair && h('div.by', {}, name, won && ' ✓'),
+			(pair || person) && h('div.by', {}, name, won && ' ✓'),
 			running && !text && h('div.pending', {}, words.pending),
 			h('div.prose', {dir: 'auto', onshow: (node) => (node.write ||= prose(node))(text, running)}),
 			running || h('div.acts', {},
-				good || h('span.note.bad', {}, words[status]),
+				good || h('span.note.bad', {}, words[reply.failure_reason] || words[status]),
 				text && copying(text),
-				last && !this.shared && [
+				last && !this.shared && !person && [
 					status === 'interrupted' && !pair && plain('more', () => this.send(words.more)),
 					!user.feedback && (good ? !pair && button('again', again) : plain('again', again)),
 				],
