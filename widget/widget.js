@@ -163,7 +163,7 @@ button,textarea{font:inherit;color:inherit;background:none;border:1px solid #000
 button{cursor:pointer;min-width:28px;min-height:28px}
 :focus-visible:not(textarea),.composer:focus-within,.won{outline:2px solid var(--a);outline-offset:2px}
 svg{width:1.25em;display:block;margin:auto;fill:none;stroke:currentColor;stroke-width:1.8;stroke-linecap:round;stroke-linejoin:round}
-.launcher,.send{width:36px;height:36px;border-radius:50%;background:var(--a);color:var(--on)}
+.launcher,.send,.latest{width:36px;height:36px;border-radius:50%;background:var(--a);color:var(--on)}
 .launcher{width:56px;height:56px;font-size:1.4em}
 .panel{display:flex;flex-direction:column;height:var(--parley-height,34em);border:var(--edge);border-radius:var(--r);background:var(--bg);color:inherit;overflow:hidden;position:relative}
 dialog:not([open]){display:none}
@@ -214,9 +214,9 @@ td{border-block-start:var(--edge)}
 .acts{flex-wrap:wrap}
 .acts svg{width:1em}
 .dislike svg,.latest svg{rotate:180deg}
-.latest{position:absolute;inset:auto 0 76px;margin:auto;border:var(--edge);background:var(--bg)}
+.latest{position:absolute;inset:auto 0 76px;margin:auto}
 .composer{display:flex;align-items:end;gap:4px;margin:10px 12px 12px;padding:5px;padding-inline-start:14px;border:1px solid var(--mute);border-radius:23px}
-textarea{flex:1;min-width:0;outline:0;resize:none;padding:5px 0;max-height:9em;field-sizing:content}
+textarea{flex:1;min-width:0;border:0;outline:0;resize:none;padding:5px 0;max-height:9em;field-sizing:content}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 @keyframes blink{from,to{opacity:.2}}
 @media(max-width:480px){dialog.panel{inset:var(--top,0) 0 auto;width:100%;height:var(--high,100dvh);border:0;border-radius:0}}
