@@ -67,16 +67,22 @@ class AnthropicMessages(Upstream):
     official = OFFICIAL
 
     def connect(self, base_url: str, key: str) -> anthropic.AsyncAnthropic:
-        client = anthropic.AsyncAnthropic(
+        return anthropic.AsyncAnthropic(
             api_key=key, base_url=base_url, max_retries=0, http_client=anthropic.DefaultAioHttpClient()
         )
-        _ = client.messages  # is imported when it is first looked at
-        return client
 
     async def ask(
         self, client: anthropic.AsyncAnthropic, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> Events:
-        stream = await client.messages.create(**request(model, messages, limits))
+        stream = await client.post(
+            "/v1/messages",
+            body=request(model, messages, limits),
+            # `Upstream` times the rest of an answer.
+            options={"timeout": anthropic.Timeout(None, connect=CONNECT, pool=CONNECT)},
+            cast_to=object,
+            stream=True,
+            stream_cls=anthropic.AsyncStream[object],
+        )
         return Events(stream.response)
 
     def read(self, event: str) -> Piece:
@@ -100,7 +106,7 @@ class AnthropicMessages(Upstream):
 
 
 def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
-    """Return the arguments of one call. The API wants the user first and no empty text, and refuses any temperature."""
+    """Return the body of one request. The API wants the user first and no empty text, and refuses any temperature."""
     system = [message.content for message in messages if message.role == "system"]
     spoken = [message for message in messages if message.role != "system" and message.content.strip()]
     asked: dict[str, Any] = {
@@ -111,7 +117,6 @@ def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> di
         ],
         "max_tokens": limits.max_tokens,
         "stream": True,
-        "timeout": anthropic.Timeout(None, connect=CONNECT, pool=CONNECT),  # what comes later is timed by `Upstream`
     }
     if text := "\n\n".join(filter(None, system)):
         asked["system"] = text

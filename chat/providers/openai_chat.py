@@ -53,16 +53,23 @@ class OpenAIChat(Upstream):
     official = OFFICIAL
 
     def connect(self, base_url: str, key: str) -> openai.AsyncOpenAI:
-        client = openai.AsyncOpenAI(
+        return openai.AsyncOpenAI(
             api_key=key, base_url=base_url, max_retries=0, http_client=openai.DefaultAioHttpClient()
         )
-        _ = client.chat.completions  # is imported when it is first looked at
-        return client
 
     async def ask(
         self, client: openai.AsyncOpenAI, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> Events:
-        stream = await client.chat.completions.create(**request(model, messages, limits))
+        """Ask by the SDK's `post`: `chat.completions.create` first compares each field with its types for 0.3 ms."""
+        stream = await client.post(
+            "/chat/completions",
+            body=request(model, messages, limits),
+            # `Upstream` times the rest of an answer.
+            options={"timeout": openai.Timeout(None, connect=CONNECT, pool=CONNECT), "security": {"bearer_auth": True}},
+            cast_to=object,
+            stream=True,
+            stream_cls=openai.AsyncStream[object],
+        )
         return Events(stream.response)
 
     def read(self, event: str) -> Piece:
@@ -84,7 +91,7 @@ class OpenAIChat(Upstream):
 
 
 def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
-    """Return the arguments of one call. OpenAI's own models refuse `max_tokens`; most others know nothing else."""
+    """Return the body of one request. OpenAI's own models refuse `max_tokens`; most others know nothing else."""
     official = not model.base_url or model.base_url.rstrip("/") == OFFICIAL
     asked: dict[str, Any] = {
         "model": model.model_code or model.id,
@@ -92,6 +99,5 @@ def request(model: Model, messages: Sequence[ChatMessage], limits: Limits) -> di
         "max_completion_tokens" if official else "max_tokens": limits.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "timeout": openai.Timeout(None, connect=CONNECT, pool=CONNECT),  # what comes later is timed by `Upstream`
     }
     return asked if limits.temperature is None else {**asked, "temperature": limits.temperature}
