@@ -17,8 +17,10 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anyio
 import pytest
@@ -516,6 +518,50 @@ async def test_a_finished_answer_is_not_a_hang_up(providers: Providers, vendors:
     await ask(providers, "ok", "hello")
     call = await asyncio.to_thread(vendors.wait, lambda call: call.ended)
     assert call.hung_up is None
+
+
+# --- many at once
+
+
+async def test_a_running_answer_goes_on_while_many_begin(
+    api: str, vendors: Vendors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many requests in one pass of the loop would hold up every answer, each for a millisecond."""
+    adapter = {"openai": openai_chat, "anthropic": anthropic_messages}[api]
+    runs, request = Model(id="runs", provider="demo", pace=0), adapter.request
+    events: list[str] = []
+
+    def begin(*asked: Any) -> dict[str, Any]:
+        events.append("a request")
+        return request(*asked)
+
+    async def read() -> None:
+        async for _ in providers.stream("runs", [ChatMessage("user", "/count 100000")], Limits(max_tokens=100_000)):
+            events.append("a token")
+
+    monkeypatch.setattr(adapter, "request", begin)
+    providers = Providers(Settings(models=(*fakes(api, vendors.url), runs)), {"VENDOR_KEY": KEY})
+    await providers.load()
+    reader = asyncio.create_task(read())
+    answers = await asyncio.gather(*(ask(providers, "ok", "[[tokens:1]]") for _ in range(50)))
+    reader.cancel()
+    await providers.close()
+    assert all(answer.finish for answer in answers)
+    assert events.count("a request") == 50
+    assert ("a request", "a request") not in pairwise(events)
+
+
+async def test_neither_a_silent_vendor_nor_a_cancelled_reader_holds_up_the_next(providers: Providers) -> None:
+    silent = asyncio.create_task(ask(providers, "no-header", "hello"))
+    readers = [asyncio.create_task(ask(providers, "ok", "[[tokens:1]]")) for _ in range(40)]
+    for passes, reader in enumerate(readers[::2]):  # at every moment: waiting, its turn, asking
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        reader.cancel()
+    answers = await asyncio.gather(*readers[1::2])
+    assert all(answer.finish for answer in answers)
+    assert not silent.done()
+    silent.cancel()
 
 
 # --- what is asked

@@ -98,6 +98,7 @@ class Providers:
         self.models = offered(self.known, settings)
         self._environ = environ
         self._opened: dict[str, asyncio.Task[Provider]] = {}
+        self._starting = asyncio.Lock()
 
     @property
     def ready(self) -> bool:
@@ -126,6 +127,8 @@ class Providers:
     ) -> AsyncGenerator[Delta | Thought | Finish, None]:
         """The only path from a provider to the service: its text can be stored and sent."""
         provider, cleaner = await self._provider(model.provider), Cleaner()
+        async with self._starting:  # a request costs a millisecond: begun all at once, many would hold up every answer
+            await asyncio.sleep(0)
         async with aclosing(provider.stream(model, messages, limits)) as pieces:
             async for piece in pieces:
                 text = cleaner.feed(piece.text) if isinstance(piece, Delta) else ""
