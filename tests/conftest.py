@@ -20,13 +20,11 @@ CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "
 STORES = ("sqlite", "postgres+redis")
 
 
-# The files that take longest, the longest first: one that began last would run alone for a minute. Those that wait stand
-# among those that compute.
+# The files that take longest, the longest first. Most of their time they wait, so others compute beside them.
 LONGEST = (
-    *("test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers", "test_interop_chats"),
-    *("test_servers", "test_providers", "test_faults_storage", "test_startup", "test_floods", "test_faults_bus"),
-    *("test_slow_readers", "test_commands", "test_interop", "test_moments", "test_browser", "test_arena", "test_http"),
-    *("test_database", "test_conform", "test_doors", "test_interop_openai", "test_canaries"),
+    *("test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers", "test_servers"),
+    *("test_faults_storage", "test_interop_chats", "test_faults_bus", "test_slow_readers", "test_floods"),
+    *("test_moments", "test_arena", "test_doors", "test_database", "test_conform", "test_interop_openai"),
 )
 
 SEED = int(os.environ.get("PARLEY_TEST_SEED", "0"))
@@ -43,9 +41,11 @@ def seeded(scenario: int) -> random.Random:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the rest, and the tests of one file, stay in their order."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    """The longest files and the others take turns, as two processors would stand idle among the longest alone."""
+    others = [name for name in dict.fromkeys(item.path.stem for item in items) if name not in LONGEST]
+    places = {name: 2 * place for place, name in enumerate(LONGEST)}
+    places |= {name: 2 * place + 1 for place, name in enumerate(others)}
+    items.sort(key=lambda item: places[item.path.stem])
 
 
 class Schedule(LoadScopeScheduling):
