@@ -183,7 +183,6 @@ async def test_a_page_that_was_loaded_again_is_told_the_whole_answer(
         assert again.problems == [] and again.texts() == [stored[-1]["content"]] and len(vendors.calls) == 1
 
 
-@ONE_STORE
 @pytest.mark.parametrize("name", SDKS)
 async def test_what_was_said_is_edited_and_answered_again(service: Service, vendors: Vendors, name: str) -> None:
     """A message that is edited, or answered again, takes the place of the old one and of all that followed it."""
