@@ -58,7 +58,7 @@ def http_load(job: dict) -> dict:
 class Parley(Target):
     label = "Parley"
     load_options = ("--only", '"message_chunk"', "--greeted", "yes")
-    in_scenarios = (*Target.in_scenarios, "http", "streams", "upstream-S2", "upstream-streams", "waits")
+    in_scenarios = (*Target.in_scenarios, "http", "streams", "turnover", "upstream-S2", "upstream-streams", "waits")
     root = ROOT
     model = "demo-scholar"
     database_url = ""  # a fresh SQLite file unless a subclass or a scenario says otherwise

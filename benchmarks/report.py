@@ -62,6 +62,7 @@ COLUMNS = {
         ("seconds", "seconds", 1),
         ("per_cpu_second", "tokens/CPU-s", 0),
     ],
+    "turnover": [("grown_mib", "MiB grown", 1), ("memory_mib", "MiB", 1), ("complete_percent", "complete %", 1)],
     "upstream-S2": FAN_OUT,
     "upstream-streams": [
         *((f"us_{n}", f"us/token, {n}", 0) for n in (60, 100, 200)),
@@ -81,7 +82,7 @@ COLUMNS = {
         ("start", "second start, s", 2),
     ),
 }
-LESS_IS_BETTER = {"idle", "memory", "streams", "upstream-streams", "waits"}
+LESS_IS_BETTER = {"idle", "memory", "streams", "turnover", "upstream-streams", "waits"}
 
 TITLES = {
     "S1": "S1: 1 session × 500 sockets × 50 tokens/s — tokens delivered per server CPU-second",
@@ -92,6 +93,7 @@ TITLES = {
     "growth": "Growth: 18,000 tokens/s spread ever wider — tokens delivered per server CPU-second at 10 sockets",
     "http": "HTTP: /api/health/ answers per server CPU-second",
     "streams": "Streams: 3,000 HTTP turns posted at once — first token, median, ms (less is better)",
+    "turnover": "Turnover: 100 turns a second for a minute — MiB that are not given back (less is better)",
     "upstream-S2": "S2 through a model vendor on the other core — tokens delivered per server CPU-second",
     "upstream-streams": "HTTP turns through a model vendor, 30 tokens/s each — us of CPU per token (less is better)",
     "waits": "Waits: the leaderboard of a million votes, computed, ms (less is better)",

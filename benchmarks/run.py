@@ -1,7 +1,7 @@
 """Measure Parley and its peers side by side: see README.md.
 
-scripts/bench [S1 S2 S3 idle memory growth http streams upstream-S2 upstream-streams waits] [--peers parley,ws,…]
-              [--seconds n] [--rounds n] [--beside checkout] [--quick]
+scripts/bench [S1 S2 S3 idle memory growth http streams turnover upstream-S2 upstream-streams waits]
+              [--peers parley,ws,…] [--seconds n] [--rounds n] [--beside checkout] [--quick]
 """
 
 import argparse

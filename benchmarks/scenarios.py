@@ -234,7 +234,7 @@ def http(kind: type[Target], seconds: float) -> Sample:
         return {"sessions": made["per_second"], "turns": said["per_second"], "turn_ms": said["ms"]}
 
     sample = {f"health_{name}": value for name, value in with_target(kind, health).items()}
-    if kind is Parley:
+    if issubclass(kind, Parley):
         sample |= on_both(kind, writes)
     return sample
 
@@ -256,6 +256,24 @@ def streams(kind: type[Target], seconds: float) -> Sample:
             "lag_p99_ms": result["lag_p99_ms"],
             "seconds": result["seconds"],
             "per_cpu_second": result["complete"] * tokens / max(spent, 0.01),
+        }
+
+    return with_target(kind, measure)
+
+
+def turnover(kind: type[Target], seconds: float) -> Sample:
+    """100 HTTP turns a second of 20 tokens, for a minute whatever --seconds says: the memory that is not given back."""
+
+    def measure(target: Target) -> Sample:
+        count = 300 if seconds < 5 else 6000
+        requests = target.turns(count, 20, 50)
+        before = target.memory()
+        job = {"kind": "streams", "port": target.port, "requests": requests, "tokens": 20, "spread": count / 100}
+        result = http_load(job | {"probe": "/api/health/"})
+        return {
+            "grown_mib": target.memory() - before,
+            "memory_mib": target.memory(),
+            "complete_percent": 100 * result["complete"] / count,
         }
 
     return with_target(kind, measure)
@@ -326,6 +344,7 @@ SCENARIOS = {
     "growth": growth,
     "http": http,
     "streams": streams,
+    "turnover": turnover,
     "upstream-S2": upstream_s2,
     "upstream-streams": upstream_streams,
     "waits": waits,
