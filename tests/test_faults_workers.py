@@ -39,8 +39,6 @@ def stage(postgres_server: Postgres) -> Iterator[Stage]:
     with Redis() as redis:
         url = postgres_server.create_database()
         environment = ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis.url, "ADMIN_TOKEN": OPERATOR}
-        # A model that is frozen with its worker goes on afterwards, instead of having timed out meanwhile.
-        environment["PARLEY_IDLE_TIMEOUT"] = "20"
         with Service(environment, workers=2) as service:
             yield Stage(service, url, redis, postgres_server)
 
