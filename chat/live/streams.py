@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from ..providers import ChatMessage, Finish, Limits, ProviderError, Providers, Thought
+from ..providers import ChatMessage, Delta, Finish, Limits, ProviderError, Providers
 from ..settings import Settings
 from ..store.budgets import Meter, metered
 from ..store.database import Database
@@ -175,20 +175,20 @@ async def ask(
     stream = providers.stream(model, prompt, limits)
     async with contextlib.aclosing(stream):
         async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
-            if isinstance(piece, Finish):
+            if isinstance(piece, Delta):
+                if result.first_token is None:
+                    result.first_token = time.monotonic() - result.started
+                result.said += len(piece.text)
+                meter.came(piece.text)
+                if result.said > reply_max:
+                    raise ProviderError("too_long")
+                say(piece.text)
+            elif isinstance(piece, Finish):
                 result.finish = piece
                 meter.told(piece.input_tokens, piece.output_tokens)
                 return
-            if isinstance(piece, Thought):
+            else:
                 meter.thought(piece.size)
-                continue
-            if result.first_token is None:
-                result.first_token = time.monotonic() - result.started
-            result.said += len(piece.text)
-            meter.came(piece.text)
-            if result.said > reply_max:
-                raise ProviderError("too_long")
-            say(piece.text)
     raise ProviderError("provider_truncated")
 
 

@@ -131,13 +131,13 @@ class Providers:
             await asyncio.sleep(0)
         async with aclosing(provider.stream(model, messages, limits)) as pieces:
             async for piece in pieces:
-                text = cleaner.feed(piece.text) if isinstance(piece, Delta) else ""
-                if isinstance(piece, Finish):
-                    text = cleaner.end()
-                if text:
+                if isinstance(piece, Delta):
+                    if text := cleaner.feed(piece.text):
+                        yield piece if text == piece.text else Delta(text)
+                    continue
+                if isinstance(piece, Finish) and (text := cleaner.end()):
                     yield Delta(text)
-                if not isinstance(piece, Delta):
-                    yield piece
+                yield piece
 
     async def _provider(self, name: str) -> Provider:
         if name not in self._opened:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -29,6 +32,6 @@ class Cleaner:
 
 
 def _clean(text: str) -> str:
-    if not text.isascii():
+    if not text.isascii() and SURROGATE.search(text):  # joining them costs more than all else done with a token here
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text.replace("\0", REPLACEMENT)

@@ -74,7 +74,8 @@ class Meter:
 
     def came(self, text: str) -> None:
         """A piece of the answer has arrived."""
-        self.thought(tokens_of(text))
+        if not self._free:
+            self._output += tokens_of(text)
 
     def thought(self, size: int) -> None:
         """So many bytes of a thought have arrived, which nobody is shown."""
