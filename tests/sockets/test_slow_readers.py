@@ -24,10 +24,10 @@ from tests.harness.service import Service
 from . import BATTLE, ENVIRONMENT, UVICORN, callers, counted, home, offer
 from .conftest import traceback_in
 
-SEND_TIMEOUT = 3  # seconds
-KERNEL_TIMEOUT = 6  # seconds
+SEND_TIMEOUT = 5  # seconds: at `RATE` a plain uvicorn's send waits for 2.4, and longer where the line has to wait as well
+KERNEL_TIMEOUT = 8  # seconds
 NUMBER = 8000  # tokens of a turn
-RATE = 20_000  # bytes a second: a plain uvicorn's buffer takes longer than the send timeout to go out at this rate
+RATE = 20_000  # bytes a second: so slow that a plain uvicorn's buffer is full for seconds
 
 
 @pytest.fixture(scope="module", params=["serve", "uvicorn"])
