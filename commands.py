@@ -186,7 +186,7 @@ MENDING = {
 async def _model_problem(providers: Providers, model: Model) -> str:
     limits = Limits(max_tokens=16, first_token_timeout=SECONDS, idle_timeout=SECONDS)
     try:
-        async with aclosing(providers.stream(model, QUESTION, limits)) as answer:
+        async with aclosing(await providers.stream(model, QUESTION, limits)) as answer:
             async for _ in answer:
                 break
     except ProviderError as problem:

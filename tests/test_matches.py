@@ -174,6 +174,6 @@ async def test_a_session_goes_on_with_a_model_that_is_no_longer_on_offer() -> No
     models = (*DEMOS, Model(id="gpt", provider="openai_chat", api_key_env="KEY"))
     providers = Providers(Settings(env="production", models=models), {"KEY": "sk-none"})
     assert list(providers.models) == ["gpt"]
-    said = [piece async for piece in providers.stream("poet", [ChatMessage("user", "/echo still here")], Limits(10))]
+    said = [piece async for piece in await providers.stream("poet", [ChatMessage("user", "/echo still here")], Limits(10))]
     assert "".join(piece.text for piece in said if isinstance(piece, Delta)) == "still here"
     await providers.close()

@@ -72,7 +72,7 @@ class Answer:
 async def ask(providers: Providers, model: str | Model, text: str, limits: Limits = PATIENT) -> Answer:
     answer, began = Answer(), time.monotonic()
     try:
-        async for piece in providers.stream(model, [ChatMessage("user", text)], limits):
+        async for piece in await providers.stream(model, [ChatMessage("user", text)], limits):
             assert answer.finish is None, "something came after the finish"
             if isinstance(piece, Finish):
                 answer.finish = piece
@@ -277,7 +277,7 @@ async def test_pings_do_not_stretch_the_wait_for_the_first_token(providers: Prov
 async def test_a_reader_that_takes_its_time_is_not_the_vendors_silence(providers: Providers) -> None:
     limits = Limits(max_tokens=100, first_token_timeout=5, idle_timeout=0.2)
     count = 0
-    async for piece in providers.stream("ok", [ChatMessage("user", "hello [[tokens:3 pace:0.05]]")], limits):
+    async for piece in await providers.stream("ok", [ChatMessage("user", "hello [[tokens:3 pace:0.05]]")], limits):
         await asyncio.sleep(0.3)  # longer than the vendor may be silent
         count += isinstance(piece, Delta)
     assert count == 3
@@ -470,14 +470,14 @@ ENDLESS = "[[id:{id} tokens:100000 pace:0.01]]"
 
 
 async def test_closing_the_stream_hangs_up_at_once(providers: Providers, vendors: Vendors) -> None:
-    async with aclosing(providers.stream("ok", [ChatMessage("user", ENDLESS.format(id="c"))], PATIENT)) as stream:
+    async with aclosing(await providers.stream("ok", [ChatMessage("user", ENDLESS.format(id="c"))], PATIENT)) as stream:
         await anext(stream)
         left = time.monotonic()
     assert await hung_up(vendors, "c") - left < 1
 
 
 async def test_closing_between_two_slow_tokens_hangs_up_at_once(providers: Providers, vendors: Vendors) -> None:
-    async with aclosing(providers.stream("stall", [ChatMessage("user", "[[id:s after:1]]")], PATIENT)) as stream:
+    async with aclosing(await providers.stream("stall", [ChatMessage("user", "[[id:s after:1]]")], PATIENT)) as stream:
         await anext(stream)
         left = time.monotonic()
     assert await hung_up(vendors, "s") - left < 1
@@ -536,7 +536,7 @@ async def test_a_running_answer_goes_on_while_many_begin(
         return request(*asked)
 
     async def read() -> None:
-        async for _ in providers.stream("runs", [ChatMessage("user", "/count 100000")], Limits(max_tokens=100_000)):
+        async for _ in await providers.stream("runs", [ChatMessage("user", "/count 100000")], Limits(max_tokens=100_000)):
             events.append("a token")
 
     monkeypatch.setattr(adapter, "request", begin)
@@ -653,9 +653,9 @@ def test_a_model_whose_key_is_not_there_is_not_offered() -> None:
     assert list(Providers(settings, {"VENDOR_KEY": KEY}).models) == ["keyed", "scholar", "poet"]
 
 
-def test_a_model_that_is_not_offered_is_unavailable() -> None:
+async def test_a_model_that_is_not_offered_is_unavailable() -> None:
     with pytest.raises(ProviderError, match="provider_unavailable"):
-        Providers(Settings(models=demo_models()), {}).stream("gone", [], PATIENT)
+        await Providers(Settings(models=demo_models()), {}).stream("gone", [], PATIENT)
 
 
 async def test_a_models_own_limit_caps_what_is_asked_for() -> None:
@@ -703,7 +703,7 @@ async def main():
     beats, providers = 0, Providers(Settings(models=tuple(Model(id=i, provider=k) for i, k in kinds.items())), {})
     assert not providers.ready
     loading = asyncio.create_task(providers.load())
-    said = [piece async for piece in providers.stream("d", [ChatMessage("user", "/count 3")], Limits(max_tokens=9))]
+    said = [piece async for piece in await providers.stream("d", [ChatMessage("user", "/count 3")], Limits(max_tokens=9))]
     assert len(said) == 4 and not loading.done() and not providers.ready
     while not loading.done():
         await asyncio.sleep(0.005)

@@ -172,7 +172,7 @@ async def ask(
     Raises `ProviderError`, also for an answer without an end and for one of more than `reply_max` characters.
     """
     meter.call()
-    stream = providers.stream(model, prompt, limits)
+    stream = await providers.stream(model, prompt, limits)
     async with contextlib.aclosing(stream):
         async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
             if isinstance(piece, Delta):

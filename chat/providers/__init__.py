@@ -12,14 +12,13 @@ import gc
 import importlib
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
 
 from ..errors import REPLY_SENTENCES
 from ..settings import Model, Settings
-from .clean import Cleaner
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -67,7 +66,10 @@ class ProviderError(Exception):
 
 
 class Provider(Protocol):
-    """Close the generator to hang up: the connection to the vendor ends with it."""
+    """A source of answers whose text can be stored and sent: see `clean`.
+
+    Close the generator to hang up: the connection to the vendor ends with it.
+    """
 
     def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
@@ -111,33 +113,19 @@ class Providers:
         for name in sorted({model.provider for model in self.known.values()}):
             await self._provider(name)
 
-    def stream(
+    async def stream(
         self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        """Ask a model, on offer or of an older session. Raises `ProviderError` at once for one that cannot answer."""
+        """Return the answer of a model, on offer or of an older session. Raises `ProviderError` for an unknown one."""
         asked = self.known.get(model if isinstance(model, str) else model.id)
         if asked is None:
             raise ProviderError("provider_unavailable")
         if asked.max_tokens:
             limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, asked.max_tokens))
-        return self._cleaned(asked, messages, limits)
-
-    async def _cleaned(
-        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        """The only path from a provider to the service: its text can be stored and sent."""
-        provider, cleaner = await self._provider(model.provider), Cleaner()
+        provider = await self._provider(asked.provider)
         async with self._starting:  # a request costs a millisecond: begun all at once, many would hold up every answer
             await asyncio.sleep(0)
-        async with aclosing(provider.stream(model, messages, limits)) as pieces:
-            async for piece in pieces:
-                if isinstance(piece, Delta):
-                    if text := cleaner.feed(piece.text):
-                        yield piece if text == piece.text else Delta(text)
-                    continue
-                if isinstance(piece, Finish) and (text := cleaner.end()):
-                    yield Delta(text)
-                yield piece
+        return provider.stream(asked, messages, limits)
 
     async def _provider(self, name: str) -> Provider:
         if name not in self._opened:

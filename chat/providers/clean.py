@@ -23,15 +23,16 @@ class Cleaner:
         text, self._half = self._half + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self._half = text[:-1], text[-1]
-        return _clean(text)
+        return clean(text)
 
     def end(self) -> str:
         """Return what was still waiting."""
         half, self._half = self._half, ""
-        return _clean(half)
+        return clean(half)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Return a whole text with its halves joined and U+FFFD for what cannot be stored."""
     if not text.isascii() and SURROGATE.search(text):  # joining them costs more than all else done with a token here
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text.replace("\0", REPLACEMENT)

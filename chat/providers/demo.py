@@ -17,6 +17,7 @@ import msgspec
 
 from ..settings import Model
 from . import ChatMessage, Delta, Finish, Limits, ProviderError
+from .clean import clean
 
 SCHOLAR = """### {Topic}: a short survey
 
@@ -143,7 +144,7 @@ def tokens_of(text: str) -> list[str]:
 
 def scripted(model: Model, messages: Sequence[ChatMessage]) -> Script:
     said = [message.content for message in messages if message.role == "user"]
-    text = said[-1] if said else ""
+    text = clean(said[-1]) if said else ""
     name, _, argument = text.lstrip().partition(" ")
     command = COMMANDS.get(name.strip())
     for_the_other = command is not _echo and _number(argument, 0)[1] in LINES.keys() - {personality(model)}

@@ -17,6 +17,7 @@ import msgspec
 
 from ..settings import Model
 from . import ChatMessage, Delta, Finish, Limits, ProviderError, Thought
+from .clean import Cleaner
 from .failures import OPERATOR_FAULTS, advice, status_of, translated, words
 from .sse import Events
 
@@ -74,45 +75,41 @@ class Upstream(ABC):
     async def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        answered, reason, failure = False, None, None
+        answered, reason, failure, cleaner = False, None, None, Cleaner()
         counts: list[int | None] = [None, None]
         try:
-            async with aclosing(self._pieces(model, messages, limits)) as pieces:
-                async for piece in pieces:
-                    answered, reason = True, piece.reason or reason
-                    counts = [_latest(piece.input_tokens, counts[0]), _latest(piece.output_tokens, counts[1])]
-                    if piece.thinking:
-                        yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
-                    if piece.text:
-                        yield Delta(piece.text)
+            with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:  # pings reset those of the SDKs
+                with clock:
+                    events = await self.ask(self._client(model), model, messages, limits)
+                answered = True
+                async with aclosing(events):
+                    while True:
+                        with clock:
+                            event = await events.next()
+                        if event is None:
+                            break
+                        piece = self.read(event)
+                        reason = piece.reason or reason
+                        counts = [_latest(piece.input_tokens, counts[0]), _latest(piece.output_tokens, counts[1])]
+                        if piece.thinking:
+                            yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
+                        if piece.text and (text := cleaner.feed(piece.text)):
+                            yield Delta(text)
+                        # The reader may take its time: the clock starts after it.
+                        if piece.reason:
+                            clock.start(AFTERMATH)
+                        elif piece.text or piece.thinking is not None:
+                            clock.start(limits.idle_timeout)
         except Exception as problem:
             # Everything: the SDKs let through httpx's errors, JSON's and Unicode's, bare assertions and their own.
             if reason is None:
                 failure = self._failed(model, problem, answered)
         if failure is not None:
             raise failure  # outside the `except`, or the vendor's text would travel along as its context
-        yield Finish(self._finished(model, reason), *counts)
-
-    async def _pieces(
-        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Piece, None]:
-        """Yield an empty piece when the vendor answers, then one per event. Our clock, since pings reset the SDKs'."""
-        with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:
-            with clock:
-                events = await self.ask(self._client(model), model, messages, limits)
-            async with aclosing(events):
-                yield Piece()
-                while True:
-                    with clock:
-                        event = await events.next()
-                    if event is None:
-                        return
-                    piece = self.read(event)
-                    yield piece  # the reader may take its time: the clock starts after it
-                    if piece.reason:
-                        clock.start(AFTERMATH)
-                    elif piece.text or piece.thinking is not None:
-                        clock.start(limits.idle_timeout)
+        finish = Finish(self._finished(model, reason), *counts)
+        if text := cleaner.end():
+            yield Delta(text)
+        yield finish
 
     def _client(self, model: Model) -> Any:
         place = (model.base_url or self.official, self._key(model))
