@@ -100,7 +100,6 @@ class Providers:
         self.models = offered(self.known, settings)
         self._environ = environ
         self._opened: dict[str, asyncio.Task[Provider]] = {}
-        self._starting = asyncio.Lock()
 
     @property
     def ready(self) -> bool:
@@ -122,10 +121,7 @@ class Providers:
             raise ProviderError("provider_unavailable")
         if asked.max_tokens:
             limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, asked.max_tokens))
-        provider = await self._provider(asked.provider)
-        async with self._starting:  # a request costs a millisecond: begun all at once, many would hold up every answer
-            await asyncio.sleep(0)
-        return provider.stream(asked, messages, limits)
+        return (await self._provider(asked.provider)).stream(asked, messages, limits)
 
     async def _provider(self, name: str) -> Provider:
         if name not in self._opened:

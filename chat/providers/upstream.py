@@ -54,6 +54,7 @@ class Upstream(ABC):
         self._environ = environ
         self._clients: dict[tuple[str, str], Any] = {}
         self._clocks: set[Clock] = set()  # of the answers that run
+        self._starting = asyncio.Lock()
         for model in models:
             try:
                 self._client(model)
@@ -80,6 +81,9 @@ class Upstream(ABC):
         try:
             with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:  # pings reset those of the SDKs
                 with clock:
+                    # A request costs a millisecond: begun all at once, many would hold up every answer that runs.
+                    async with self._starting:
+                        await asyncio.sleep(0)
                     events = await self.ask(self._client(model), model, messages, limits)
                 answered = True
                 async with aclosing(events):
