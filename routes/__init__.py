@@ -1,4 +1,4 @@
-"""Every HTTP route, in the order a client uses them. Each answers with and without its trailing slash."""
+"""Every HTTP route. Each answers with and without its trailing slash. The first ones are found soonest."""
 
 from starlette.routing import Route
 
@@ -6,22 +6,18 @@ from . import accounts, admin, ag_ui, ai_sdk, arena, messages, openai, operation
 
 # fmt: off
 table = [
-    Route("/",                                        pages.index),
-    Route("/arena",                                   pages.arena),
-    Route("/leaderboard",                             pages.leaderboard),
-    Route("/shared/{token}",                          pages.shared),
-    Route("/debug",                                   pages.debug),
-    Route("/admin",                                   pages.admin),
-    Route("/widget.js",                               pages.widget),
-    Route("/widget/{name}",                           pages.asset),
-    Route("/api/widget",                              pages.widget_settings),
-
     Route("/api/health",                              operations.health),
     Route("/health",                                  operations.health),
     Route("/livez",                                   operations.live),
     Route("/live",                                    operations.live),
     Route("/readyz",                                  operations.ready),
     Route("/ready",                                   operations.ready),
+
+    Route("/api/messages/stream",                     messages.stream,            methods=["POST"]),
+    Route("/api/messages",                            messages.listing),
+    Route("/api/messages/{message_id}/regenerate",    messages.regenerate,        methods=["POST"]),
+    Route("/api/sessions/{session_id}/stream",        messages.session_stream),
+    Route("/api/sessions/{session_id}/stop",          messages.stop,              methods=["POST"]),
 
     Route("/metrics",                                 operations.metrics),
 
@@ -52,12 +48,6 @@ table = [
     Route("/api/admin/sessions/{session_id}",         admin.opened),
     Route("/api/admin/sessions/{session_id}",         admin.change,               methods=["PATCH"]),
 
-    Route("/api/messages/stream",                     messages.stream,            methods=["POST"]),
-    Route("/api/messages",                            messages.listing),
-    Route("/api/messages/{message_id}/regenerate",    messages.regenerate,        methods=["POST"]),
-    Route("/api/sessions/{session_id}/stream",        messages.session_stream),
-    Route("/api/sessions/{session_id}/stop",          messages.stop,              methods=["POST"]),
-
     Route("/api/feedback",                            arena.feedback,             methods=["POST"]),
     Route("/api/feedback",                            arena.given),
     Route("/api/leaderboard",                         arena.leaderboard),
@@ -73,5 +63,15 @@ table = [
     Route("/v1/models",                               openai.models),
     Route("/v1/models/{model_id}",                    openai.model),
     Route("/v1/chat/completions",                     openai.completions,         methods=["POST"]),
+
+    Route("/",                                        pages.index),
+    Route("/arena",                                   pages.arena),
+    Route("/leaderboard",                             pages.leaderboard),
+    Route("/shared/{token}",                          pages.shared),
+    Route("/debug",                                   pages.debug),
+    Route("/admin",                                   pages.admin),
+    Route("/widget.js",                               pages.widget),
+    Route("/widget/{name}",                           pages.asset),
+    Route("/api/widget",                              pages.widget_settings),
 ]
 # fmt: on
