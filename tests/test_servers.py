@@ -174,7 +174,7 @@ async def test_stop_works_by_frame_and_by_request(service: Service, journal: Jou
         await reader.send({"type": "stop"})
         await reader.turn_ended(1, within=2)
         await reader.say("/count 100000")
-        await reader.chunks(10)
+        await reader.until(lambda: all(reader.view.texts()[1:] or [""]), what="the second turn's text")
         assert await stop(service.url, someone.access, session_id)
         await reader.turn_ended(2, within=2)
         replies = [row for row in await messages(service.url, someone.access, session_id) if row["role"] == "assistant"]
