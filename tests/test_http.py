@@ -1551,6 +1551,7 @@ async def test_a_message_is_not_replaced_while_answered_or_once_voted_on(service
         busy = await ask_ui(service.urls[-1], ann.access, session_id, "/echo no", messageId="m")
         assert (busy.status_code, busy.text) == (409, "An answer is still being written in this session.")
         assert await following.stopped(service.url)
+        await following.rest()
     assert (await ask_ui(service.url, ann.access, session_id, "/echo choose", messageId="m")).status_code == 200
     vote = {"session_id": session_id, "message_id": "m"} | VOTE
     assert (await call(service.url, "POST", "/api/feedback/", ann.access, json=vote)).status_code == 201

@@ -129,11 +129,11 @@ async def test_a_caller_without_patience_for_its_line_has_done_nothing(
 
 
 async def test_who_waits_to_the_end_gets_the_answer(postgres_server: Postgres) -> None:
-    database = Database(postgres_server.create_database(), timeout=0.1)
+    database = Database(postgres_server.create_database(), timeout=0.5)  # to make a connection has to fit as well
     await database.connect()
 
     async def work(query: Query) -> int:
-        await query.fetch_all("SELECT pg_sleep(0.5)")
+        await query.fetch_all("SELECT pg_sleep(1.5)")
         return 7
 
     with pytest.raises(StorageUnavailable) as refused:
