@@ -206,7 +206,7 @@ async def test_what_was_said_is_edited_and_answered_again(service: Service, vend
             await other.event("session_state")
             await tab.does("again", messageId=answer)
             await holds("[[tokens:9 id:n0]]")
-            await other.turn_ended()
+            await other.until(lambda: other.view.texts()[-1:] == [said(vendors)], what="the new answer")
             state = await other.event("session_state", after=1)
             assert [each["id"] for each in state["messages"]] == [each["id"] for each in tab.messages]
             assert tab.messages[0]["id"] == first and other.view.texts()[-1] == said(vendors)
