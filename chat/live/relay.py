@@ -27,7 +27,7 @@ from ..store.sessions import Session
 from ..tasks import Tasks
 from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
-from .events import LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
+from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, placed
 from .voice import Voice, always, text_key
 
@@ -328,10 +328,7 @@ class Relay:
 
     def tell(self, session: Session, notice: SessionNotice) -> None:
         """Send an event of the session itself to all its readers."""
-        room = self.rooms.get(session.key)
-        if room is not None:
-            room.tell(notice)
-        self._publish(self._channel("session", session.key), encode(notice))
+        self._send(session, lambda room: room.tell(notice), notice)
 
     def tell_update(self, session: Session, action: str) -> None:
         self.tell(session, self.notice_of(session, action))
@@ -346,17 +343,18 @@ class Relay:
 
     def check_rights(self, session: Session) -> None:
         """Have every follower of the session admitted again, on all workers."""
-        room = self.rooms.get(session.key)
-        if room is not None:
-            room.check_rights()
-        self._publish(self._channel("session", session.key), encode(RightsChanged()))
+        self._send(session, lambda room: room.check_rights(), RightsChanged())
 
     def look_again(self, session: Session) -> None:
         """Have all rooms of the session learn from the database what was written there and not told."""
+        self._send(session, lambda room: room.learn_again(), LearnAgain())
+
+    def _send(self, session: Session, here: Callable[[Room], None], message: BusMessage) -> None:
+        """Do something with the session's room of this worker, and have the rooms elsewhere do the same."""
         room = self.rooms.get(session.key)
         if room is not None:
-            room.learn_again()
-        self._publish(self._channel("session", session.key), encode(LearnAgain()))
+            here(room)
+        self._publish(self._channel("session", session.key), encode(message))
 
     def check_account(self, account_id: str) -> None:
         """Have every follower of the account admitted again, on all workers: its tokens were revoked."""
