@@ -283,6 +283,30 @@ async def _come(owner: Owner, began: list[str]) -> bool:
     return all(turn is None or turn.finished for turn in running)
 
 
+async def test_a_thawed_owner_of_a_taken_turn_says_nothing_more(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen until another worker owned its turn: readers here see no word that the model says after that."""
+    renew, gate = turns.renew_leases, asyncio.Event()
+
+    async def slow(*given: Any) -> Any:
+        await gate.wait()
+        return await renew(*given)
+
+    turn_id = await owner.begin(await owner.session(), "/slow 0.02 " + "word " * 500)
+    await until(lambda: _is(owner, turn_id, "answering"), 5, "the turn to be answered")
+    turn = owner.state.generation.turns[turn_id]
+    reply = turn.out.answer.replies["a"]
+    await until(lambda: reply.text, 5, "its first word")
+    await owner.leases._renew()  # the first beat's renewal is over now as well
+    monkeypatch.setattr(turns, "renew_leases", slow)
+    owner.leases._awake_at = owner.leases._renewed_at = -1e9
+    shown = reply.text
+    await owner.state.database.execute("UPDATE turns SET owner = 'another' WHERE id = :id", {"id": turn_id})
+    gate.set()
+    await until(lambda: turn_id not in owner.state.generation.turns, 5, "the turn to be lost")
+    assert turn.state == "lost"
+    assert reply.text == shown
+
+
 class Stalled:
     """A Redis that answers nothing."""
 

@@ -24,6 +24,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*cache", "da
 AT_ONCE = 2  # trees: their scenarios mostly wait
 RELAY, WORKERS, MOMENTS = "tests/test_faults_relay.py", "tests/test_faults_workers.py", "tests/test_moments.py"
 ROOMS, SLOW = "tests/test_relay.py", "tests/sockets/test_slow_readers.py"
+OWNERS = "tests/test_owners.py"
 FROZEN = f"{WORKERS}::test_the_owner_is_frozen"
 
 
@@ -72,7 +73,7 @@ MUTATIONS = (
         "frozen",
         "an owner that was frozen does not ask whether it still is one",
         (("chat/live/leases.py", "        if self._awake():\n            return True", "        if True:\n            return True"),),
-        (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
+        (f"{OWNERS}::test_a_thawed_owner_of_a_taken_turn_says_nothing_more", f"{FROZEN}_and_nobody_comes_before_it_goes_on"),
     ),
     Mutation(
         "early",
