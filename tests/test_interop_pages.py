@@ -154,10 +154,11 @@ async def test_deep_chat(service: Service, browser: Any, bundles: dict[str, str]
             messages = await page.page.evaluate("window.chat.getMessages()")
             return bool(messages) and messages[-1].get("text") == counted(count)
 
-        # Until its request has ended deep-chat takes no other message, and says nothing of that.
-        async with page.page.expect_event("requestfinished", lambda each: "/api/messages/stream" in each.url):
-            await page.page.evaluate(f"window.chat.submitUserMessage({{text: '/count {count}'}})")
-            await until(told, 20, "the answer")
+        await page.page.evaluate(f"window.chat.submitUserMessage({{text: '/count {count}'}})")
+        await until(told, 20, "the answer")
+        # Until its request has ended deep-chat takes no other message, and says nothing of that; its button shows it.
+        ready = "window.chat.shadowRoot.querySelector('.submit-button, .disabled-button') !== null"
+        await page.shows(ready, "the request's end")
     assert await page.page.evaluate("window.problem ?? null") is None
 
 

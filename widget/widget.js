@@ -531,13 +531,13 @@ customElements.define('parley-chat', class extends HTMLElement {
 	}
 
 	log() {
-		const turns = []
+		const turns = [], hello = this.option('greeting') || (this.arena ? words.battle : words.greeting)
 		for (const each of this.list) each.parent_message_ids?.[0] ? turns.at(-1)?.push(each) : turns.push([each])
 		return h('div.log', {role: 'log', 'aria-live': 'off', 'aria-label': words.log, tabindex: 0, onscroll: ({target}) => {
 			const follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40
 			if (follows !== this.follows) this.changed(this.follows = follows)
 		}}, turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
-			h('h3.hello', {}, this.option('greeting') || (this.arena ? words.battle : words.greeting)),
+			hello && h('h3.hello', {}, hello),
 			(this.option('suggestions')?.split('|') || words.suggestions)?.map((text) => button(0, () => this.send(text), 'plain', text))))
 	}
 
