@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from redis.asyncio import Redis as RedisClient
 from websockets.exceptions import ConnectionClosed
@@ -25,7 +26,7 @@ from tests.harness.client import SocketReader
 from tests.harness.evidence import counts
 from tests.harness.noise import Noise
 from tests.harness.processes import Process, temporary_directory
-from tests.harness.proxy import Proxy
+from tests.harness.proxy import Narrow, Proxy
 from tests.harness.scene import (
     ENVIRONMENT,
     Scene,
@@ -309,19 +310,20 @@ async def test_half_open_client(stage: Stage) -> None:
         near = await scene.socket("near", 0)
         await near.say("/count 100")
         await near.turn_ended()
-        before = stage.service.resources(0)
         client = Process([sys.executable, "-c", FROZEN], temporary_directory("frozen") / "log.txt", dict(os.environ))
         url = f"ws{stage.service.url.removeprefix('http')}/ws/chat/session/{scene.id}/"
         client.command += [url, scene.someone.access]
         client.start()
         try:
             await until(lambda: "open" in client.output(), 10, "the client's connection")
+            port = psutil.Process(client.pid).net_connections("tcp")[0].laddr.port
+            assert port in _callers(stage.service)
             baseline = tempo(near, noise)
             await near.say("/count 200")
             await near.chunks(110)
             frozen = scene.journal.fault("client frozen")
             client.send(signal.SIGSTOP)
-            await until(lambda: stage.service.resources(0)["fds"] <= before["fds"], 4, "the descriptor's end")
+            await until(lambda: port not in _callers(stage.service), 4, "the connection's end")
             measured("a frozen client is cut after", now() - frozen)
         finally:
             client.kill()
@@ -347,8 +349,8 @@ async def test_slow_reader_and_silent_reader(postgres_server: Postgres, redis_se
     url = postgres_server.create_database()
     pings = {"PARLEY_PING_INTERVAL": "60", "PARLEY_PING_TIMEOUT": "60", "PARLEY_TCP_USER_TIMEOUT": "3"}
     environment = ENVIRONMENT | pings | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}
-    async with Service(environment, server="serve") as service, Proxy.before(service.url, buffer=4096) as slow_way:
-        async with Proxy.before(service.url, buffer=4096) as silent_way:
+    async with Service(environment, server="serve") as service, Narrow.before(service.url, buffer=4096) as slow_way:
+        async with Narrow.before(service.url, buffer=4096) as silent_way:
             async with await Stage(service, url).scene(model_a_id="hasty") as scene, Noise(service.worker().pid) as noise:
                 quick = await scene.socket("quick")
                 await quick.say("/count 3000")
@@ -360,8 +362,9 @@ async def test_slow_reader_and_silent_reader(postgres_server: Postgres, redis_se
                 await quick.say("/count 8000")
                 slow_way.limit(20_000)
                 silent_way.stall("to_client")
+                port = silent_way.links[0].server.getsockname()[1]
                 scene.journal.fault("slow and silent")
-                await until(lambda: service.resources()["fds"] < before["fds"] + 2, 60, "the silent one's end")
+                await until(lambda: port not in _callers(service), 30, "the silent one's end")
                 measured("a reader that takes nothing is cut after", now() - started)
                 silent_way.rst()
                 silent_way.ok()
@@ -375,6 +378,12 @@ async def test_slow_reader_and_silent_reader(postgres_server: Postgres, redis_se
                 frames = {name: len(scene.journal.events(name, "message_chunk")) for name in ("quick", "slow")}
                 assert frames["slow"] < frames["quick"] / 2, frames
                 await scene.check(codes={1006})
+
+
+def _callers(service: Service) -> list[int]:
+    """The ports of those whose connections the first worker holds, as the kernel knows them."""
+    held = service.worker().net_connections("tcp")
+    return [each.raddr.port for each in held if each.raddr and each.laddr.port == service.ports[0]]
 
 
 async def test_client_talks_while_an_answer_streams(scene: Scene) -> None:
