@@ -258,7 +258,12 @@ class Room:
         self._listening = self._source.spawn(self._listen(subscriber))
 
     async def load(self) -> None:
-        """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`."""
+        """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`.
+
+        A room that heard a turn begin, here or on the bus, has that one already.
+        """
+        if self.answer is not None:
+            return
         if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
             self._loaded = self._source.spawn(self.learn())
         await asyncio.shield(self._loaded)
