@@ -414,7 +414,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
             self._refuse(400, "bad_request", "This is not HTTP as we understand it.")
         if self._spare > HEAD_MAX or self._lines > LINES_MAX:
             self._refuse(431, "too_large", "The head of this request is too large.")
-        elif max(self.bodies_of[self._address], self._body) > BODIES_MAX or len(self.pipeline) > PIPELINE_MAX:
+        elif max(self.bodies_of.get(self._address, 0), self._body) > BODIES_MAX or len(self.pipeline) > PIPELINE_MAX:
             self._refuse(429, "rate_limited", "Too much is being sent from this address.")
 
     def _stay(self, rest: bytes) -> None:
@@ -495,10 +495,11 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
             self._address = ""
 
     def _give_back(self) -> None:
-        self.bodies_of[self._address] -= self._held
-        self._held = 0
-        if not self.bodies_of[self._address]:
-            del self.bodies_of[self._address]
+        if self._held:
+            self.bodies_of[self._address] -= self._held
+            self._held = 0
+            if not self.bodies_of[self._address]:
+                del self.bodies_of[self._address]
 
     def _check_body(self) -> None:
         """Give up a body that comes too slowly or takes too long; one we do not read ourselves has time."""

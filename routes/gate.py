@@ -31,6 +31,8 @@ ENCRYPTED = (b"strict-transport-security", b"max-age=31536000")  # browsers heed
 METHODS = b"GET, POST, PATCH, DELETE"
 EXPOSED = b"X-Turn-Id, X-Session-Id, X-Cursor, X-Anonymous-Token, Link, Retry-After"
 
+Lines = dict[bytes, bytes]  # of a request's head: names in lower case
+
 
 class Gate:
     """Stands around the application: `app` answers HTTP, `sockets` takes what is let through of WebSockets."""
@@ -47,29 +49,32 @@ class Gate:
         # Every path answers with and without its trailing slash; a redirect would lose a POST's body in some clients.
         if len(scope["path"]) > 1 and scope["path"].endswith("/"):
             scope["path"] = scope["path"].rstrip("/") or "/"
-        problem = self.refusal(scope)
+        headers: Lines = dict(reversed(scope["headers"]))  # of lines with the same name the first counts
+        problem = self._refusal(scope, headers)
         if scope["type"] == "http":
-            await self._answer(problem, scope, receive, send)
+            await self._answer(problem, headers, scope, receive, send)
         elif problem is not None:
             await refuse(problem, scope, receive, send)
         else:
             await self.sockets(scope, receive, send)
 
-    async def _answer(self, problem: ChatError | None, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, problem: ChatError | None, headers: Lines, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         begun = False
 
         async def send_safely(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message["headers"], *self._headers(scope, message["headers"])]
+                message["headers"] = [*message["headers"], *self._added(scope["path"], headers, message["headers"])]
             await send(message)
 
-        address = self._address(scope)
+        address = self._address(scope, headers)
         try:
             if address and not self._under_way.enter(address, self.settings.connections_per_address):
                 problem = ChatError("rate_limited", "There are too many requests at once from this address.")
-            await self._app(problem, scope)(scope, receive, send_safely)
+            await self._app(problem, scope["method"], headers)(scope, receive, send_safely)
         except asyncio.CancelledError:
             # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
             if not begun:
@@ -79,47 +84,44 @@ class Gate:
             if address:
                 self._under_way.leave(address)
 
-    def _app(self, problem: ChatError | None, scope: Scope) -> ASGIApp:
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "0")
-        if problem is None and (not length.isdecimal() or int(length) > self.settings.body_max):
+    def _app(self, problem: ChatError | None, method: str, headers: Lines) -> ASGIApp:
+        length = headers.get(b"content-length", b"0")
+        if problem is None and (not length.isdigit() or int(length) > self.settings.body_max):
             problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
         if problem is not None:
             return functools.partial(refuse, problem)
-        if scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
+        if method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers:
             return _preflight
-        return self.app if scope["method"] in ("GET", "HEAD") else self.bounded  # else there is no body to bound
+        return self.app if method in ("GET", "HEAD") else self.bounded  # else there is no body to bound
 
-    def _headers(self, scope: Scope, own: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    def _added(self, path: str, headers: Lines, own: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return what every answer carries, as far as the route has not said otherwise."""
         added, names = list(SAFE), {name for name, _ in own}
-        path: str = scope["path"]
         if b"referrer-policy" not in names:
             added.append((b"referrer-policy", b"no-referrer"))  # addresses of shared sessions open them
         if b"cache-control" not in names and path.startswith(PERSONAL):
             added.append((b"cache-control", b"no-store"))
         if self.settings.production:
             added.append(ENCRYPTED)
-        headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        if origin is not None and self._origin_allowed(origin, headers.get("host", "")):
+        origin = headers.get(b"origin")
+        if origin is not None and self._origin_allowed(origin.decode("latin-1"), _host(headers)):
             added += [
-                (b"access-control-allow-origin", origin.encode("latin-1")),
+                (b"access-control-allow-origin", origin),
                 (b"access-control-allow-credentials", b"true"),  # clients send them; no cookie is a credential here
                 (b"access-control-expose-headers", EXPOSED),
             ]
         return added
 
-    def _address(self, scope: Scope) -> str:
+    def _address(self, scope: Scope, headers: Lines) -> str:
         """Return whose request it is where proxies stand in front of us; without one its connection is counted."""
-        forwarded = Headers(scope=scope).getlist("x-forwarded-for")
         if not self.settings.trusted_proxies:
-            if forwarded:
+            if b"x-forwarded-for" in headers:
                 self._warn_once(
                     "X-Forwarded-For is sent, but trusted_proxies is 0: if a proxy stands in front, all visitors count "
                     "as one address. Set PARLEY_TRUSTED_PROXIES to the number of proxies"
                 )
             return ""
+        forwarded = Headers(scope=scope).getlist("x-forwarded-for")
         return callers.address(scope.get("client"), forwarded, self.settings.trusted_proxies)
 
     def _warn_once(self, text: str) -> None:
@@ -128,18 +130,18 @@ class Gate:
             self._warned.add(text)
             log.warning("%s", text)
 
-    def refusal(self, scope: Scope) -> ChatError | None:
+    def _refusal(self, scope: Scope, headers: Lines) -> ChatError | None:
         """Why this is not answered, if it is not."""
         if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
             return ChatError("bad_request", "An address cannot contain NUL characters.")  # PostgreSQL takes none
         if scope["path"] in OPEN_TO_ALL:
             return None
-        headers, allowed = Headers(scope=scope), self.settings.allowed_hosts
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host, origin = _host(headers), headers.get(b"origin", b"").decode("latin-1")
+        allowed = self.settings.allowed_hosts
         if "*" not in allowed and not _host_allowed(host, allowed):
             self._warn_once(f"refused the host name {host[:200]!r}: add it to ALLOWED_HOSTS if it is ours")
             return ChatError("bad_request", "This host name is not served here. Set ALLOWED_HOSTS to allow it.")
-        if origin is not None and not self._origin_allowed(origin, host):
+        if b"origin" in headers and not self._origin_allowed(origin, host):
             self._warn_once(
                 f"refused the page {origin[:200]!r} (its Origin header): add it to ALLOWED_ORIGINS if it may call here"
             )
@@ -181,6 +183,10 @@ async def refuse(problem: ChatError, scope: Scope, receive: Receive, send: Send)
     else:
         await receive()
         await send({"type": "websocket.close", "code": 4403})
+
+
+def _host(headers: Lines) -> str:
+    return headers.get(b"host", b"").decode("latin-1")
 
 
 def _host_allowed(host: str, allowed: tuple[str, ...]) -> bool:
