@@ -1,6 +1,6 @@
 """Floods from one address against the service as the Procfile starts it, and what they cost everyone else.
 
-    python -m tests.floods [SECONDS] [FLOOD …]
+    python -m tests.floods [--seconds 30] [FLOOD …]
 
 plays each for so many seconds (30) on PostgreSQL, Redis and a vendor's SDK, and prints how much the process grew, how
 many descriptors it held, the longest time one read kept the event loop (CPU seconds: other processes do not count), how
@@ -9,10 +9,10 @@ late a bystander on another address was answered, and whether everything was giv
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -320,6 +320,10 @@ async def main(seconds: float, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    seconds = float(given.pop(0)) if given and given[0].replace(".", "").isdigit() else 30.0
-    asyncio.run(main(seconds, given or list(FLOODS)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="FLOOD", help=f"{', '.join(FLOODS)}; all without any")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each (30)")
+    options = parser.parse_args()
+    if unknown := set(options.names) - FLOODS.keys():
+        parser.error(f"no such flood: {', '.join(sorted(unknown))}")
+    asyncio.run(main(options.seconds, options.names or list(FLOODS)))
