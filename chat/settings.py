@@ -12,15 +12,24 @@ import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
+from msgspec import Meta
 
 from .errors import StartupError
 
 HERE = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
+
+
+# What a clock or a limit may be set to. Others would stop the service later, without a word: a loop that never pauses,
+# a wait that ends before it begins.
+Seconds = Annotated[float, Meta(gt=0, le=1e6)]
+Pause = Annotated[float, Meta(ge=0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, le=2**53)]
+Whole = Annotated[int, Meta(ge=0, le=2**53)]
 
 
 class Secret(str):
@@ -53,7 +62,7 @@ def split_secret_url(variable: str, url: str, schemes: tuple[str, ...]) -> Split
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A language model on offer. `vendor` and `display_name` are what people see, `model_code` what the API is told."""
 
-    id: str
+    id: Annotated[str, Meta(min_length=1)]
     provider: str
     model_code: str = ""
     display_name: str = ""
@@ -61,8 +70,8 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     base_url: str = ""
     api_key_env: str = ""
     system: str = ""
-    max_tokens: int = 0
-    pace: float = 0.02
+    max_tokens: Whole = 0
+    pace: Pause = 0.02
     personality: str = ""
     paid: bool | None = None
     thinks: bool = False
@@ -90,75 +99,75 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     name: str = "Parley"
     env: str = "local"
     host: str = "127.0.0.1"
-    port: int = 8001
-    workers: int = 1
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8001
+    workers: Whole = 1
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     public_url: str = ""
-    trusted_proxies: int = 0
+    trusted_proxies: Whole = 0
     open_sessions: bool = True
     token_in_query: bool = True
     log_level: str = "info"
     # [storage]
-    pool_size: int = 5
-    storage_timeout: float = 5.0
-    checkpoint_every: float = 0.5
-    checkpoint_with_redis: float = 3.0
+    pool_size: Count = 5
+    storage_timeout: Seconds = 5.0
+    checkpoint_every: Seconds = 0.5
+    checkpoint_with_redis: Pause = 3.0
     # [relay]
     relay_prefix: str = "parley"
-    relay_ack: float = 0.25
-    publish_every: float = 0.001
-    relay_silence: float = 3.0
+    relay_ack: Seconds = 0.25
+    publish_every: Pause = 0.001
+    relay_silence: Seconds = 3.0
     relay_tls_verify: bool = True
     # [turns]
-    lease: float = 10.0
-    lease_renew: float = 3.0
-    sweep_every: float = 5.0
-    store_for: float = 25.0
-    drain: float = 15.0
-    first_token_timeout: float = 60.0
-    idle_timeout: float = 30.0
-    reply_timeout: float = 300.0
-    reply_max: int = 200_000
-    max_tokens: int = 2048
-    history_tokens: int = 6000
-    retry_after_max: float = 5.0
+    lease: Seconds = 10.0
+    lease_renew: Seconds = 3.0
+    sweep_every: Seconds = 5.0
+    store_for: Pause = 25.0
+    drain: Pause = 15.0
+    first_token_timeout: Seconds = 60.0
+    idle_timeout: Seconds = 30.0
+    reply_timeout: Seconds = 300.0
+    reply_max: Count = 200_000
+    max_tokens: Count = 2048
+    history_tokens: Count = 6000
+    retry_after_max: Pause = 5.0
     # [limits]
-    prompt_max: int = 32_000
-    body_max: int = 262_144
-    frame_max: int = 65_536
-    frames_per_second: int = 20
-    bad_frames: int = 3
-    sockets_per_session: int = 10
-    sockets_per_account: int = 20
-    connections_per_address: int = 128
-    streams_per_account: int = 20
-    streams_per_address: int = 100
-    sockets_per_address: int = 50
-    messages_per_minute: int = 60
-    turns_per_account: int = 3
-    guests_per_minute: int = 30
-    sessions_per_minute: int = 30
-    refreshes_per_minute: int = 60
-    reads_per_minute: int = 10
-    daily_tokens_account: int = 500_000
-    daily_tokens_address: int = 4_000_000
-    daily_tokens_service: int = 20_000_000
-    daily_messages: int = 0
+    prompt_max: Count = 32_000
+    body_max: Count = 262_144
+    frame_max: Count = 65_536
+    frames_per_second: Count = 20
+    bad_frames: Count = 3
+    sockets_per_session: Count = 10
+    sockets_per_account: Count = 20
+    connections_per_address: Count = 128
+    streams_per_account: Count = 20
+    streams_per_address: Count = 100
+    sockets_per_address: Count = 50
+    messages_per_minute: Count = 60
+    turns_per_account: Count = 3
+    guests_per_minute: Count = 30
+    sessions_per_minute: Count = 30
+    refreshes_per_minute: Count = 60
+    reads_per_minute: Count = 10
+    daily_tokens_account: Whole = 500_000
+    daily_tokens_address: Whole = 4_000_000
+    daily_tokens_service: Whole = 20_000_000
+    daily_messages: Whole = 0
     # [sockets]
-    auth_timeout: float = 10.0
-    send_timeout: float = 10.0
-    ping_interval: float = 20.0
-    ping_timeout: float = 20.0
-    sse_ping: float = 15.0
-    tcp_user_timeout: float = 20.0
+    auth_timeout: Seconds = 10.0
+    send_timeout: Seconds = 10.0
+    ping_interval: Seconds = 20.0
+    ping_timeout: Seconds = 20.0
+    sse_ping: Seconds = 15.0
+    tcp_user_timeout: Seconds = 20.0
     # [arena]
     demo_models: str = "auto"
     votes_export: bool = True
-    leaderboard_cache: float = 5.0
-    draw_seed: int = 0
-    pace: float = 0.05
-    pace_chars: int = 24
+    leaderboard_cache: Pause = 5.0
+    draw_seed: Whole = 0
+    pace: Pause = 0.05
+    pace_chars: Count = 24
     # [widget]
     greeting: str = ""
     suggestions: tuple[str, ...] = ()
@@ -194,6 +203,10 @@ ENVIRONMENT = {  # the names platforms use → ours
 }
 # A variable by which a platform is known → how many proxies of its own append to X-Forwarded-For.
 PLATFORMS = {"DYNO": 1, "RENDER": 1, "FLY_APP_NAME": 1, "RAILWAY_ENVIRONMENT_ID": 1, "K_SERVICE": 1}
+# As browsers send them: an entry of another form would match nothing, without a word.
+HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
+WEB = re.compile(r"https?://[^/\s]")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "secret_keys"}
 
@@ -237,7 +250,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         sections = msgspec.toml.decode(path.read_bytes())
     except OSError as problem:
         raise StartupError(f"settings: cannot read {path.name}: {problem.strerror}") from None
-    except msgspec.DecodeError as problem:
+    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
         raise StartupError(f"settings: {path.name} is not valid TOML: {problem}") from None
     values: dict[str, Any] = {}
     for section, content in sections.items():
@@ -339,6 +352,16 @@ def _checked(settings: Settings) -> Settings:
         raise StartupError("settings: demo_models must be auto or always")
     if settings.log_level not in LOG_LEVELS:
         raise StartupError(f"settings: log_level must be one of {', '.join(LOG_LEVELS)}")
+    if settings.lease_renew >= settings.lease:
+        raise StartupError("settings: lease_renew must be shorter than lease: turns would be taken from their workers")
+    for host in settings.allowed_hosts:
+        if not HOST.fullmatch(host):
+            raise StartupError(f"settings: ALLOWED_HOSTS: {host!r} is no bare host, as example.org is")
+    for origin in settings.allowed_origins:
+        if not ORIGIN.fullmatch(origin):
+            raise StartupError(f"settings: ALLOWED_ORIGINS: {origin!r} is no origin, as https://example.org is")
+    if any(url and not WEB.match(url) for url in (settings.public_url, *(model.base_url for model in settings.models))):
+        raise StartupError("settings: public_url and base_url must start with https:// or http://")
     if settings.production and any(len(key) < 32 for key in settings.secret_keys):
         raise StartupError("SECRET_KEY is too short: use 32 or more random characters.")
     if settings.workers > 1 and not settings.redis_url:

@@ -56,6 +56,7 @@ def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
         ({"PARLEY_ENV": "production", "SECRET_KEY": f"{'k' * 40},{'k' * 31}"}, "SECRET_KEY is too short"),
         ({"PARLEY_LOG_LEVEL": "trace"}, "log_level must be one of"),
         ({"WEB_CONCURRENCY": "2"}, "2 workers need REDIS_URL"),
+        ({"PORT": "99999"}, "<= 65535"),
     ],
 )
 def test_a_wrong_setting_is_one_line(tmp_path: Path, environment: dict[str, str], words: str) -> None:
@@ -63,6 +64,26 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, environment: dict[str, str]
     assert code != 0
     assert words in said
     assert "Traceback" not in said and CANARY not in said and SECRET not in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "port = -1", "pool_size = 0", "storage_timeout = nan", "idle_timeout = inf", "checkpoint_every = 0", "lease = 0",
+        "lease_renew = 10", "drain = -1", "sse_ping = 0", "prompt_max = -5", "max_tokens = 0", "frame_max = 0", "pace_chars = 0",
+        "daily_tokens_account = -1", "trusted_proxies = -1", 'allowed_hosts = ["https://example.org"]',
+        'allowed_hosts = ["example.org:443"]', 'allowed_origins = ["example.org"]', 'allowed_origins = ["https://example.org/"]',
+        'allowed_origins = ["*"]', 'public_url = "javascript:alert(1)"',
+    ],
+)  # fmt: skip
+def test_a_value_that_would_do_harm_later_is_refused_at_once(tmp_path: Path, line: str) -> None:
+    """A loop that never pauses, a wait that has ended before it begins, a name that nothing matches."""
+    name = line.partition(" ")[0]
+    path = tmp_path / "settings.toml"
+    path.write_text(f'[service]\n{line}\n[[models]]\nid = "m"\nprovider = "demo"\n')
+    with pytest.raises(StartupError) as refused:
+        read_settings(path, {"SECRET_KEY": SECRET})
+    assert name in str(refused.value).lower() and "\n" not in str(refused.value)
 
 
 ODD = ["{0}/{0}", "{0}#{0}", "{0}?{0}", "[{0}", "{0}]", "12#{0}", "12/{0}", "{0}\u2100", "{0}\udcff", "{0}:{0}", "{0}@{0}"]
@@ -105,6 +126,7 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
     """A copy of the project with a broken, an unknown and a secret setting in its file."""
     for text, words in (
         ("[service\n", "is not valid TOML"),
+        ("\udcff", "is not valid TOML"),
         ("[service]\nno_such = 1\n", "unknown setting `no_such`"),
         (f'[service]\nadmin_token = "{CANARY}"\n', "is a secret"),
         ("port = 1\n", "stands outside every section"),
@@ -112,7 +134,7 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
         for name in ("service.py", "chat", "routes", "consumers", "models.sql"):
             if not (tmp_path / name).exists():
                 (tmp_path / name).symlink_to(ROOT / name)
-        (tmp_path / "settings.toml").write_text(text)
+        (tmp_path / "settings.toml").write_text(text, errors="surrogateescape")
         file = str(tmp_path / "settings.toml")
         program = "from pathlib import Path; from chat.settings import read_settings as read"
         program += f"; read(Path({file!r}), {{}})"
