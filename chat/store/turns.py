@@ -102,8 +102,8 @@ async def insert_turn(
 
     The same message id again is the same turn, for ever, unless it `replaces` that. While a person answers in the
     session, the turn is over at once: its reply says who will answer. Raises `busy` while another turn of the session
-    runs, `rate_limited` when the account has too many running, `already_voted` for a turn that would be replaced, and
-    what `reserve` raises.
+    runs, `rate_limited` when the account has too many running, `already_voted` or `conflict` for a turn that would be
+    replaced and was voted on or is a person's, and what `reserve` raises.
     """
 
     async def work(query: Query) -> StoredTurn:
@@ -143,17 +143,21 @@ class _Known(Exception):
 async def _replaced(query: Query, session_id: str, ask: Ask) -> list[Row]:
     """Return the turns that the ask takes the place of, oldest first; none when the last turn is the ask's own."""
     old = await query.fetch_all(
-        """SELECT t.id, t.position, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
+        """SELECT t.id, t.position, v.id AS vote_id,
+                  (SELECT COUNT(*) FROM messages m WHERE m.turn_id = t.id AND m.model LIKE :person) AS by_person
+             FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
             WHERE t.session_id = :session_id AND t.position >=
                   (SELECT position FROM turns WHERE session_id = :session_id AND user_message_id = :message_id)
             ORDER BY t.position""",
-        {"session_id": session_id, "message_id": ask.message_id},
+        {"session_id": session_id, "message_id": ask.message_id, "person": PERSON + "%"},
     )
     rows = await _select_turn_rows(query, session_id, old[0]["id"]) if len(old) == 1 else []
     if rows and rows[0]["content"] == ask.content and set(ask.reply_ids.values()) <= {row["id"] for row in rows}:
         return []
     if any(turn["vote_id"] is not None for turn in old):
         raise _voted()
+    if any(turn["by_person"] for turn in old):
+        raise _by_person()
     return old
 
 
@@ -170,6 +174,10 @@ async def _delete_from(query: Query, session_id: str, position: int) -> None:
 
 def _voted() -> ChatError:
     return ChatError("already_voted", "This answer has been voted on and stays as it is.")
+
+
+def _by_person() -> ChatError:
+    return ChatError("conflict", "A person's answer cannot be made again.")
 
 
 async def insert_regeneration(
@@ -194,7 +202,7 @@ async def insert_regeneration(
         if last is None or message_id not in [row["id"] for row in rows]:
             raise ChatError("conflict", "Only the last answer can be made again.")
         if person is not None or any((row["model"] or "").startswith(PERSON) for row in rows):
-            raise ChatError("conflict", "A person's answer cannot be made again.")
+            raise _by_person()
         if last["vote_id"] is not None:
             raise _voted()
         held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)

@@ -141,6 +141,26 @@ async def test_taking_over_ends_the_running_answer_and_handing_back_goes_on(serv
     assert (await said(service, someone, id))[2][1:] == ("Anna", "I count better.")
 
 
+async def test_no_dialect_makes_a_person_s_words_again(service: Service, journal: Journal) -> None:
+    """An edit, an answer asked for again and another run would each delete what the person said."""
+    someone, id = await home(service.url)
+    await post_turn(service.url, someone.access, id, "/echo one", id="m")
+    await put(service, id, "Anna")
+    async with SocketReader(journal, "person", service.urls[-1], id, token=await key(service, id)) as person:
+        await person.say("I am here.")
+        await person.until(lambda: person.view.texts()[-1] == "I am here.", 5, "the words")
+    await put(service, id, None)
+    before = await said(service, someone, id)
+    ui = {"id": id, "messages": [{"role": "user", "id": "m", "parts": [{"type": "text", "text": "/echo two"}]}]}
+    run = {"threadId": id, "runId": "run-2", "messages": [{"role": "user", "id": "m", "content": "/echo one"}]}
+    for path, body in (
+        ("chat", ui | {"messageId": "m"}), ("chat", ui | {"trigger": "regenerate-message"}), ("ag-ui", run),
+    ):  # fmt: skip
+        answer = await call(service.urls[-1], "POST", f"/api/{path}/", someone.access, json=body)
+        assert answer.status_code == 409 and "A person's answer cannot be made again." in answer.text, path
+    assert await said(service, someone, id) == before
+
+
 async def test_the_model_reads_afterwards_what_a_person_said(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         state = await open_state(read_settings(environ={"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}"}), stack)
