@@ -46,8 +46,8 @@ async def update_operator(database: Database, id: str, name: str | None) -> Sess
 async def insert_words(database: Database, session: Session, message_id: str, content: str) -> None:
     """Write what the person who took the session over says: a turn of one reply, whole at once.
 
-    The same id again is the same message. Raises `conflict` when nobody took the session over, and `busy` while the
-    model's last answer ends.
+    The same id again is the same message. Raises `conflict` when nobody took the session over or another message has
+    the id, and `busy` while the model's last answer ends.
     """
 
     async def work(query: Query) -> None:
@@ -60,15 +60,18 @@ async def insert_words(database: Database, session: Session, message_id: str, co
         )
         if row is None:
             raise ChatError("conflict", "Take this session over before you speak in it.")
-        found = await query.fetch_one(
-            """SELECT COUNT(*) AS known, (SELECT COUNT(*) FROM turns
-                       WHERE session_id = :session_id AND status = 'running') AS running
-                 FROM messages WHERE session_id = :session_id AND id = :id""",
+        known = await query.fetch_one(
+            "SELECT role, content FROM messages WHERE session_id = :session_id AND id = :id",
             {"session_id": session.id, "id": message_id},
         )
-        if found is not None and found["known"]:
+        if known is not None and (known["role"], known["content"]) != ("assistant", content):
+            raise ChatError("conflict", "Another message has this id. Give the new one a new id.")
+        if known is not None:
             return
-        if found is not None and found["running"]:
+        running = await query.fetch_one(
+            "SELECT id FROM turns WHERE session_id = :session_id AND status = 'running'", {"session_id": session.id}
+        )
+        if running is not None:
             raise ChatError("busy", "The model's answer is still being written in this session.", retry_after=1)
         position = row["position"]
         await insert_turn_row(
