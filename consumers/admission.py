@@ -16,7 +16,7 @@ from chat.store import accounts, sessions
 from chat.store.accounts import Account
 from chat.store.rights import Right
 from chat.store.sessions import Session
-from chat.tokens import SKEW, operator_version
+from chat.tokens import SKEW, Token, operator_version
 
 from . import frames
 
@@ -60,9 +60,11 @@ async def admit(socket: WebSocket, chat: State) -> Right:
 
 
 async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
-    if (until := _operator_until(socket, chat, session_id)) is not None:
+    if (token := _operators_token(socket, chat)) is not None:
         session = await sessions.select_unchecked(chat.database, session_id)
-        return Right(chat.database, session, operator=True, member=False, expires_at=until)
+        if token.id != session.key:  # of another session, or of one that had this id before
+            raise Closed(4401, "authentication required")
+        return Right(chat.database, session, operator=True, member=False, expires_at=float(token.exp + SKEW))
     account, expires_at = await _account(socket, chat)
     share_token = socket.query_params.get("share_token")
     if share_token:
@@ -89,8 +91,8 @@ async def _admit_by_share(
     return Right(chat.database, session, share_token=share_token, member=False)
 
 
-def _operator_until(socket: WebSocket, chat: State, session_id: str) -> float | None:
-    """Return when the operator's token for this session expires (Unix seconds); None where none is shown."""
+def _operators_token(socket: WebSocket, chat: State) -> Token | None:
+    """Return the operator's token for one session, where it is shown and ADMIN_TOKEN is still the same."""
     found = callers.credential(socket.headers, subprotocols=socket.scope["subprotocols"])
     if found is None or not chat.settings.admin_token:
         return None
@@ -98,8 +100,7 @@ def _operator_until(socket: WebSocket, chat: State, session_id: str) -> float | 
         token = chat.tokens.verify(found[1], "admin")
     except ChatError:
         return None
-    version = operator_version(chat.settings.admin_token)
-    return float(token.exp + SKEW) if (token.id, token.tv) == (session_id, version) else None
+    return token if token.tv == operator_version(chat.settings.admin_token) else None
 
 
 async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:
@@ -162,8 +163,8 @@ def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
 
 
 def inside(chat: State, right: Right) -> list[tuple[str, int]]:
-    """Return the limits of an admitted socket. Readers of a share have places of their own, not their host's."""
-    kind = "session" if right.member else "viewers"
+    """Return the limits of an admitted socket. Readers of a share have places of their own, and so has the operator."""
+    kind = "operator" if right.operator else "session" if right.member else "viewers"
     limits = [(f"{kind}:{right.session.key}", chat.settings.sockets_per_session)]
     if right.account is not None:
         limits.append((f"account:{right.account.id}", chat.settings.sockets_per_account))

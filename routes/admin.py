@@ -37,7 +37,7 @@ async def opened(request: Request) -> Response:
     """A token that opens the session's socket, to read, and to speak once the session is taken over."""
     chat, secret = inputs.state(request), inputs.check_operator(request)
     session = await sessions.select_unchecked(chat.database, request.path_params["session_id"])
-    token = chat.tokens.make("admin", session.id, operator_version(secret))
+    token = chat.tokens.make("admin", session.key, operator_version(secret))
     body = {"id": session.id, "title": session.title, "operator": session.operator}
     return inputs.answer(body | {"token": token, "expires_in": LIFETIMES["admin"]})
 

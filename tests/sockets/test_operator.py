@@ -21,7 +21,7 @@ from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
 
-from . import BATTLE, ENVIRONMENT, UVICORN, fate, home
+from . import BATTLE, ENVIRONMENT, UVICORN, bearer, fate, hear, home, plain, share
 
 ADMIN = "the-operators-token-of-these-tests"
 WAIT = "Anna will answer you here."
@@ -30,6 +30,7 @@ WAIT = "Anna will answer you here."
 @pytest.fixture(scope="module", params=STORES)
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     environment = ENVIRONMENT | store(request.param, request, tmp_path_factory.mktemp("operator")) | {"ADMIN_TOKEN": ADMIN}
+    environment |= {"PARLEY_SOCKETS_PER_SESSION": "3"}
     with Service(environment, workers=1 if request.param == "sqlite" else 2, options=UVICORN) as running:
         yield running
         log = running.log()
@@ -214,6 +215,28 @@ async def test_only_the_operator_takes_over_and_never_a_battle(service: Service)
     assert {id, other["id"]} <= {each["id"] for each in listed} and battle["id"] not in {each["id"] for each in listed}
     stranger = await guest(service.url)
     assert (await fate(service.url, id, additional_headers={"Authorization": f"Bearer {stranger.access}"}))[0] == 4404
+
+
+async def test_a_token_of_the_operator_ends_with_its_session(service: Service) -> None:
+    """Somebody else may use the id after a deletion."""
+    someone, stranger, id = await guest(service.url), await guest(service.url), f"used-twice-{new_id()}"
+    await new_session(service.url, someone.access, id=id)
+    before = await key(service, id)
+    assert (await call(service.url, "DELETE", f"/api/sessions/{id}/", someone.access)).status_code == 204
+    await new_session(service.url, stranger.access, id=id)
+    assert await fate(service.urls[-1], id, **bearer(before)) == (4401, "authentication required")
+
+
+async def test_readers_of_a_share_leave_a_place_for_the_operator(service: Service) -> None:
+    someone, id = await home(service.url)
+    link, token = await share(service.url, someone, id), await key(service, id)
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            viewer = await stack.enter_async_context(plain(service.url, id, None, share_token=link))
+            await hear(viewer, "session_state")
+        assert await fate(service.url, id, query={"share_token": link}) == (4429, "too many sockets")
+        person = await stack.enter_async_context(plain(service.url, id, token))
+        await hear(person, "session_state")
 
 
 async def test_an_operator_speaks_only_where_nobody_else_does(service: Service, journal: Journal) -> None:
