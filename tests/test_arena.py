@@ -154,7 +154,7 @@ async def test_a_vote_waits_for_both_sides(arena: Service) -> None:
     async with SocketReader(journal, "voter", arena.url, session["id"], token=someone.access) as voter:
         await voter.event("session_state")
         await voter.say("/count 400")
-        await voter.chunks(2)
+        await voter.tokens(2)
         replies = await messages(arena.url, someone.access, session["id"])
         answer = await vote(arena.url, someone.access, session["id"], replies[0]["id"])
         assert (answer.status_code, answer.json()["error"]) == (409, "conflict")

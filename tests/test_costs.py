@@ -76,7 +76,7 @@ async def test_a_stopped_answer_costs_its_bytes(paid: Service, script: str) -> N
     async with SocketReader(journal, "ann", paid.url, session, token=someone.access) as ann:
         await ann.event("session_state")
         await ann.say(content)
-        await ann.chunks(3)
+        await ann.tokens(3)
         assert await stop(paid.urls[-1], someone.access, session)
         await ann.turn_ended()
     said = (await messages(paid.url, someone.access, session))[1]["content"]
@@ -115,7 +115,7 @@ async def test_thoughts_aloud_are_paid_for_when_the_answer_is_stopped(tmp_path: 
             async with SocketReader(Journal(), "ann", service.url, session, token=someone.access) as ann:
                 await ann.event("session_state")
                 await ann.say(content)
-                await ann.chunks(3)
+                await ann.tokens(3)
                 assert await stop(service.url, someone.access, session)
                 await ann.turn_ended()
             said = (await messages(service.url, someone.access, session))[1]["content"]

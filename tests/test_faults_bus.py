@@ -40,7 +40,7 @@ async def test_a_redis_that_refuses_is_not_sent_the_text_again(scene: Scene, red
     settings = {"full": {"maxmemory": "1"}, "read-only disk": {"min-replicas-to-write": "3"}}[refusal]
     normal = {"maxmemory": "0", "min-replicas-to-write": "0"}
     await near.say("/count 250")
-    await far.chunks(20)
+    await far.tokens(20)
     before = await received(redis)
     for name, value in settings.items():
         await redis.config_set(name, value)
@@ -61,7 +61,7 @@ async def test_a_redis_that_forgets_is_given_each_text_again_once_a_second(scene
     near = await scene.socket("near", 0)
     await near.say("/count 320")
     for n in range(6):
-        await near.chunks(30 * (n + 1))
+        await near.tokens(30 * (n + 1))
         await redis.flushall()
         far = await scene.socket(f"far{n}", 1)
         have = text_of(near)
@@ -76,13 +76,13 @@ async def test_foreign_values_under_a_turns_keys_harm_nobody(scene: Scene, redis
     """One value of another type under a turn's key ended every join."""
     near = await scene.socket("near", 0)
     await near.say("/count 200")
-    await near.chunks(20)
+    await near.tokens(20)
     for n, write in enumerate([redis.lpush, redis.set]):
         [key] = [key async for key in redis.scan_iter(f"*:text:{near.view.turn.id}:*")]
         await redis.delete(key)
         await write(key, b"\xff evil " * 5_000)
         await scene.socket(f"far{n}", 1)
-        await near.chunks(50 * (n + 1))
+        await near.tokens(50 * (n + 1))
     await asyncio.gather(*[reader.turn_ended() for reader in scene.readers])
     assert {text_of(reader) for reader in scene.readers} == {counted(200)}
     await scene.check()
@@ -148,7 +148,7 @@ async def test_an_answer_made_again_while_a_worker_is_cut_off_ends_there_as_well
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     urls, token = scene.stage.service.urls, scene.someone.access
     await near.say("/count 60")
-    await far.chunks(10)
+    await far.tokens(10)
     async with redis_paused(scene):
         await near.turn_ended()
         reply = await scene.reply()
@@ -167,7 +167,7 @@ async def test_a_stop_through_another_worker_needs_no_redis(scene: Scene) -> Non
     """Stopped within a second, as promised, while Redis carries nothing."""
     near = await scene.socket("near", 0)
     await near.say("/count 2000")
-    await near.chunks(10)
+    await near.tokens(10)
     async with redis_paused(scene):
         asked = now()
         assert await stop(scene.stage.service.urls[1], scene.someone.access, scene.id)
@@ -185,9 +185,9 @@ async def test_a_stream_of_a_session_that_is_deleted_while_its_owner_is_dead_end
         ):
             near = await scene.socket("near", 0, resume=False)
             await near.say("/count 2000")
-            await near.chunks(5)
+            await near.tokens(5)
             far = await scene.sse("far", 1)
-            await far.chunks(10)
+            await far.tokens(10)
             service.pause(0)
             deleted = await call(service.urls[1], "DELETE", f"/api/sessions/{scene.id}/", scene.someone.access)
             assert deleted.status_code == 204

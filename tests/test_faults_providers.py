@@ -216,7 +216,7 @@ async def test_stop_hangs_up_on_the_vendor(talk: Talk, api: str) -> None:
     """Asked of the worker that does not have the turn: stored `stopped`, the connection closed within a second."""
     await talk.open(model_a_id=MODEL[api])
     await talk.say("mode:ok tokens:2000 pace:0.01 id:m")
-    await talk.readers[0].chunks(5)
+    await talk.readers[0].tokens(5)
     asked = time.monotonic()
     assert await stop(talk.service.urls[-1], talk.token, talk.session)
     [made] = talk.calls()
@@ -251,7 +251,7 @@ async def test_leaving_does_not_hang_up(talk: Talk, api: str) -> None:
     """All readers go at the fifth token: the vendor says all it has, and all of it is stored."""
     await talk.open(model_a_id=MODEL[api])
     await talk.say("mode:ok tokens:100 pace:0.01 id:m")
-    await talk.readers[0].chunks(5)
+    await talk.readers[0].tokens(5)
     await talk.close()
     [made] = talk.calls()
     await asyncio.to_thread(talk.vendors.wait, lambda call: call is made and (call.ended or call.hung_up))

@@ -59,7 +59,7 @@ async def test_refresh_in_the_middle_of_an_answer(scene: Scene, workers: tuple[i
     """1. Closed at token 20 of 200, back with its cursor: the missing part, then live; one answer."""
     reader = await scene.socket("refreshing", workers)
     await reader.say("/count 200")
-    await reader.chunks(20)
+    await reader.tokens(20)
     last = reader.cursor
     reader.drop()
     await reader.turn_ended()
@@ -73,7 +73,7 @@ async def test_join_at_sixty_random_moments(scene: Scene) -> None:
     dice = seeded(3)
     first = await scene.socket("first")
     await first.say("/count 100")
-    await first.chunks(1)
+    await first.tokens(1)
 
     async def join(n: int) -> None:
         await asyncio.sleep(dice.uniform(0, 2.0))
@@ -100,7 +100,7 @@ async def test_sole_reader_on_an_idle_worker(postgres_server: Postgres, redis_se
             reader = await scene.socket("alone", 1)
             posting = asyncio.create_task(post_turn(service.url, scene.someone.access, scene.id, "/count 20"))
             asked = now()
-            await reader.chunks(1, within=1)
+            await reader.tokens(1, within=1)
             measured("first delta at a sole reader of the other worker", now() - asked)
             await reader.turn_ended()
             await posting
@@ -116,7 +116,7 @@ async def test_redis_is_killed_and_comes_back(scene: Scene) -> None:
     everything within 3 s of the return; what the owner says again then is nobody's twice, nor a newcomer's."""
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 250")
-    await far.chunks(20)
+    await far.tokens(20)
     killed = scene.journal.fault("redis killed")
     scene.stage.redis.kill()
     await asyncio.sleep(1)
@@ -137,7 +137,7 @@ async def test_the_answer_ends_while_redis_is_away(scene: Scene) -> None:
     """5, the turn's end lost: the other worker's reader has the end, too, within 3 s of the return."""
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 60")
-    await far.chunks(10)
+    await far.tokens(10)
     scene.journal.fault("redis killed")
     scene.stage.redis.kill()
     await near.turn_ended(within=5)
@@ -154,7 +154,7 @@ async def test_redis_is_frozen_for_ten_seconds(scene: Scene) -> None:
     """6. SIGSTOP for 10 s: as when killed; what was sent and arrives late is swallowed; nothing answers 500."""
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 650")
-    await far.chunks(20)
+    await far.tokens(20)
     frozen = scene.journal.fault("redis frozen")
     scene.stage.redis.pause()
     try:
@@ -206,7 +206,7 @@ async def test_redis_is_down_at_the_start(postgres_server: Postgres) -> None:
                 await near.say("/count 20")
                 await near.turn_ended(within=3)
                 await near.say("/count 250")
-                await near.chunks(40)
+                await near.tokens(40)
                 await redis.start()
                 back, text = scene.journal.fault("redis comes"), text_of(near)
                 measured("redis came late: the other worker caught up after", await caught_up(far, text, back))
@@ -229,7 +229,7 @@ async def test_a_message_after_a_long_silence(scene: Scene) -> None:
     await near.until(lambda: now() - silent_since > 12, 15, "silence")
     asked = now()
     await near.say("/count 10")
-    await far.chunks(1, within=1)
+    await far.tokens(1, within=1)
     measured("first delta on the other worker after 12 idle seconds", now() - asked)
     await asyncio.gather(near.turn_ended(), far.turn_ended())
     await scene.check()
@@ -240,7 +240,7 @@ async def test_poison_on_the_session_channel(scene: Scene) -> None:
     dice = seeded(10)
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 150")
-    await far.chunks(5)
+    await far.tokens(5)
     turn = far.view.turn.id
     no_side = b'{"id":"m","role":"assistant","content":"","status":"pending","participant":[]}'
     poison = [
@@ -272,9 +272,9 @@ async def test_redis_is_away_when_the_turn_starts(scene: Scene) -> None:
     scene.stage.redis.kill()
     asked = now()
     await near.say("/count 200")
-    await near.chunks(1, within=2)
+    await near.tokens(1, within=2)
     measured("redis away: first delta on the same worker", now() - asked)
-    await near.chunks(20)
+    await near.tokens(20)
     await scene.stage.redis.start()
     back, text = scene.journal.fault("redis back"), text_of(near)
     measured("redis away at the start: the other worker caught up after", await caught_up(far, text, back))
@@ -287,10 +287,10 @@ async def test_readers_join_elsewhere_while_redis_is_away(scene: Scene) -> None:
     """Joined on the other worker without Redis: what is stored so far, and everything within 3 s of the return."""
     near = await scene.socket("near", 0)
     await near.say("/count 250")
-    await near.chunks(40)
+    await near.tokens(40)
     scene.journal.fault("redis killed")
     scene.stage.redis.kill()
-    await near.chunks(60)
+    await near.tokens(60)
     far, later = await asyncio.gather(scene.socket("far", 1), scene.sse("later", 1))
     assert text_of(far)
     await scene.stage.redis.start()
@@ -320,7 +320,7 @@ async def test_half_open_client(stage: Stage) -> None:
             assert port in _callers(stage.service)
             baseline = tempo(near, noise)
             await near.say("/count 200")
-            await near.chunks(110)
+            await near.tokens(110)
             frozen = scene.journal.fault("client frozen")
             client.send(signal.SIGSTOP)
             await until(lambda: port not in _callers(stage.service), 4, "the connection's end")
@@ -390,7 +390,7 @@ async def test_client_talks_while_an_answer_streams(scene: Scene) -> None:
     """23. Five messages during one answer: `busy` for each, the socket stays, the answer is whole."""
     reader = await scene.socket("talker")
     await reader.say("/count 100")
-    await reader.chunks(5)
+    await reader.tokens(5)
     for n in range(5):
         await reader.say(f"and another thing {n}", id=f"more-{n}")
     await reader.turn_ended()
@@ -485,7 +485,7 @@ async def test_postgres_restarts_in_the_middle_of_an_answer(frail: Postgres, red
         async with await Stage(service, url).scene() as scene:
             near, far = await scene.socket("near", 0), await scene.socket("far", 1)
             await near.say("/count 200")
-            await far.chunks(20)
+            await far.tokens(20)
             begun = scene.journal.fault("postgres restarts")
             await frail.restart("immediate")
             done = scene.journal.fault("postgres is back")
@@ -505,7 +505,7 @@ async def test_postgres_stalls_for_five_seconds(frail: Postgres, redis_server: R
         async with Service(environment, workers=2) as service, await Stage(service, url).scene() as scene:
             near, far = await scene.socket("near", 0), await scene.socket("far", 1)
             await near.say("/count 400")
-            await far.chunks(20)
+            await far.tokens(20)
             begun = scene.journal.fault("postgres stalls")
             way.stall()
             await near.until(lambda: now() - begun > 5, what="the stall's end")
@@ -528,7 +528,7 @@ async def test_postgres_stalls_longer_than_endings_wait(frail: Postgres, redis_s
         async with Service(environment, workers=2) as service, await Stage(service, url).scene() as scene:
             near, far = await scene.socket("near", 0), await scene.socket("far", 1)
             await near.say("/count 100")
-            await far.chunks(20)
+            await far.tokens(20)
             scene.journal.fault("postgres stalls")
             way.stall()
             await asyncio.gather(near.turn_ended(within=12), far.turn_ended(within=12))

@@ -89,7 +89,7 @@ async def test_a_read_only_postgres_refuses_politely_and_recovers(postgres_serve
         session, other = [(await new_session(service.url, token))["id"] for _ in range(2)]
         async with SocketReader(journal, "reader", service.urls[-1], session, token=token) as reader:
             await reader.say("/count 60")
-            await reader.chunks(3)
+            await reader.tokens(3)
             journal.fault("read-only")
             await postgres_server.sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
             await _drop_connections(postgres_server, name)
@@ -139,7 +139,7 @@ async def test_a_full_disk_refuses_politely_and_recovers(small_disk: Path) -> No
         session, other = [(await new_session(service.url, token))["id"] for _ in range(2)]
         async with SocketReader(journal, "reader", service.url, session, token=token) as reader:
             await reader.say("/count 60")
-            await reader.chunks(3)
+            await reader.tokens(3)
             journal.fault("disk full")
             _fill(ballast)
             await until(lambda: _is_refused(service.url, token, other), 10, "a refusal", journal.story)
@@ -395,7 +395,7 @@ async def test_a_worker_whose_clock_is_wrong(pair: dict[str, str], skew: str) ->
                 posting = asyncio.create_task(
                     post_turn(service.urls[owner], someone.access, session, "/count 2000")
                 )
-                await reader.chunks(3)
+                await reader.tokens(3)
                 killed = journal.fault(f"worker {owner} killed")
                 service.kill(owner)
                 await reader.turn_ended(within=8)

@@ -103,7 +103,7 @@ async def test_the_owner_is_killed_in_the_middle_of_an_answer(scene: Scene) -> N
     service = scene.stage.service
     near, far = await scene.socket("near", (0, 1)), await scene.socket("far", 1)
     await near.say("/count 120")
-    await far.chunks(30)
+    await far.tokens(30)
     killed = scene.journal.fault("the owner is killed")
     service.kill(0)
     await near.until(lambda: near.codes, what="the end of its connection")
@@ -152,7 +152,7 @@ async def test_who_joins_after_one_side_has_ended_without_redis_misses_no_word_o
         await near.say("/count 150 scholar")
         await near.event("message_complete")
         far, later = await asyncio.gather(scene.socket("far", 1), scene.sse("later", 1))
-        await near.chunks(60)
+        await near.tokens(60)
         await whole.redis.start()
         scene.journal.fault("redis back")
         await ended([near, far, later])
@@ -195,7 +195,7 @@ async def test_redis_and_the_owner_are_killed_together(scene: Scene, watched: bo
     near = await scene.socket("near", (0, 1))
     readers: list[Reader] = [near, *([await scene.socket("far", 1)] if watched else [])]
     await near.say("/count 300")
-    await near.chunks(60)
+    await near.tokens(60)
     heard = text_of(readers[-1])
     scene.journal.fault("redis and the owner are killed")
     stage.redis.kill()
@@ -222,7 +222,7 @@ async def test_the_taker_dies_as_well(scene: Scene, when: str) -> None:
     stage = scene.stage
     near, far = await scene.socket("near", (0, 1)), await scene.socket("far", (1, 0))
     await near.say("/count 400")
-    await far.chunks(30)
+    await far.tokens(30)
     rows = await read_rows(stage.database_url, scene.id)
     owner = rows.turns[0].owner
     scene.journal.fault("the owner is killed, redis frozen")
@@ -260,7 +260,7 @@ async def test_the_only_worker_is_killed_without_redis(tmp_path: Path) -> None:
     async with Service(ENVIRONMENT | {"DATABASE_URL": url}) as service, await Stage(service, url).scene() as scene:
         reader = await scene.socket("reader")
         await reader.say("/count 500")
-        await reader.chunks(90)
+        await reader.tokens(90)
         scene.journal.fault("the worker is killed")
         service.kill()
         await reader.until(lambda: reader.codes, what="the end of its connection")
@@ -292,7 +292,7 @@ async def test_sigterm_with_an_answer_shorter_than_the_drain(
     async with Service(environment, workers=2, server=server) as service, await Stage(service, url).scene() as scene:
         near, far = await scene.socket("near", (0, 1)), await scene.socket("far", 1)
         await near.say("/count 120")
-        await far.chunks(20)
+        await far.tokens(20)
         asked = scene.journal.fault("SIGTERM")
         service.terminate(0)
         code = await service.ended(0, EXIT)
@@ -318,7 +318,7 @@ async def test_sigterm_with_an_answer_longer_than_the_drain(
             near, far = await scene.socket("near", (0, 1)), await scene.socket("far", 1)
             deaf = await scene.socket("deaf", bases=[way.through(service.url), service.urls[1]])
             await near.say("/count 100000")
-            await far.chunks(20)
+            await far.tokens(20)
             sse = await scene.sse("sse", (0, 1))
             way.stall("to_client")
             asked = scene.journal.fault("SIGTERM")
@@ -346,7 +346,7 @@ async def test_the_owner_is_frozen_longer_than_its_lease(scene: Scene) -> None:
     fenced = await metric(stage.service.urls[0], "chat_turns_fenced_total")
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 600")
-    await far.chunks(30)
+    await far.tokens(30)
     frozen = scene.journal.fault("the owner is frozen")
     stage.service.pause(0)
     await far.turn_ended(within=TAKEN)
@@ -355,7 +355,7 @@ async def test_the_owner_is_frozen_longer_than_its_lease(scene: Scene) -> None:
     arriving = asyncio.create_task(scene.socket("late", 0, cursor=end["cursor"]))
     await until(lambda: scene.journal.of("late", "connect"), 5, "the late one's attempt")
     await far.say("/count 60")
-    await far.chunks(40)
+    await far.tokens(40)
     scene.journal.fault("it goes on")
     stage.service.resume(0)
     late = await arriving
@@ -379,7 +379,7 @@ async def test_the_owner_is_frozen_and_nobody_comes_before_it_goes_on(scene: Sce
     stage = scene.stage
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/count 600")
-    await far.chunks(30)
+    await far.tokens(30)
     scene.journal.fault("the owner is frozen")
     stage.service.pause(0)
     if deaf:  # now: a message that Redis sends before it hangs up would be read after the freeze
@@ -400,7 +400,7 @@ async def test_the_owner_is_frozen_while_its_answer_ends(scene: Scene) -> None:
     stage = scene.stage
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     await near.say("/slow 5 a provider that falls silent after one word, and fails a second later")
-    await far.chunks(1)
+    await far.tokens(1)
     scene.journal.fault("the owner is frozen")
     stage.service.pause(0)
     await scene.over(TAKEN)
@@ -457,7 +457,7 @@ async def test_a_turn_begins_elsewhere_before_the_last_ones_end_is_heard(scene: 
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     watching = await scene.socket("watching", 1)
     await near.say("/count 40")
-    await far.chunks(10)
+    await far.tokens(10)
     scene.journal.fault("redis frozen")
     scene.stage.redis.pause()
     await near.turn_ended()
@@ -479,12 +479,12 @@ async def test_snapshots_while_redis_is_away_bring_nothing_twice(scene: Scene, f
     redis = scene.stage.redis
     near = await scene.socket("near", 0)
     await near.say("/count 250")
-    await near.chunks(20)
+    await near.tokens(20)
     scene.journal.fault(f"redis {fault}")
     redis.kill() if fault == "killed" else redis.pause()
     joining = []
     for n in range(6):
-        await near.chunks(40 + 20 * n)
+        await near.tokens(40 + 20 * n)
         joining.append(asyncio.create_task(scene.socket(f"far{n}", 1)))
     await joining[0]
     await (redis.start() if fault == "killed" else asyncio.to_thread(redis.resume))
@@ -508,9 +508,9 @@ async def test_a_stream_resumed_inside_an_older_turn(scene: Scene, worker: int, 
     near = await scene.socket("near", (0, 1))
     async with Proxy.before(stage.service.urls[worker]) as way:
         await near.say("/count 60")
-        await near.chunks(5)
+        await near.tokens(5)
         sse = await scene.sse("sse", bases=way.through(stage.service.urls[worker]))
-        await sse.chunks(5)
+        await sse.tokens(5)
         way.refuse()
         way.close_all()
         scene.journal.fault("the stream is cut")

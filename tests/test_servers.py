@@ -136,7 +136,7 @@ async def test_sockets_of_a_session_see_each_token_once_and_in_order(service: Se
         SocketReader(journal, "ben", service.url, session_id, token=someone.access, credentials="subprotocol") as ben,
     ):
         await ann.say("/count 100")
-        await ben.chunks(10)
+        await ben.tokens(10)
         async with SSEReader(journal, "cat", service.url, session_id, token=someone.access) as cat:
             await asyncio.gather(*[reader.turn_ended() for reader in (ann, ben, cat)])
             assert [reader.view.texts() for reader in (ann, ben, cat)] == [[counted(100)]] * 3
@@ -146,7 +146,7 @@ async def test_a_socket_resumes_by_its_cursor(service: Service, journal: Journal
     someone, session_id = await home(service.url)
     async with SocketReader(journal, "reader", service.url, session_id, token=someone.access) as reader:
         await reader.say("/count 120")
-        await reader.chunks(30)
+        await reader.tokens(30)
         reader.drop()
         await reader.event("resumed")
         await reader.turn_ended()
@@ -159,7 +159,7 @@ async def test_an_event_source_resumes_by_its_last_id(service: Service, journal:
     async with SSEReader(
         journal, "reader", service.url, session_id, token=someone.access, content="/count 120"
     ) as reader:
-        await reader.chunks(30)
+        await reader.tokens(30)
         reader.drop()
         await reader.turn_ended()
         assert reader.view.texts() == [counted(120)]
@@ -170,7 +170,7 @@ async def test_stop_works_by_frame_and_by_request(service: Service, journal: Jou
     someone, session_id = await home(service.url)
     async with SocketReader(journal, "reader", service.url, session_id, token=someone.access) as reader:
         await reader.say("/count 100000")
-        await reader.chunks(5)
+        await reader.tokens(5)
         await reader.send({"type": "stop"})
         await reader.turn_ended(1, within=2)
         await reader.say("/count 100000")
@@ -258,7 +258,7 @@ async def test_sigterm_ends_it_cleanly(server: str, tmp_path: Path, journal: Jou
         someone, session_id = await home(service.url)
         async with SocketReader(journal, "reader", service.url, session_id, token=someone.access) as reader:
             await reader.say("/count 100000")
-            await reader.chunks(20)
+            await reader.tokens(20)
             journal.fault("SIGTERM")
             service.terminate()
             assert await service.ended(within=25) in (0, -signal.SIGTERM), service.log()
@@ -280,7 +280,7 @@ async def test_a_server_without_lifespan_lets_an_answer_finish(tmp_path: Path, j
         someone, session_id = await home(service.url)
         async with SocketReader(journal, "reader", service.url, session_id, token=someone.access) as reader:
             await reader.say("/count 150")
-            await reader.chunks(20)
+            await reader.tokens(20)
             service.terminate()
             await until(lambda: refuses_new_turns(service, someone), what="a service that drains")
             service.terminate()  # a platform may say it twice
@@ -311,9 +311,9 @@ async def test_a_server_without_lifespan_sends_its_readers_elsewhere(
         bases = service.urls
         async with SocketReader(journal, "socket", bases[0], session_id, token=someone.access) as socket:
             await socket.say("/count 300")
-            await socket.chunks(20)
+            await socket.tokens(20)
             async with SSEReader(journal, "sse", bases[::-1], session_id, token=someone.access) as sse:
-                await sse.chunks(5)
+                await sse.tokens(5)
                 service.terminate(1)
                 assert await service.ended(1, within=10) == 0
                 await asyncio.gather(socket.turn_ended(), sse.ended(within=20))

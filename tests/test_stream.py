@@ -29,7 +29,7 @@ async def test_seven_readers_on_all_workers_see_the_same_tokens_once(service: Se
             group.create_task(_join(reader, dice.uniform(0, 1.0) if n else 0.0))
         await readers[0].event("session_state")
         await readers[0].say("/count 100")
-        await readers[0].chunks(1)
+        await readers[0].tokens(1)
         for n in range(2):
             sse = SSEReader(journal, f"sse{n}", bases[n % len(bases)], session["id"], token=someone.access)
             readers.append(sse)
@@ -84,7 +84,7 @@ async def test_leaving_does_not_stop_the_answer(service: Service) -> None:
     reader = await SSEReader(
         journal, "leaver", service.url, session["id"], token=someone.access, content="/count 40", resume=False
     ).start()
-    await reader.chunks(3)
+    await reader.tokens(3)
     await reader.leave()
     async with SocketReader(journal, "later", service.urls[-1], session["id"], token=someone.access) as later:
         await later.turn_ended()
@@ -101,7 +101,7 @@ async def test_a_reader_resumes_from_its_cursor_on_another_worker(service: Servi
         await reader.event("session_state")
         await reader.say("/count 120")
         for n in range(1, 4):
-            await reader.chunks(20 * n)
+            await reader.tokens(20 * n)
             reader.drop()
             await reader.until(lambda n=n: reader.connections > n, what="a new connection")
         await reader.turn_ended()

@@ -65,10 +65,14 @@ class Reader(ABC):
         """Wait until `count` turns have ended as this reader sees it, since it was made."""
         await self.until(lambda: self.view.turns_ended >= count, within, f"{count} turn(s) ended")
 
-    async def chunks(self, count: int, within: float = 20.0) -> None:
-        """Wait until `count` chunks have come, in all."""
-        seen = self.view.messages
-        await self.until(lambda: sum(len(m.chunks) for m in seen.values()) >= count, within, f"{count} chunks")
+    @property
+    def told(self) -> int:
+        """How many tokens chunks have brought, of all replies."""
+        return sum(message.tokens for message in self.view.messages.values())
+
+    async def tokens(self, count: int, within: float = 20.0) -> None:
+        """Wait until chunks have brought `count` tokens in all; a busy machine puts several into one chunk."""
+        await self.until(lambda: self.told >= count, within, f"{count} tokens")
 
     async def ended(self, within: float = 10.0) -> None:
         """Wait until it will not come back any more."""

@@ -249,7 +249,7 @@ async def test_a_dropped_reader_comes_back_to_the_next_base(tiny: Tiny, journal:
     bases = [tiny.url, f"http://{HOST}:{nobody.number}"]
     async with SocketReader(journal, "ann", bases, "good", token="t0k") as ann:
         await ann.say("hello")
-        await ann.chunks(5)
+        await ann.tokens(5)
         journal.fault("ann's network")
         ann.drop()
         await ann.turn_ended()
@@ -282,7 +282,7 @@ async def test_a_reader_shows_its_token_in_every_way_there_is(tiny: Tiny, journa
 async def test_a_reader_on_hold_reads_nothing_and_catches_up(tiny: Tiny, journal: Journal) -> None:
     async with SocketReader(journal, "ann", tiny.url, "good", token="t0k", receive_buffer=4096) as ann:
         await ann.say("hello")
-        await ann.chunks(3)
+        await ann.tokens(3)
         ann.hold()
         await asyncio.sleep(0.1)
         held = len(journal.events("ann"))
@@ -314,7 +314,7 @@ async def test_an_sse_reader_resumes_by_last_event_id(tiny: Tiny, journal: Journ
 
 async def test_a_dropped_sse_reader_comes_back(tiny: Tiny, journal: Journal) -> None:
     async with SSEReader(journal, "sue", tiny.url, "good", token="t0k") as sue:
-        await sue.chunks(5)
+        await sue.tokens(5)
         sue.drop()
         await sue.turn_ended()
     assert (sue.view.texts(), sue.connections) == ([TEXT], 2)
@@ -323,7 +323,7 @@ async def test_a_dropped_sse_reader_comes_back(tiny: Tiny, journal: Journal) -> 
 
 async def test_an_sse_reader_leaves_in_the_middle(tiny: Tiny, journal: Journal) -> None:
     async with SSEReader(journal, "sue", tiny.url, "good", token="t0k") as sue:
-        await sue.chunks(2)
+        await sue.tokens(2)
     assert sue.finished
     assert sue.connections == 1
     check(Evidence(journal, [sue], allowed=Allowed(running=True)))

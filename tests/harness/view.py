@@ -58,6 +58,7 @@ class MessageView:
     """A message as this reader has it. `terminals` counts the ends that were applied: one, when all is well.
 
     `before`: how many characters of the text an earlier connection or a snapshot brought.
+    `tokens`: how many of them chunks brought, in however many chunks: a reader that was busy gets several in one.
     """
 
     id: str
@@ -69,6 +70,7 @@ class MessageView:
     failure_reason: str | None = None
     terminals: int = 0
     before: int = 0
+    tokens: int = 0
     created: float = field(default_factory=time.monotonic)
     ended: float | None = None
     chunks: list[float] = field(default_factory=list)  # when each piece of text came
@@ -221,6 +223,7 @@ class View:
         message.status = "streaming"
         if new:
             message.chunks.append(time.monotonic())
+            message.tokens += len(new.split())
 
     def _known(self, message: MessageView, offset: int, text: str) -> None:
         """A chunk that begins before the end of the text: dropped as far as it goes, and never right."""
@@ -324,7 +327,7 @@ class View:
         after.before = len(after.text)
         if before is not None:
             after.terminals, after.chunks, after.turn_id = before.terminals, before.chunks, before.turn_id
-            after.created, after.ended = before.created, before.ended
+            after.created, after.ended, after.tokens = before.created, before.ended, before.tokens
             self._compare_snapshots(before, after)
         if not after.over:
             after.turn_id = turn_id

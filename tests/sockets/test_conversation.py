@@ -120,7 +120,7 @@ async def test_a_state_asked_for_in_mid_answer_has_the_text_so_far(service: Serv
     for n, base in enumerate(service.urls):
         async with SocketReader(journal, f"asker{n}", base, session_id, token=someone.access) as reader:
             await reader.say("/count 300")
-            await reader.chunks(10)
+            await reader.tokens(10)
             await reader.send({"type": "request_state"})
             state = await reader.event("session_state", after=1)
             assert state["messages"][-1]["status"] == "streaming"
@@ -142,9 +142,9 @@ async def test_stop_keeps_what_was_said(service: Service, journal: Journal) -> N
             await stopper.send({"type": frame})
         await stopper.event("pong")
         for turn in (1, 2):
-            told = len(journal.events("stopper", "message_chunk"))
+            told = stopper.told
             await writer.say("/count 2000")
-            await stopper.chunks(told + 5)  # of this turn: a stop before it is none of its
+            await stopper.tokens(told + 5)  # of this turn: a stop before it is none of its
             await (stopper.send({"type": "stop"}) if turn == 1 else stop(base, someone.access, session_id))
             await asyncio.gather(writer.turn_ended(turn, 3), stopper.turn_ended(turn, 3))
             end = journal.events("stopper", "message_complete")[-1]
@@ -225,7 +225,7 @@ async def test_a_message_while_one_is_answered_is_busy(service: Service, journal
     someone, session_id = await home(service.url)
     async with SocketReader(journal, "eager", service.url, session_id, token=someone.access, resume=False) as reader:
         await reader.say("/count 500", id="first")
-        await reader.chunks(3)
+        await reader.tokens(3)
         for n in range(5):
             await reader.say("and?", id=f"more-{n}")
         refusals = [await reader.event("error", after=n) for n in range(5)]
@@ -249,7 +249,7 @@ async def test_one_message_id_is_one_turn(service: Service, journal: Journal) ->
             for n in range(4)
         ]
         await asyncio.gather(*[readers[n % 4].say("/count 30", id="once") for n in range(10)])
-        await readers[0].chunks(3)
+        await readers[0].tokens(3)
         await readers[1].say("/count 30", id="once")
         await asyncio.gather(*[reader.turn_ended() for reader in readers])
         await readers[2].say("/count 30", id="once")

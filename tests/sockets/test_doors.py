@@ -234,7 +234,7 @@ async def test_without_descriptors_who_is_in_goes_on(
         someone, session_id = await home(full.url)
         async with SocketReader(journal, "reader", full.url, session_id, token=someone.access) as reader:
             await reader.say("/count 600")
-            await reader.chunks(5)
+            await reader.tokens(5)
             crowd = await asyncio.gather(*[_connected(full.url, n) for n in range(300)])
             await until(lambda: full.resources()["fds"] >= 190, what="no descriptor is left")
             lines, busy = full.log().count("\n"), _cpu(full)

@@ -137,7 +137,7 @@ async def test_ten_thousand_junk_frames_disturb_nobody(service: Service, journal
     other, others_session = await home(service.url)
     async with SocketReader(journal, "bystander", service.url, session_id, token=someone.access) as reader:
         await reader.say("/count 300")
-        await reader.chunks(10)
+        await reader.tokens(10)
         before, spent = service.resources()["rss"], _cpu(service)
         for _ in range(3):
             raw = await _admitted_raw(service.url, others_session, other)

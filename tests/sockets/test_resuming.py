@@ -154,7 +154,7 @@ async def test_a_deploy_closes_with_1012_and_the_reader_goes_on(
         someone, session_id = await home(restarted.url)
         async with SocketReader(journal, "reader", restarted.url, session_id, token=someone.access) as reader:
             await reader.say("/count 200")
-            await reader.chunks(20)
+            await reader.tokens(20)
             journal.fault("SIGTERM")
             await restarted.restart()
             await reader.until(lambda: reader.connections == 2, what="a new connection")
