@@ -172,6 +172,7 @@ async def test_refreshing_without_end_is_refused(limited: Service) -> None:
     """By address, before the token is looked at: each was a row in the database once."""
     someone = await guest(limited.url)
     for text in (someone.refresh, "nonsense"):
-        answers = [await call(limited.url, "POST", "/api/auth/refresh/", json={"refresh": text}) for _ in range(10)]
-    assert answers[-1].status_code == 429 and int(answers[-1].headers["Retry-After"]) <= 60
+        answers = [await call(limited.url, "POST", "/api/auth/refresh/", json={"refresh": text}) for _ in range(12)]
+        refused = next(answer for answer in answers if answer.status_code == 429)  # the last may be another minute's
+        assert int(refused.headers["Retry-After"]) <= 60
     assert rows(limited, "SELECT COUNT(*) FROM used_tokens") == [(0,)]

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 
 from chat.formats.completions import Stops
 from tests.conftest import CLOSED, store
-from tests.harness import until
+from tests.harness import minute_with_room, until
 from tests.harness.api import call, guest, messages, new_session
 from tests.harness.chaos import KEY, models
 from tests.harness.service import Service
@@ -212,8 +212,8 @@ async def test_limits_and_budgets_apply(
     environment |= {"PARLEY_MODELS": json.dumps(models(vendors)), "VENDOR_KEY": KEY}
     environment |= {"PARLEY_DAILY_TOKENS_ACCOUNT": "1000", "PARLEY_MESSAGES_PER_MINUTE": "4", "API_KEYS": OPERATOR}
     environment |= {"PARLEY_TURNS_PER_ACCOUNT": "1"}
-    said = [{"role": "user", "content": "[[tokens:20 pace:0.01]]"}]
-    wish = {"model": "alpha", "messages": said, "max_tokens": 900}
+    wish = {"model": "alpha", "messages": [{"role": "user", "content": "[[tokens:20]]"}], "max_tokens": 900}
+    longer = [{"role": "user", "content": "[[tokens:20 pace:0.075 id:longer]]"}]
     async with Service(environment) as service:
         someone = await guest(service.url)
 
@@ -223,8 +223,11 @@ async def test_limits_and_budgets_apply(
             assert answer.status_code < 400 or (problem["message"] and answer.headers.get("Retry-After"))
             return answer.status_code, problem.get("code", "")
 
-        both = await asyncio.gather(asked(someone.access), asked(someone.access))
-        assert sorted(both) == [(200, ""), (429, "rate_limited")]  # one at a time
+        await minute_with_room()
+        first = asyncio.create_task(asked(someone.access, messages=longer))
+        await asyncio.to_thread(vendors.wait, lambda call: call.id == "longer")
+        assert await asked(someone.access) == (429, "rate_limited")  # one at a time
+        assert await first == (200, "")
         assert await asked(someone.access) == (200, "")  # what was reserved and not used was given back
         assert await asked(someone.access, max_tokens=2000) == (429, "budget_exhausted")
         assert await asked(someone.access) == (429, "rate_limited")  # the fifth in this minute

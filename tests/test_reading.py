@@ -246,8 +246,9 @@ async def test_what_is_long_is_not_read_without_end(limited: Service) -> None:
     paths = ["/api/arena/votes.jsonl", f"/api/sessions/{session['id']}/export/"]
     for path in paths:
         answers = [await call(limited.url, "GET", path, someone.access) for _ in range(8)]
-    assert answers[-1].status_code == 429 and int(answers[-1].headers["Retry-After"]) <= 60
+        refused = next(answer for answer in answers if answer.status_code == 429)  # the last may be another minute's
+        assert int(refused.headers["Retry-After"]) <= 60
     async with http(limited.url) as client:  # nor by a customer with a network of addresses
         places = [{"X-Forwarded-For": f"2001:db8:1:{n:x}::1"} for n in range(60)]
         statuses = [(await client.get(paths[0], headers=place)).status_code for place in places]
-    assert (statuses[0], statuses[-1]) == (200, 429)
+    assert statuses[0] == 200 and 429 in statuses

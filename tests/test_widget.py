@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from tests.browser import chromium, website
 from tests.conftest import CLOSED, absent, store
-from tests.harness import until
+from tests.harness import minute_with_room, until
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 
@@ -409,6 +409,7 @@ async def test_limits_are_said_and_can_be_tried_again(
         pages.base = running.url
         shop = await (await (await visit()).there()).open()
         await shop.ask("chat.errors = []; chat.addEventListener('chat:error', ({detail}) => chat.errors.push(detail.code))")
+        await minute_with_room()
         await shop.say("Hello")
         await shop.answered()
         await shop.say("Hello again")
