@@ -173,6 +173,7 @@ async def test_one_address_cannot_take_the_whole_day(tmp_path: Path) -> None:
     path = tmp_path / "parley.db"
     environment = CLOSED | {"DATABASE_URL": f"sqlite:///{path}", "PARLEY_MODELS": json.dumps(MODELS)}
     environment |= {"PARLEY_DAILY_TOKENS_ADDRESS": "3000", "PARLEY_TRUSTED_PROXIES": "1"}
+    environment |= {"PARLEY_FIRST_TOKEN_TIMEOUT": "20"}  # what fails in silence is given back
     async with Service(environment) as service:
         fates = []
         customer = [f"2001:db8:1:{n}::1" for n in range(12)]  # a /48 counts as eight addresses

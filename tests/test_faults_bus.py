@@ -66,8 +66,7 @@ async def test_a_redis_that_forgets_is_given_each_text_again_once_a_second(scene
         far = await scene.socket(f"far{n}", 1)
         have = text_of(near)
         await far.until(lambda far=far, have=have: len(text_of(far)) >= len(have), 1.5, "the text others have")
-    await near.turn_ended()
-    await asyncio.gather(*[reader.turn_ended() for reader in scene.readers[1:] if isinstance(reader, SocketReader)])
+    await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert len({text_of(reader) for reader in scene.readers}) == 1
     await scene.check()
 
@@ -83,7 +82,7 @@ async def test_foreign_values_under_a_turns_keys_harm_nobody(scene: Scene, redis
         await write(key, b"\xff evil " * 5_000)
         await scene.socket(f"far{n}", 1)
         await near.tokens(50 * (n + 1))
-    await asyncio.gather(*[reader.turn_ended() for reader in scene.readers])
+    await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert {text_of(reader) for reader in scene.readers} == {counted(200)}
     await scene.check()
 

@@ -83,13 +83,9 @@ async def test_join_at_sixty_random_moments(scene: Scene) -> None:
             await scene.sse(f"sse{n}", n % 2)
 
     await asyncio.gather(*[join(n) for n in range(60)])
-    await asyncio.gather(*[reader.until(lambda r=reader: _has_ended(r), 10, "the end") for reader in scene.readers])
+    await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert {text for reader in scene.readers for text in reader.view.texts()} == {counted(100)}
     await scene.check()
-
-
-def _has_ended(reader: object) -> bool:
-    return any(message.role == "assistant" and message.over for message in reader.view.messages.values())
 
 
 async def test_sole_reader_on_an_idle_worker(postgres_server: Postgres, redis_server: Redis) -> None:
@@ -210,15 +206,11 @@ async def test_redis_is_down_at_the_start(postgres_server: Postgres) -> None:
                 await redis.start()
                 back, text = scene.journal.fault("redis comes"), text_of(near)
                 measured("redis came late: the other worker caught up after", await caught_up(far, text, back))
-                await asyncio.gather(near.turn_ended(2), far.until(lambda: _is_over(far, 2), what="the end"))
+                await asyncio.gather(near.turn_ended(2), far.replies_ended(2))
                 assert near.view.texts() == far.view.texts() == [counted(20), counted(250)]
                 await scene.check()
                 health = await call(service.url, "GET", "/api/health/")
                 assert health.status_code == 200, health.text
-
-
-def _is_over(reader: SocketReader, replies: int) -> bool:
-    return sum(message.role == "assistant" and message.over for message in reader.view.messages.values()) >= replies
 
 
 @pytest.mark.slow

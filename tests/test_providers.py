@@ -48,7 +48,9 @@ ROOT = Path(__file__).resolve().parent.parent
 APIS = {"openai": "openai_chat", "anthropic": "anthropic_messages"}
 KEY = "the-owners-own-key-0123456789"
 PATIENT = Limits(max_tokens=1000)
-HASTY = Limits(max_tokens=1000, first_token_timeout=0.6, idle_timeout=0.4)
+HASTY = Limits(max_tokens=1000, first_token_timeout=0.6)
+IMPATIENT = Limits(max_tokens=1000, idle_timeout=0.4)
+SILENT = {"no-header": HASTY, "stall": IMPATIENT, "ping-stall": IMPATIENT}  # others have time: a machine may be busy
 
 
 @dataclass
@@ -172,7 +174,7 @@ class Row:
 
     @property
     def limits(self) -> Limits:
-        return HASTY if self.code == "provider_timeout" else PATIENT
+        return SILENT.get(self.mode, PATIENT)
 
 
 TABLE = [
@@ -219,7 +221,7 @@ async def test_a_bad_answer_ends_in_our_error_after_the_text_it_had(row: Row, pr
 @pytest.mark.parametrize("mode", ["429", "429-retry-after", "500", "529", "no-header", "rst-first"])
 async def test_a_bad_answer_is_asked_for_once(mode: str, providers: Providers, vendors: Vendors) -> None:
     """Retries bill again, so the SDKs make none of their own."""
-    await ask(providers, mode, "just once", HASTY)
+    await ask(providers, mode, "just once", SILENT.get(mode, PATIENT))
     assert vendors.count("just once") == 1
 
 
@@ -263,7 +265,7 @@ async def test_silence_before_the_first_token_ends_at_its_limit(providers: Provi
 @pytest.mark.parametrize("mode", ["stall", "ping-stall"])
 async def test_silence_between_tokens_ends_at_its_limit(mode: str, providers: Providers) -> None:
     """Pings are no tokens: a vendor cannot keep a reader waiting by saying that it is there."""
-    answer = await ask(providers, mode, "hello", Limits(max_tokens=9, first_token_timeout=20, idle_timeout=0.4))
+    answer = await ask(providers, mode, "hello", IMPATIENT)
     assert answer.code == "provider_timeout"
     assert 0.3 < answer.seconds < 3
 
@@ -275,10 +277,10 @@ async def test_pings_do_not_stretch_the_wait_for_the_first_token(providers: Prov
 
 
 async def test_a_reader_that_takes_its_time_is_not_the_vendors_silence(providers: Providers) -> None:
-    limits = Limits(max_tokens=100, first_token_timeout=5, idle_timeout=0.2)
     count = 0
-    async for piece in await providers.stream("ok", [ChatMessage("user", "hello [[tokens:3 pace:0.05]]")], limits):
-        await asyncio.sleep(0.3)  # longer than the vendor may be silent
+    async for piece in await providers.stream("ok", [ChatMessage("user", "hello [[tokens:3 pace:0.05]]")], IMPATIENT):
+        if not count:
+            await asyncio.sleep(0.5)  # longer than the vendor may be silent
         count += isinstance(piece, Delta)
     assert count == 3
 
@@ -317,7 +319,7 @@ async def test_a_vendor_that_recovers_answers_the_second_call(providers: Provide
 async def test_the_log_names_the_setting_to_look_at(
     mode: str, words: str, providers: Providers, vendors: Vendors, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await ask(providers, mode, "hello", HASTY)
+    await ask(providers, mode, "hello", SILENT.get(mode, PATIENT))
     [line] = [record.getMessage() for record in caplog.records]
     assert words in line
     assert vendors.url in line

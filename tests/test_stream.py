@@ -7,7 +7,7 @@ import json
 from contextlib import AsyncExitStack
 
 from tests.conftest import CLOSED, seeded
-from tests.harness.api import call, guest, messages, new_session, post_turn
+from tests.harness.api import call, guest, messages, new_session, post_turn, stop
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
 from tests.harness.servers import Postgres, Redis
@@ -34,7 +34,7 @@ async def test_seven_readers_on_all_workers_see_the_same_tokens_once(service: Se
             sse = SSEReader(journal, f"sse{n}", bases[n % len(bases)], session["id"], token=someone.access)
             readers.append(sse)
             group.create_task(_join(sse, dice.uniform(0, 1.0)))
-    await asyncio.gather(*[reader.turn_ended() for reader in readers])
+    await asyncio.gather(*[reader.replies_ended() for reader in readers])
     expected = " ".join(f"⟨{n}⟩" for n in range(100))
     for reader in readers:
         assert reader.view.texts() == [expected], journal.story()
@@ -87,7 +87,7 @@ async def test_leaving_does_not_stop_the_answer(service: Service) -> None:
     await reader.tokens(3)
     await reader.leave()
     async with SocketReader(journal, "later", service.urls[-1], session["id"], token=someone.access) as later:
-        await later.turn_ended()
+        await later.replies_ended()
         assert later.view.texts() == [" ".join(f"⟨{n}⟩" for n in range(40))], journal.story()
 
 
@@ -127,16 +127,20 @@ async def test_a_poll_takes_what_there_is_and_ends(service: Service) -> None:
     """`?poll=1`, as ntfy has it: each answer goes on where the last one ended, and the last one says that all is said."""
     someone = await guest(service.url)
     session = await new_session(service.url, someone.access)
-    posting = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 60"))
+    posting = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 100000"))
     path, cursor, text, polls = f"/api/sessions/{session['id']}/stream/", "", "", 0
     async with asyncio.timeout(20):
         while "event: done" not in (answer := await call(
             service.urls[polls % len(service.urls)], "GET", path, someone.access, params={"poll": "1", "after": cursor}
         )).text:
-            polls += 1
+            told = "message_chunk" in answer.text
+            polls += told
+            if told and polls == 4:
+                assert await stop(service.url, someone.access, session["id"])
             for event in [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]:
                 text, cursor = text + event.get("chunk", ""), event["cursor"]
     for event in [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {") and line != "data: {}"]:
         text += event.get("chunk", "")
     await posting
-    assert polls > 3 and text == " ".join(f"⟨{n}⟩" for n in range(60))
+    stored = (await messages(service.url, someone.access, session["id"]))[1]
+    assert polls >= 4 and text == stored["content"]

@@ -65,6 +65,12 @@ class Reader(ABC):
         """Wait until `count` turns have ended as this reader sees it, since it was made."""
         await self.until(lambda: self.view.turns_ended >= count, within, f"{count} turn(s) ended")
 
+    async def replies_ended(self, count: int = 1, within: float = 20.0) -> None:
+        """Wait until it knows the endings of `count` replies, told or found in a snapshot: who joins late gets that."""
+        seen = self.view.messages
+        over = lambda: sum(each.role == "assistant" and each.over for each in seen.values())  # noqa: E731
+        await self.until(lambda: over() >= count, within, f"{count} replies ended")
+
     @property
     def told(self) -> int:
         """How many tokens chunks have brought, of all replies."""
