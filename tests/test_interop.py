@@ -1,7 +1,7 @@
 """Clients that other people wrote, unmodified: curl, httpx, websockets, `ws`, wscat, `eventsource`, Node's own.
 
-What they say is compared to the byte. Each is asked at its first token how far the service is with the answer: a client,
-or a proxy on the way, that gathers what it should pass on would have it whole by then.
+What they say is compared to the byte. An answer without end is stopped once a client has shown it in so many pieces: one
+that gathers what it should pass on, or a proxy on the way, never gets there.
 """
 
 from __future__ import annotations
@@ -77,12 +77,20 @@ def addresses(base: str, session_id: str) -> dict[str, str]:
     return {"base": base, "socket": f"ws{base.removeprefix('http')}/ws/chat/session/{session_id}/"}
 
 
-async def progress(given: dict[str, str]) -> str:
-    """How far the service is with the session's answer."""
-    return (await messages(given["base"], given["token"], given["session"]))[-1]["status"]
+ENDLESS = "/count 100000"
+PIECES = 20  # after which an answer is stopped
 
 
-RUNNING = ("pending", "streaming")
+async def end(given: dict[str, str]) -> None:
+    """Stop the session's answer, which runs."""
+    assert await stop(given["base"], given["token"], given["session"])
+
+
+async def stored(given: dict[str, str]) -> str:
+    """What the service has of the answer that was stopped."""
+    reply = (await messages(given["base"], given["token"], given["session"]))[-1]
+    assert reply["status"] == "stopped" and counted(3000).startswith(reply["content"].strip())
+    return str(reply["content"])
 
 
 def arena_text(said: bytes) -> str:
@@ -130,20 +138,18 @@ def curl(given: dict[str, str], accept: str, content: str) -> list[str]:
 @pytest.mark.parametrize("accept", ["lines", "ndjson", "sse", "text"])
 async def test_curl_prints_each_token_when_it_is_made(service: Service, accept: str) -> None:
     _, given = await home(service.url)
-    pieces, first = [], None
-    async with output(*curl(given, ACCEPT[accept], "/count 120")) as printed:
+    pieces = []
+    async with output(*curl(given, ACCEPT[accept], ENDLESS)) as printed:
         while piece := await printed.read(65_536):
             pieces.append(piece)
-            if first is None and "⟨0⟩".encode() in piece:
-                first = await progress(given)
-    assert (first in RUNNING, await progress(given)) == (True, "success")
-    assert len(pieces) > 20
-    said = b"".join(pieces).decode()
+            if len(pieces) == PIECES:
+                await end(given)
+    said, text = b"".join(pieces).decode(), await stored(given)
     match accept:
         case "lines":
-            assert arena_text(said.encode()) == counted(120)
+            assert arena_text(said.encode()) == text
         case "text":
-            assert said == counted(120) + "\n"
+            assert said == text + "\n"
         case "sse":
             assert said.startswith(": ok\nretry: 1000\n\nid: ") and said.endswith("event: done\ndata: {}\n\n")
         case "ndjson":
@@ -155,7 +161,7 @@ async def test_curl_gets_the_first_bytes_before_there_is_a_token(service: Servic
     _, given = await home(service.url)
     async with output(*curl(given, ACCEPT["sse"], "/silent")) as printed:
         assert await printed.readline() == b": ok\n"
-        assert await progress(given) in RUNNING
+        await end(given)
         rest = await printed.read()
     assert rest.endswith(b"event: done\ndata: {}\n\n")
 
@@ -237,21 +243,20 @@ def assert_whole_turn(events: list[dict[str, Any]], text: str) -> None:
 async def test_nodes_fetch_reads_to_the_byte(service: Service, node: list[str], accept: str) -> None:
     """Of an answer that was streamed to it, it has the bytes that everyone gets."""
     _, given = await home(service.url)
-    said, first = [], None
-    async for seen in seen_by(node, "fetch", accept=ACCEPT[accept], content="/count 120", **given):
+    said = []
+    async for seen in seen_by(node, "fetch", accept=ACCEPT[accept], content=ENDLESS, **given):
         if "status" in seen:
             assert seen["status"] == 200
             continue
         said.append(base64.b64decode(seen["piece"]))
-        if first is None and "⟨0⟩".encode() in said[-1]:
-            first = await progress(given)
-    assert first in RUNNING and len(said) > 20
-    whole = b"".join(said)
+        if len(said) == PIECES:
+            await end(given)
+    whole, text = b"".join(said), await stored(given)
     if accept == "lines":
-        assert arena_text(whole) == counted(120)
+        assert arena_text(whole) == text
     else:
         events = [json.loads(event.data) for event in SSEParser().feed(whole) if event.event != "done"]
-        assert_whole_turn(events, counted(120))
+        assert_whole_turn(events, text)
 
 
 async def test_nodes_fetch_reads_awkward_text_to_the_byte(service: Service, node: list[str]) -> None:
@@ -260,23 +265,21 @@ async def test_nodes_fetch_reads_awkward_text_to_the_byte(service: Service, node
     seen = [each async for each in seen_by(node, "fetch", accept=ACCEPT["lines"], **given)]
     whole = b"".join(base64.b64decode(each["piece"]) for each in seen if "piece" in each)
     assert arena_text(whole) == AWKWARD.replace("\r", "")
-    stored = await messages(service.url, someone.access, given["session"])
-    assert stored[-1]["content"] == AWKWARD
+    assert (await messages(service.url, someone.access, given["session"]))[-1]["content"] == AWKWARD
 
 
 @pytest.mark.parametrize("client", ["WebSocket", "ws"])
 async def test_nodes_sockets_talk_to_a_session(service: Service, node: list[str], client: str) -> None:
     _, given = await home(service.url)
-    events, first = [], None
-    async for seen in seen_by(node, client, content="/count 120", **given):
+    events, pieces = [], 0
+    async for seen in seen_by(node, client, content=ENDLESS, **given):
         events.append(seen)
-        if first is None and seen.get("type") == "message_chunk":
-            first = await progress(given)
-    end = events.pop()
-    assert first in RUNNING
-    assert end == {"closed": 1000, "protocol": "parley.v1" if client == "WebSocket" else ""}
+        pieces += seen.get("type") == "message_chunk"
+        if (pieces, seen.get("type")) == (PIECES, "message_chunk"):
+            await end(given)
+    assert events.pop() == {"closed": 1000, "protocol": "parley.v1" if client == "WebSocket" else ""}
     assert [event["type"] for event in events[:2]] == ["connection_established", "session_state"]
-    assert_whole_turn(events, counted(120))
+    assert_whole_turn(events, await stored(given))
 
 
 async def test_wscat_shows_a_turn_to_its_end(service: Service, node: list[str]) -> None:
@@ -327,9 +330,9 @@ async def test_nodes_clients_are_cut_off_and_stopped_elsewhere(
                 proxy.close_all()
             elif event["type"] == "message_chunk" and len(heard[-1]) == 9:
                 assert await stop(service.url, someone.access, given["session"])
-    stored = await messages(service.url, someone.access, given["session"])
-    assert [each["status"] for each in stored] == ["success", "stopped", "stopped"] and len(heard) > cuts
-    assert put_together(*heard).texts() == [each["content"] for each in stored[1:]]
+    rows = await messages(service.url, someone.access, given["session"])
+    assert [each["status"] for each in rows] == ["success", "stopped", "stopped"] and len(heard) > cuts
+    assert put_together(*heard).texts() == [each["content"] for each in rows[1:]]
     if client == "eventsource":  # having it all, it asked once more, was told so and stopped
         assert others[-2:] == [{"asked": heard[-1][-1]["cursor"]}, {"closed": True}]
     else:
