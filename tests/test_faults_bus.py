@@ -91,7 +91,7 @@ async def test_foreign_values_under_a_turns_keys_harm_nobody(scene: Scene, redis
 async def test_session_events_survive_a_lost_listener(scene: Scene, redis: RedisClient, worker: int) -> None:
     """A title given while the listening connections were down was told to nobody, six times of six."""
     readers = [await scene.socket("near", 0), await scene.socket("far", 1)]
-    for n in range(6):
+    for n in range(3):  # each time the next try comes later
         await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
         path = f"/api/sessions/{scene.id}/"
         title = f"title {worker} {n}"

@@ -67,8 +67,11 @@ async def test_a_deploy_in_the_first_moments_leaves_nothing_pending(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """SIGTERM 0 to 20 ms after the second message: the next process finds every reply ended."""
-    environment = CLOSED | store(name, request, tmp_path) | {"PARLEY_DRAIN": "0.01"}
-    for moment in (0.0, 0.003, 0.006, 0.01, 0.02):
+
+    async def deployed_after(moment: float) -> None:
+        folder = tmp_path / f"{moment}"
+        folder.mkdir()
+        environment = CLOSED | store(name, request, folder) | {"PARLEY_DRAIN": "0.01"}
         # Uvicorn waits so long for the readers' connections before it lets the service end their turns.
         async with Service(environment, options=["--timeout-graceful-shutdown", "1"]) as service:
             someone = await guest(service.url)
@@ -85,6 +88,8 @@ async def test_a_deploy_in_the_first_moments_leaves_nothing_pending(
             rows = await read_rows(environment["DATABASE_URL"], session["id"])
             assert {row.status for row in rows.messages} <= TERMINAL, rows
             assert {turn.status for turn in rows.turns} == {"ended"}, rows
+
+    await asyncio.gather(*[deployed_after(moment) for moment in (0.0, 0.003, 0.006, 0.01, 0.02)])
 
 
 @pytest.fixture

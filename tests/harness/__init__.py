@@ -16,7 +16,7 @@ def pause(looked: float) -> float:
     return min(max(POLL, time.monotonic() - looked), 10 * POLL)
 
 
-async def minute_with_room(seconds: float = 15.0) -> None:
+async def minute_with_room(seconds: float = 6.0) -> None:
     """Wait until the clock's minute lasts that much longer: limits begin to count anew with each."""
     await until(lambda: time.time() % 60 < 60 - seconds, seconds + 1, "the next minute")
 
