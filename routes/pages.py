@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import hashlib
@@ -18,42 +19,50 @@ from chat.settings import HERE
 from . import inputs
 
 FOLDER = HERE / "widget"
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+TYPES = {".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+STYLE = FOLDER / "pages.css"
+LINK = '<link rel="stylesheet" href="/widget/pages.css">'  # becomes the style: another request delays the first paint
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'sha256-{}'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 PAGE = {
-    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",  # the address of a shared session is what lets somebody read it
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
+# A window that opened one of these pages cannot reach it. A browser starts a new process for such a page only when the
+# answer is there, which costs 20 to 40 ms: pages without a secret in their address or fields do without.
+SECRET = PAGE | {"Cross-Origin-Opener-Policy": "same-origin"}
 ANYWHERE = {"Cross-Origin-Resource-Policy": "cross-origin"}  # pages that isolate themselves embed the widget, too
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it is sent: whole, and compressed."""
+    """A file as it is sent: whole, and compressed; `policy` lets a page have its one style."""
 
     plain: bytes
     packed: bytes
     tag: str
     media: str
+    policy: dict[str, str]
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path, changed: int) -> File:
-    """The file as it was at that moment (nanoseconds): who works on a page sees it after a reload."""
-    plain = path.read_bytes()
+def _read(path: Path, *changed: int) -> File:
+    """The file, with the style in a page, as it was then (nanoseconds): who works on it sees it after a reload."""
+    plain, style, policy = path.read_bytes(), STYLE.read_bytes(), {}
+    if path.suffix == ".html":
+        plain = plain.replace(LINK.encode(), b"<style>%s</style>" % style)
+        policy["Content-Security-Policy"] = POLICY.format(base64.b64encode(hashlib.sha256(style).digest()).decode())
     media = f"{TYPES[path.suffix]}; charset=utf-8"
-    return File(plain, gzip.compress(plain, 9, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"', media)
+    return File(plain, gzip.compress(plain, 9, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"', media, policy)
 
 
 def _send(request: Request, name: str, more: dict[str, str]) -> Response:
     path = FOLDER / name
-    file = _read(path, path.stat().st_mtime_ns)
-    headers = {"ETag": file.tag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding", **more}
+    file = _read(path, path.stat().st_mtime_ns, STYLE.stat().st_mtime_ns)
+    headers = {"ETag": file.tag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | file.policy | more
     if file.tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
@@ -75,21 +84,21 @@ async def leaderboard(request: Request) -> Response:
 
 async def shared(request: Request) -> Response:
     """The page is the same for every token: its script asks whether there is such a session."""
-    return _send(request, "shared.html", PAGE | {"X-Robots-Tag": "noindex"})
+    return _send(request, "shared.html", SECRET | {"X-Robots-Tag": "noindex"})
 
 
 async def debug(request: Request) -> Response:
     """A session's events as they come; on a local start only."""
     if inputs.state(request).settings.production:
         raise not_found("page")
-    return _send(request, "debug.html", PAGE)
+    return _send(request, "debug.html", SECRET)
 
 
 async def admin(request: Request) -> Response:
     """The operator's page, where ADMIN_TOKEN is set: its script asks for the token and keeps it in its memory."""
     if not inputs.state(request).settings.admin_token:
         raise not_found("page")
-    return _send(request, "admin.html", PAGE)
+    return _send(request, "admin.html", SECRET)
 
 
 async def widget(request: Request) -> Response:
@@ -104,7 +113,7 @@ async def asset(request: Request) -> Response:
     return _send(request, name, {})
 
 
-ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css", ".svg")} - {"widget.js"}
+ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".svg")} - {"widget.js"}
 
 
 WORDS: dict[str, Any] = REPLY_SENTENCES | {

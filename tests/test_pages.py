@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -69,7 +71,11 @@ async def test_a_page_lets_nothing_run_but_its_own(service: Service, path: str) 
     assert "unsafe" not in policy
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
-    assert not re.search(r"<style|style=|<script>|\son\w+=|https?://(?!HOST)", answer.text)
+    before, style, after = re.split(r"<style>|</style>", answer.text)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}';" in policy
+    assert ("cross-origin-opener-policy" in answer.headers) == path.startswith(("/shared", "/debug", "/admin"))
+    assert not re.search(r"<link rel=.?stylesheet|style=|<script>|\son\w+=|https?://(?!HOST)", before + after)
 
 
 async def test_files_are_sent_small_and_once(service: Service) -> None:
