@@ -260,9 +260,9 @@ class Room:
     async def load(self) -> None:
         """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`.
 
-        A room that heard a turn begin, here or on the bus, has that one already.
+        A turn that this worker answers is the latest one. A beginning that the bus brought may be late.
         """
-        if self.answer is not None:
+        if self.writing and self.answer is not None and not self.answer.over:
             return
         if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
             self._loaded = self._source.spawn(self.learn())
