@@ -51,8 +51,6 @@ class State:
     metrics: Metrics
     checks: Cached[dict[str, str]]  # what health says of the database, Redis and the relay
     dice: random.Random  # draws the pairs of blind battles
-    bus: RedisBus | None
-    worker: str
 
 
 def open_database(settings: Settings) -> Database:
@@ -114,8 +112,6 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         metrics=metrics,
         checks=Cached(CHECKED_FOR, lambda: _checks(database, relay, bus)),
         dice=dice,
-        bus=bus,
-        worker=worker,
     )
 
 
@@ -131,7 +127,7 @@ def _metrics(relay: Relay, generation: Generation, bus: RedisBus | None) -> Metr
             "chat_turns_running": ("Turns this worker answers", lambda: len(generation.turns)),
             "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
             "chat_bus_failures": ("Connections to Redis that were lost or refused", lambda: bus.failures if bus else 0),
-            "chat_bus_gaps": ("Gap markers: channels on which messages may be missing", lambda: bus.gaps if bus else 0),
+            "chat_bus_gaps": ("Times that messages of a channel may be missing", lambda: bus.inbox.gaps if bus else 0),
             "chat_bus_dropped": ("Messages that rooms were too slow for", lambda: bus.inbox.dropped if bus else 0),
             "asyncio_tasks": ("Tasks of the event loop", lambda: len(asyncio.all_tasks())),
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),

@@ -220,7 +220,7 @@ async def test_a_gap_is_said_once_and_after_the_subscription(redis_server: Redis
         broadcast.subscribe("b-gap") as b,
         admin(redis_server) as ask,
     ):
-        assert bus.gaps == 0
+        assert bus.inbox.gaps == 0
         proxy.delay(0.1, to="new")  # whoever says the marker before the confirmation is early by this much
         proxy.rst()
         for channel, subscriber in (("a-gap", a), ("b-gap", b)):
@@ -230,7 +230,7 @@ async def test_a_gap_is_said_once_and_after_the_subscription(redis_server: Redis
             await ask("PUBLISH", channel, "next")
             async with asyncio.timeout(10):
                 assert (await subscriber.get()).message == "next"
-        assert bus.gaps == 2
+        assert bus.inbox.gaps == 2
 
 
 async def test_a_reader_who_did_not_wait_is_told_of_the_gap(
@@ -301,7 +301,7 @@ async def test_a_full_inbox_costs_a_gap_and_no_memory(
         assert [event.channel for event in events[-2:]] == ["busy", "quiet"]
         await bus.command("PUBLISH", "busy", "heard again")
         assert (await bus.next_published()).message == "heard again"
-    assert bus.gaps == 2
+    assert bus.inbox.gaps == 2
     await bus.disconnect()
 
 

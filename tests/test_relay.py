@@ -204,10 +204,10 @@ async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
         account = await accounts.select_account(other.database, here.someone.id, 1)
         follower = await other.relay.join(Right(other.database, here.session, account), socket_dialect)
         await accounts.revoke_tokens(other.database, account.id)
-        assert here.state.bus is not None and here.state.bus._wire is not None
-        here.state.bus._wire.pause_writing()
+        assert here.state.relay.bus is not None and here.state.relay.bus._wire is not None
+        here.state.relay.bus._wire.pause_writing()
         here.relay.check_rights(here.session)
-        here.state.bus._wire.resume_writing()
+        here.state.relay.bus._wire.resume_writing()
 
         async def sent_away() -> bool:
             return follower.ended is not None

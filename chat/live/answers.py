@@ -157,14 +157,6 @@ class Answer:
         parts = [len(reply.text) if reply.ending is None else TOLD for reply in self.replies.values()]
         return Cursor(self.turn_id, tuple(parts))
 
-    def behind(self, cursor: Cursor) -> int:
-        """Return how many characters of text a reader has not been told."""
-        if cursor.over:
-            return 0
-        parts = cursor.parts or (0,) * len(self.replies)
-        replies = zip(parts, self.replies.values(), strict=True)
-        return sum(max(0, len(reply.text) - have) for have, reply in replies if have != TOLD)
-
     def owed(self, cursor: Cursor) -> tuple[list[Telling], Cursor]:
         """Return what a reader at `cursor` has not been told, and its cursor afterwards."""
         if cursor.over:

@@ -194,10 +194,6 @@ class RedisBus(BroadcastBackend):
     async def next_published(self) -> Event:
         return await self.inbox.take()
 
-    @property
-    def gaps(self) -> int:
-        return self.inbox.gaps
-
     # -- what the relay and the limits call
 
     def name(self, *parts: str) -> str:

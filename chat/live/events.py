@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import RETRYABLE, ChatError
+from ..errors import ChatError
 from ..formats.tellings import Message
 from .answers import Piece
 
@@ -93,7 +93,7 @@ def error_event(problem: ChatError, message_id: str | None = None) -> bytes:
     fields: dict[str, Any] = {
         "code": problem.code,
         "message": problem.message,
-        "retryable": problem.code in RETRYABLE,
+        "retryable": problem.retryable,
     }
     if problem.retry_after is not None:
         fields["retry_after"] = problem.retry_after

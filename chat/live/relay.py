@@ -48,7 +48,6 @@ class Relay:
         broadcast: Broadcast,
         bus: RedisBus | None,
         worker: str,
-        tasks: Tasks | None = None,
     ) -> None:
         self.settings = settings
         self.database = database
@@ -56,7 +55,7 @@ class Relay:
         self.broadcast = broadcast
         self.bus = bus
         self.origin = worker
-        self.tasks = tasks or Tasks()
+        self.tasks = Tasks()
         self.rooms: dict[str, Room] = {}  # by the session's key
         self.voices: set[Voice] = set()
         self.counts: dict[str, int] = {}
@@ -155,10 +154,7 @@ class Relay:
     # -- entering and leaving
 
     def _lock(self, key: str) -> asyncio.Lock:
-        lock = self._locks.get(key)
-        if lock is None:
-            lock = self._locks[key] = asyncio.Lock()
-        return lock
+        return self._locks.setdefault(key, asyncio.Lock())
 
     async def enter(self, session: Session) -> Room:
         """Open the session's room for a turn of this worker; `leave` it after the turn. Reads nothing: cannot fail."""

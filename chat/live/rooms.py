@@ -220,12 +220,6 @@ class Follower(Sleeper):
             await asyncio.sleep(LEARN_EVERY)
         return self.dialect(cursor.turn_id, tellings) if tellings else None
 
-    @property
-    def lag(self) -> int:
-        """Characters the reader has not been told of the room's answer."""
-        answer = self.room.answer
-        return answer.behind(self.cursor) if answer is not None and answer.turn_id == self.cursor.turn_id else 0
-
 
 class Room:
     """A process's view of a session. The room belongs to the session, not to its id: an id may be used again."""

@@ -30,17 +30,9 @@ class StoredTurn:
     fresh: bool  # False: this message id made a turn before; nothing was written
     held: Reservation | None = None  # tokens the turn may use, of a new one
 
-    @property
-    def user(self) -> Row:
-        return self.rows[0]
-
-    @property
-    def replies(self) -> tuple[Row, ...]:
-        return self.rows[1:]
-
     def check(self, ask: Ask) -> None:
         """Raise `conflict` when another text has the message's id: the turn is the answer to that one."""
-        if self.user["content"] != ask.content:
+        if self.rows[0]["content"] != ask.content:
             raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
 
 
