@@ -148,18 +148,18 @@ class Crowd:
 
     def enter(self, address: str, limit: int) -> bool:
         """Count one more, until it leaves; whether that is within the limit."""
-        for place, _ in places(address):
-            self._count[place] += 1
-        return all(self._count[place] <= limit * times for place, times in places(address))
+        for name, _ in networks(address):
+            self._count[name] += 1
+        return all(self._count[name] <= limit * times for name, times in networks(address))
 
     def leave(self, address: str) -> None:
-        for place, _ in places(address):
-            self._count[place] -= 1
-            if self._count[place] <= 0:
-                del self._count[place]
+        for name, _ in networks(address):
+            self._count[name] -= 1
+            if self._count[name] <= 0:
+                del self._count[name]
 
 
-def places(address: str) -> list[tuple[str, int]]:
+def networks(address: str) -> list[tuple[str, int]]:
     """Return an address and the IPv6 network around it, which one customer may have, each with its times the limit.
 
     address: as `callers.address` says it, an IPv6 one by its /64.
@@ -172,7 +172,7 @@ def places(address: str) -> list[tuple[str, int]]:
 
 def buckets(name: str, address: str, limit: int) -> list[tuple[str, int]]:
     """Return the names a caller is counted under and their limits."""
-    return [(f"{name}:{place}", limit * times) for place, times in places(address)]
+    return [(f"{name}:{network}", limit * times) for network, times in networks(address)]
 
 
 def is_loopback(address: str) -> bool:

@@ -15,8 +15,8 @@ from chat.settings import HERE, Model
 from chat.store.budgets import (
     Budget,
     Meter,
+    Refunds,
     Reservation,
-    Unused,
     budgets_of,
     metered,
     prompt_tokens,
@@ -200,18 +200,18 @@ async def test_the_days_messages_are_counted_for_the_account_alone(databases: li
 
 async def test_what_was_not_used_comes_back_and_what_was_used_beyond_is_taken(databases: list[Database]) -> None:
     """The day it was reserved on, from all three budgets, once."""
-    unused, budgets = Unused(databases[0]), budgets_of("ann", [("home", 1)], LIMITS)
+    refunds, budgets = Refunds(databases[0]), budgets_of("ann", [("home", 1)], LIMITS)
     held = await take(databases[0], budgets, 700)
     more = await take(databases[1], budgets, 200)
     assert isinstance(held, Reservation) and isinstance(more, Reservation)
     first, second = Meter(100, 600), Meter(150, 50)
     first.call()
     first.told(60, 40)
-    unused.settle(held, [first])
+    refunds.settle(held, [first])
     for _ in range(2):
         second.call()
-    unused.settle(more, [second])
-    await unused.give_back()
+    refunds.settle(more, [second])
+    await refunds.give_back()
     assert await spent(databases[1]) == dict.fromkeys(("account:ann", "address:home", "service"), 400)
-    await unused.give_back()
+    await refunds.give_back()
     assert (await spent(databases[0]))["service"] == 400

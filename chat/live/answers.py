@@ -88,7 +88,7 @@ class Answer:
         self.turn_id = turn_id
         self.position = position
         self.previous = previous
-        self.asked = [message for message in messages if message["participant"] is None]
+        self.user_messages = [message for message in messages if message["participant"] is None]
         said = [message for message in messages if message["participant"] is not None]
         replies = sorted(said, key=lambda message: str(message["participant"]))
         self.replies = {message["participant"]: Reply(blank(message)) for message in replies}
@@ -105,7 +105,7 @@ class Answer:
     @property
     def messages(self) -> list[Message]:
         """The turn's Messages as they stand."""
-        return [*self.asked, *(reply.ending or _running(reply) for reply in self.replies.values())]
+        return [*self.user_messages, *(reply.ending or _running(reply) for reply in self.replies.values())]
 
     # -- learning
 
@@ -150,7 +150,7 @@ class Answer:
         """Whether a cursor of this turn can be served: a client may have made it up."""
         return not cursor.begun or cursor.over or len(cursor.parts) == len(self.replies)
 
-    def snapshot(self) -> Cursor:
+    def latest_cursor(self) -> Cursor:
         """Return the cursor of a reader that has everything so far."""
         if self.over:
             return end_of(self.turn_id)
@@ -185,7 +185,7 @@ class Answer:
 
     def _beginning(self, before: Cursor, after: Cursor) -> list[Telling]:
         """Only the last message moves the cursor: a reader cut before it is told the whole beginning again."""
-        messages = [*self.asked, *(reply.message for reply in self.replies.values())]
+        messages = [*self.user_messages, *(reply.message for reply in self.replies.values())]
         last = len(messages) - 1
         return [Begun(str(after if n == last else before), message) for n, message in enumerate(messages)]
 

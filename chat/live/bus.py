@@ -289,7 +289,7 @@ class RedisBus(BroadcastBackend):
             self._wire = wire
             self._set_connected(True)
             while True:
-                await wire.last(1.0)
+                await wire.watch(1.0)
                 if wire.busy and asyncio.get_running_loop().time() - wire.heard_at > ANSWER_TIMEOUT:
                     raise TimeoutError("no answer")
         finally:
@@ -318,7 +318,7 @@ class RedisBus(BroadcastBackend):
                 self._ask_for(wire, *self._wanted)
             self._tried[self._listen].set()
             while True:
-                await wire.last(IDLE_PING / 2)
+                await wire.watch(IDLE_PING / 2)
                 silent = asyncio.get_running_loop().time() - wire.heard_at
                 if silent > 2 * IDLE_PING:
                     raise TimeoutError("the listening connection is silent")

@@ -42,7 +42,7 @@ class Completion:
         self._meter = metered(generation.providers.models[model], texts, limits.max_tokens)
         self._cut = True  # unless the provider ends it by itself
         self._place: list[str] = []
-        self._held: Reservation | None = None
+        self._reservation: Reservation | None = None
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -59,9 +59,9 @@ class Completion:
         if generation.draining:
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         per_minute = settings.messages_per_minute * people
-        await generation.limits.hit(f"messages:{name}", per_minute, 60, "You are sending messages too quickly.")
+        await generation.rate_limits.hit(f"messages:{name}", per_minute, 60, "You are sending messages too quickly.")
         place = f"completions:{name}"
-        if not await generation.limits.enter([(place, settings.turns_per_account * people)]):
+        if not await generation.rate_limits.enter([(place, settings.turns_per_account * people)]):
             raise ChatError("rate_limited", "Too many answers are running already. Wait for one.", retry_after=5)
         self._place = [place]
         await self._reserve()
@@ -70,14 +70,14 @@ class Completion:
         database, settings = self._generation.database, self._generation.settings
         person = self._caller.people == 1
         own = (settings.daily_tokens_account, settings.daily_tokens_address) if person else (0, 0)
-        places = self._generation.unreadable(self._caller.address)
-        budgets = budgets_of(self._caller.name, places, (*own, settings.daily_tokens_service))
+        networks = self._generation.hashed_networks(self._caller.address)
+        budgets = budgets_of(self._caller.name, networks, (*own, settings.daily_tokens_service))
         daily_messages = settings.daily_messages if person else 0
 
         async def work(query: Query) -> Reservation:
             return await reserve(query, database.now(), budgets, self._meter.most, daily_messages)
 
-        self._held = await self._generation.unused.within(lambda: database.transaction(work))
+        self._reservation = await self._generation.refunds.attempt(lambda: database.transaction(work))
 
     async def run(self, say: Callable[[str], None]) -> None:
         """Pass the answer's text to `say`; `result` has the ending afterwards. Raises `ProviderError`."""
@@ -100,9 +100,9 @@ class Completion:
     async def release(self) -> None:
         """Free the slot and release the unused reservation. A second call does nothing."""
         place, self._place = self._place, []
-        self._generation.limits.leave(place)
-        held, self._held = self._held, None
-        if held is not None:
+        self._generation.rate_limits.leave(place)
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
             if self.result.finish is None and self._cut:
                 self._meter.cut()
-            self._generation.unused.settle(held, [self._meter])
+            self._generation.refunds.settle(reservation, [self._meter])

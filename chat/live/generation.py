@@ -18,12 +18,12 @@ import time
 from collections.abc import Awaitable, Callable
 
 from ..errors import ChatError
-from ..limits import RateLimits, places
+from ..limits import RateLimits, networks
 from ..providers import Limits, ProviderError, Providers
 from ..settings import Settings
 from ..store import turns
 from ..store.accounts import Account
-from ..store.budgets import Unused, budgets_of, metered
+from ..store.budgets import Refunds, budgets_of, metered
 from ..store.database import Database, StorageUnavailable, new_id
 from ..store.queries import Row
 from ..store.sessions import Session
@@ -51,20 +51,20 @@ class Generation:
         database: Database,
         relay: Relay,
         providers: Providers,
-        limits: RateLimits,
+        rate_limits: RateLimits,
         worker: str,
     ) -> None:
         self.settings = settings
         self.database = database
         self.relay = relay
         self.providers = providers
-        self.limits = limits
+        self.rate_limits = rate_limits
         self.worker = worker
         self.tasks = Tasks()
         self.turns: dict[str, Turn] = {}
         self.draining = False
         self.streams = Streams(settings, database, providers)
-        self.unused = Unused(database)
+        self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
         # Set by the leases: whether a turn is ours without asking, and what answers one that nobody here knows.
         self.surely_owned: Callable[[Turn], bool] = lambda turn: turn.state != "lost"
@@ -77,7 +77,7 @@ class Generation:
     def start(self) -> None:
         self.tasks.beat(self._checkpoint, self.settings.checkpoint_every)
         self.tasks.beat(self.relay.beat, 1.0)
-        self.tasks.beat(self.limits.beat, 5.0)
+        self.tasks.beat(self.rate_limits.beat, 5.0)
 
     async def drain(self) -> None:
         """Let running answers finish for a while, then end the rest `interrupted`. Ends in bounded time."""
@@ -87,7 +87,7 @@ class Generation:
             turn.end_early("interrupted")
         await self._wait_for_turns(self.settings.storage_timeout)
         with contextlib.suppress(StorageUnavailable):
-            await self.unused.give_back()
+            await self.refunds.give_back()
         await self.tasks.cancel()
 
     async def _wait_for_turns(self, seconds: float) -> None:
@@ -141,7 +141,7 @@ class Generation:
     ) -> StoredTurn:
         """Write a turn and launch it. A caller that leaves, or has no more patience, changes nothing of either."""
         per_minute = self.settings.messages_per_minute
-        await self.limits.hit(f"messages:{account.id}", per_minute, 60, "You are sending messages too quickly.")
+        await self.rate_limits.hit(f"messages:{account.id}", per_minute, 60, "You are sending messages too quickly.")
         if self.draining:  # asked last: nobody would wait for a turn that is entered behind the drain's back
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         turn = Turn(new_id(), session, account.id)
@@ -155,7 +155,7 @@ class Generation:
     async def _insert(self, turn: Turn, address: str, content: str, insert: Insert, limits: Limits) -> StoredTurn:
         try:
             terms = await self._terms(turn, address, content, limits)
-            stored = await self.unused.within(lambda: insert(turn.id, terms))
+            stored = await self.refunds.attempt(lambda: insert(turn.id, terms))
         except BaseException:
             del self.turns[turn.id]
             raise
@@ -181,17 +181,17 @@ class Generation:
             owner=self.worker,
             lease=int(settings.lease * 1000),
             tokens=tokens,
-            budgets=budgets_of(turn.account_id, self.unreadable(address), daily),
+            budgets=budgets_of(turn.account_id, self.hashed_networks(address), daily),
             daily_messages=settings.daily_messages,
             turns_per_account=settings.turns_per_account,
             person_reads=settings.person_reads,
         )
 
-    def unreadable(self, address: str) -> list[tuple[str, int]]:
-        """Return the `places` of an address by names for the database: nobody can read an address from them."""
+    def hashed_networks(self, address: str) -> list[tuple[str, int]]:
+        """Return the `networks` of an address under keyed hashes: nobody can read an address from the database."""
         key = self.settings.secret_keys[-1].encode()[:64] if self.settings.secret_keys else b""
-        names = [(hashlib.blake2b(place.encode(), key=key, digest_size=12), times) for place, times in places(address)]
-        return [(name.hexdigest(), times) for name, times in names]
+        hashes = [(hashlib.blake2b(name.encode(), key=key, digest_size=12), times) for name, times in networks(address)]
+        return [(each.hexdigest(), times) for each, times in hashes]
 
     def launch(self, turn: Turn, stored: StoredTurn, limits: Limits) -> None:
         """Hand a stored turn to a task of its own. The row exists: from here on the turn ends, whatever happens."""
@@ -250,7 +250,7 @@ class Generation:
 
     def speak(self, turn: Turn, room: Room, answer: Answer) -> None:
         """Tell all readers that the turn has begun, or goes on here."""
-        turn.voice = self.relay.voice(room, room.begin(answer))
+        turn.voice = self.relay.voice(room, room.learn_turn(answer))
         turn.voice.owned = lambda: self.surely_owned(turn)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
         turn.voice.begin()
@@ -272,8 +272,8 @@ class Generation:
                 status = turn.early or "failed"
                 reason = {"failed": "internal", "interrupted": "interrupted"}.get(status)
                 await self.finish(turn, min(turn.open), Result(status, reason))
-            if turn.stored is not None and turn.stored.held is not None:
-                self.unused.settle(turn.stored.held, turn.meters.values())
+            if turn.stored is not None and turn.stored.reservation is not None:
+                self.refunds.settle(turn.stored.reservation, turn.meters.values())
         except Exception:
             log.exception("turn %s could not be concluded", turn.id)
         finally:
@@ -414,7 +414,7 @@ class Generation:
             await turns.checkpoint(self.database, values)
         for turn, side, length in grown:  # only now: a write that failed has to be made again
             turn.checkpointed[side] = length
-        await self.unused.give_back()
+        await self.refunds.give_back()
 
 
 def _outcome(turn: Turn, side: str, stream: asyncio.Task[None] | None) -> Result:

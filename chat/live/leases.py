@@ -185,7 +185,7 @@ class Leases:
         """Learn the longest text known of a turn: from the checkpoint, Redis, and the room here."""
         turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
         answer = self.generation.answer_of(turn)
-        await self.relay.live_texts(answer)
+        await self.relay.learn_from_redis(answer)
         self.generation.speak(turn, room, answer)
         if not turn.open:  # only the turn itself was left to end
             await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)

@@ -28,7 +28,7 @@ from ..tasks import Tasks
 from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
-from .rooms import Follower, Past, Room, placed
+from .rooms import Follower, Past, Room, latest_cursor
 from .voice import Voice, always, text_key
 
 FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
@@ -178,7 +178,7 @@ class Relay:
         except BaseException:
             self.spawn(self.part(follower))
             raise
-        follower.cursor = placed(room.answer)
+        follower.cursor = latest_cursor(room.answer)
         return follower
 
     async def part(self, follower: Follower) -> None:
@@ -234,7 +234,7 @@ class Relay:
         rows = [each | {"feedback": None} for each in rows]  # a turn is told to all its readers alike
         return Answer(row["id"], row["position"], row["previous"] or "", self.mask.messages(session, rows))
 
-    async def live_texts(self, answer: Answer) -> None:
+    async def learn_from_redis(self, answer: Answer) -> None:
         """Learn from Redis what a running turn has said. A Redis that is away is made up for by the next checkpoint."""
         if self.bus is None or answer.over:
             return
@@ -285,7 +285,7 @@ class Relay:
                 answer.learn(Answer(answer.turn_id, answer.position, answer.previous, current))
             messages = _as_told(answer, messages)
             room.notify()
-        follower.cursor = placed(answer)
+        follower.cursor = latest_cursor(answer)
         running = answer is not None and not answer.over
         turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
         shown = messages[-SHOWN:] if follower.right.member else [self.mask.shared(each) for each in messages[-SHOWN:]]

@@ -69,7 +69,7 @@ class Source(Protocol):
 
     async def past(self, session: Session, turn_id: str) -> Past: ...
 
-    async def live_texts(self, answer: Answer) -> None:
+    async def learn_from_redis(self, answer: Answer) -> None:
         """Learn from Redis the texts of a turn that runs."""
         ...
 
@@ -300,7 +300,7 @@ class Room:
             case TurnWords():
                 self._words(message)
             case TurnBegun(turn_id, position, previous, messages):
-                self.begin(Answer(turn_id, position, previous, messages))
+                self.learn_turn(Answer(turn_id, position, previous, messages))
             case ReplyEnded(turn_id, side, ending):
                 if (answer := self._answer_of(turn_id)) is not None:
                     answer.learn_ending(side, ending)
@@ -333,7 +333,7 @@ class Room:
             self.learn_again()
         self.notify()
 
-    def begin(self, answer: Answer) -> Answer:
+    def learn_turn(self, answer: Answer) -> Answer:
         """Learn of a turn. A later turn takes the place of the one before; an older one is old news.
 
         Returns the answer that the room goes on with, or the given one when it is of another turn.
@@ -382,8 +382,8 @@ class Room:
                 self.send_away(ChatError("not_found", "There is no such session."))
             raise
         if answer is not None:
-            await self._source.live_texts(answer)
-            self.begin(answer)
+            await self._source.learn_from_redis(answer)
+            self.learn_turn(answer)
         ahead = list(self._ahead)
         self._ahead.clear()
         for words in ahead:
@@ -506,7 +506,7 @@ async def _check(group: list[Follower]) -> None:
             follower.send_away(problem)
 
 
-def placed(answer: Answer | None) -> Cursor:
+def latest_cursor(answer: Answer | None) -> Cursor:
     """Return the cursor of a reader that has everything of the room's answer."""
-    return NOTHING if answer is None else answer.snapshot()
+    return NOTHING if answer is None else answer.latest_cursor()
 

@@ -96,8 +96,8 @@ class Wire(asyncio.Protocol):
         wire._pushed = pushed
         return wire
 
-    async def last(self, seconds: float) -> None:
-        """Wait for `seconds`. Raises `ConnectionResetError` as soon as the connection is lost."""
+    async def watch(self, seconds: float) -> None:
+        """Wait for `seconds` while the connection lasts. Raises `ConnectionResetError` as soon as it is lost."""
         await asyncio.wait({self.lost}, timeout=seconds)
         if self.lost.done():
             raise ConnectionResetError("the connection was lost")

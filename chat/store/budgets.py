@@ -108,16 +108,16 @@ class Budget:
 
 
 def budgets_of(
-    account_id: str, places: Iterable[tuple[str, int]], limits: tuple[int, int, int]
+    account_id: str, networks: Iterable[tuple[str, int]], limits: tuple[int, int, int]
 ) -> tuple[Budget, ...]:
     """The budgets a turn draws on, in the order of their names.
 
-    places: an address and the network around it, as nobody can read them back, each with its times the limit;
-    limits: of account, address and service. In that order every transaction takes the rows: two would wait for each
-    other otherwise.
+    networks: hashes of an address and of the network around it, each with how many times the limit it may use;
+    limits: those of the account, the address and the service. Every transaction takes the rows in this order: two
+    transactions would wait for each other otherwise.
     """
     account, address, service = limits
-    around = sorted((f"address:{place}", address * times) for place, times in places)
+    around = sorted((f"address:{network}", address * times) for network, times in networks)
     named = [(f"account:{account_id}", account), *around, ("service", service)]
     return tuple(Budget(name, limit) for name, limit in named)
 
@@ -139,49 +139,52 @@ async def reserve(
     Call it last inside a transaction, which an error here undoes: all turns write the service's row. Raises
     `daily_limit_reached`, or `budget_exhausted` when any of them has too little left.
     """
-    held = Reservation(_day(now), tuple(budget.name for budget in budgets), tokens)
+    reservation = Reservation(_day(now), tuple(budget.name for budget in budgets), tokens)
     places = ", ".join(f"(:name{n}, :day, :tokens, 1)" for n in range(len(budgets)))
     rows = await query.fetch_all(
         f"""INSERT INTO budgets (name, day, tokens, messages) VALUES {places}
             ON CONFLICT (name, day) DO UPDATE
                 SET tokens = budgets.tokens + :tokens, messages = budgets.messages + 1
             RETURNING name, tokens, messages""",
-        {"day": held.day, "tokens": tokens} | {f"name{n}": name for n, name in enumerate(held.names)},
+        {"day": reservation.day, "tokens": tokens} | {f"name{n}": name for n, name in enumerate(reservation.names)},
     )
     spent = {row["name"]: row for row in rows}
-    if daily_messages and spent[held.names[0]]["messages"] > daily_messages:
+    if daily_messages and spent[reservation.names[0]]["messages"] > daily_messages:
         raise ChatError("daily_limit_reached", f"You have reached today's limit of {daily_messages} messages.")
     if tokens and any(each.limit and spent[each.name]["tokens"] > each.limit for each in budgets):
         message = "Today's budget is used up. Please come back tomorrow."
         raise ChatError("budget_exhausted", message, retry_after=3600)
-    return held
+    return reservation
 
 
-class Unused:
-    """The unused reservations of ended turns, until all of them are released together."""
+class Refunds:
+    """The tokens that ended turns reserved and did not use, until they are given back to the budgets together."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
 
-    def settle(self, held: Reservation, meters: Iterable[Meter]) -> None:
+    def settle(self, reservation: Reservation, meters: Iterable[Meter]) -> None:
         """A turn has ended. Tokens spent beyond the reservation (a second call) are charged with the next write."""
-        if unused := held.tokens - sum(meter.spent for meter in meters):
-            for name in held.names:
-                self._tokens[name, held.day] += unused
+        if unused := reservation.tokens - sum(meter.spent for meter in meters):
+            for name in reservation.names:
+                self._tokens[name, reservation.day] += unused
 
-    async def within(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Reserve tokens by `attempt`; where the budget does not allow it, again with what others have not used."""
+    async def attempt(self, reserve: Callable[[], Awaitable[T]]) -> T:
+        """Reserve tokens; where the budget does not allow that, give back what others have not used and try again."""
         try:
-            return await attempt()
+            return await reserve()
         except ChatError as problem:
             if problem.code != "budget_exhausted" or not self._tokens:
                 raise
         await self.give_back()
-        return await attempt()
+        return await reserve()
 
     async def give_back(self) -> None:
-        """Write it down. Raises `StorageUnavailable`; then it is still there, unless it may be written yet."""
+        """Subtract the tokens from their budgets in the database. Raises `StorageUnavailable`.
+
+        The tokens are tried again later, unless the failed transaction may still be written.
+        """
         tokens, self._tokens = self._tokens, Counter()
         # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
         values = [{"name": name, "day": day, "tokens": tokens[name, day]} for name, day in sorted(tokens)]

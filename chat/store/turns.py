@@ -28,7 +28,7 @@ class StoredTurn:
     previous: str  # the turn before this one, "" before the first; of a turn that was made again, its old id
     rows: tuple[Row, ...]
     fresh: bool  # False: this message id made a turn before; nothing was written
-    held: Reservation | None = None  # tokens the turn may use, of a new one
+    reservation: Reservation | None = None  # the tokens a new turn may use
 
     def check(self, ask: Ask) -> None:
         """Raise `conflict` when another text has the message's id: the turn is the answer to that one."""
@@ -101,7 +101,7 @@ async def insert_turn(
     async def work(query: Query) -> StoredTurn:
         now = database.now()
         places = 1 + len(session.sides)
-        position, person = await _lock(query, session, account_id, now, places, first_words(ask.content))
+        position, person = await _allot_positions(query, session, account_id, now, places, first_words(ask.content))
         old = await _replaced(query, session.id, ask) if ask.replaces else []
         await _check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
         if old:
@@ -116,8 +116,8 @@ async def insert_turn(
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
         # last: the service's budget is one row that all turns write
         tokens = terms.tokens if person is None else 0
-        held = await reserve(query, now, terms.budgets, tokens, terms.daily_messages)
-        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, held)
+        reservation = await reserve(query, now, terms.budgets, tokens, terms.daily_messages)
+        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, reservation)
 
     try:
         return await database.transaction(work, patience=None, line=account_id)
@@ -183,7 +183,7 @@ async def insert_regeneration(
 
     async def work(query: Query) -> StoredTurn:
         now = database.now()
-        position, person = await _lock(query, session, account_id, now, 1)
+        position, person = await _allot_positions(query, session, account_id, now, 1)
         await _check_free(query, session.id, account_id, terms.turns_per_account)
         last = await query.fetch_one(
             """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
@@ -197,7 +197,7 @@ async def insert_regeneration(
             raise _by_person()
         if last["vote_id"] is not None:
             raise _voted()
-        held = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
+        reservation = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
         await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
         user_id = last["user_message_id"]
         life = (terms.owner, now + terms.lease, True)
@@ -214,7 +214,7 @@ async def insert_regeneration(
             {"session_id": session.id, "turn_id": turn_id, "id": message_id, "user_id": user_id, "now": now},
         )
         rows = await _select_turn_rows(query, session.id, turn_id)
-        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True, held)
+        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True, reservation)
 
     return await database.transaction(work, patience=None, line=account_id)
 
@@ -226,12 +226,13 @@ async def _select_last_turn_id(query: Query, session_id: str) -> str:
     return "" if row is None else str(row["id"])
 
 
-async def _lock(
+async def _allot_positions(
     query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
 ) -> tuple[int, str | None]:
-    """Hold the account's row, then the session's: turns of one session, and of one account, start one at a time.
+    """Return the first of `places` positions for new messages, and the name of the person who answers, if one does.
 
-    Returns the first of so many positions allotted to the new messages, and the person who answers, if one does.
+    The transaction locks the account's row, then the session's: turns of one session, and of one account, start one at
+    a time.
     """
     if not query.one_at_a_time:
         await query.execute("SELECT id FROM accounts WHERE id = :id FOR NO KEY UPDATE", {"id": account_id})
