@@ -17,7 +17,7 @@ import msgspec
 from ..formats.tellings import Begun, Ended, Message, Over, Telling, Words
 
 ENDED = ("success", "stopped", "interrupted", "failed")  # the statuses a reply can end with
-TOLD = -1  # in a cursor, instead of a number of characters: the reader was told how this reply ended
+TOLD = -1  # in a cursor, in place of a number of characters: the reader was told how this reply ended
 START, END = "start", "end"
 CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(start|end|(?:e|[0-9]{1,9})(?:\.(?:e|[0-9]{1,9}))?)")
 
@@ -84,7 +84,7 @@ class Answer:
     """The text of a turn so far. `position` orders the turns of a session; `previous` is the turn before this one."""
 
     def __init__(self, turn_id: str, position: int, previous: str, messages: Sequence[Message]) -> None:
-        """messages: those of the turn as they are stored or as they began; none is a user's where a person speaks."""
+        """messages: the turn's, as stored or as they began. A turn of an operator's own words has no user message."""
         self.turn_id = turn_id
         self.position = position
         self.previous = previous
@@ -104,7 +104,7 @@ class Answer:
 
     @property
     def messages(self) -> list[Message]:
-        """The turn's Messages as they stand."""
+        """The turn's Messages with the text and the endings known so far."""
         return [*self.user_messages, *(reply.ending or _running(reply) for reply in self.replies.values())]
 
     # -- learning
@@ -122,7 +122,7 @@ class Answer:
         return True
 
     def learn_pieces(self, pieces: Sequence[Piece]) -> bool:
-        """Learn several pieces of words. False when one of them begins beyond what is known."""
+        """Learn several pieces of text. False when one of them begins beyond the known text."""
         return min([self.learn_words(*piece) for piece in pieces], default=True)
 
     def learn_text(self, side: str, text: str) -> None:
@@ -132,7 +132,7 @@ class Answer:
             reply.text = text
 
     def learn_ending(self, side: str, message: Message) -> None:
-        """Learn how a reply ended; the first ending is the one that stays."""
+        """Learn how a reply ended. The first ending stays: later ones are ignored."""
         reply = self.replies.get(side)
         if reply is not None and reply.ending is None:
             reply.ending, reply.text = message, message["content"]
@@ -184,7 +184,10 @@ class Answer:
         return tellings, cursor if cursor.begun else Cursor(self.turn_id, tuple(parts))
 
     def _beginning(self, before: Cursor, after: Cursor) -> list[Telling]:
-        """Only the last message moves the cursor: a reader cut before it is told the whole beginning again."""
+        """Return the turn's messages as they began. Only the last one moves the cursor.
+
+        A reader that is cut before the last one is told the whole beginning again.
+        """
         messages = [*self.user_messages, *(reply.message for reply in self.replies.values())]
         last = len(messages) - 1
         return [Begun(str(after if n == last else before), message) for n, message in enumerate(messages)]

@@ -1,10 +1,9 @@
 """Redis as a bus: pub/sub that reconnects by itself, and a few pipelined commands beside it.
 
-`RedisBus` is the `BroadcastBackend` that broadcaster is given instead of its own, which receives nothing more after one
-dropped connection. A connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s)
-after any failure; a new listening connection subscribes again to everything wanted and puts one gap marker on every
-channel as soon as Redis confirms it, upon which the room reads again. `next_published` never raises and `subscribe`
-never fails: a Redis that is away is a state.
+`RedisBus` is a backend for broadcaster. Broadcaster's own backend receives nothing more after one dropped connection.
+One connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
+A new listening connection subscribes to all channels again; once Redis confirms a channel, its room is given a gap
+marker and learns again. `next_published` never raises and `subscribe` never fails: a Redis that is away is a state.
 
 Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
 one round trip and one wake-up carry many of them.
@@ -33,8 +32,7 @@ GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
-INBOX = 10_000, 8_000_000  # messages and characters between Redis and rooms; a room reads again what it is not given
-
+INBOX = 10_000, 8_000_000  # messages and characters that wait for rooms; a room that is not given one learns again
 BURST = 4  # gathered runs one after the other before they are spread out
 
 Serve = Callable[[], Awaitable[None]]
@@ -50,15 +48,15 @@ class Gather:
         self.every = every
         self._then = then
         self._calls: list[Callable[[], None]] = []
-        self._waits = False  # a run is due, or on
-        self._due = 0.0  # loop time: when the next run would be if all came as often as they may
+        self._waits = False  # a run is scheduled or goes on
+        self._due = 0.0  # loop time: the next run's if runs came exactly `every` seconds
 
     def soon(self, call: Callable[[], None]) -> None:
         self._calls.append(call)
         self.wake()
 
     def wake(self) -> None:
-        """Have `then` called soon."""
+        """Schedule a run, after which `then` is called."""
         if self._waits:
             return
         self._waits = True
@@ -84,8 +82,8 @@ class Inbox:
     """Events that Redis sent and broadcaster has not taken yet, bounded: a gap marker stands for those left out."""
 
     def __init__(self) -> None:
-        self.gaps = 0  # markers so far
-        self.dropped = 0  # messages so far
+        self.gaps = 0  # gap markers so far
+        self.dropped = 0  # messages left out so far
         self._events: deque[Event] = deque()
         self._size = 0  # characters
         self._marked: set[str] = set()  # channels with a marker among the events
@@ -99,7 +97,7 @@ class Inbox:
             self._append(event)
 
     def mark(self, channel: str) -> None:
-        """Have the room of this channel read again. A single marker covers all losses before it is read."""
+        """Have the room of this channel learn again. One marker stands for all losses until the room has read it."""
         if channel not in self._marked:
             self._marked.add(channel)
             self.gaps += 1
@@ -127,7 +125,7 @@ class RedisBus(BroadcastBackend):
     def __init__(
         self, url: str, *, verify: bool = True, origin: str = "", every: float = 0.0, prefix: str = "parley"
     ) -> None:
-        """every: seconds between two writes of gathered commands while busy; origin: this worker's name."""
+        """every: seconds between two writes of gathered commands under load; origin: this worker's name."""
         self.address = Address(url, verify)
         self._name = f"{prefix}:{self.address.db}:"
         self.gather = Gather(every, self._flush)
@@ -142,9 +140,9 @@ class RedisBus(BroadcastBackend):
         self._unconfirmed: Counter[str] = Counter()  # SUBSCRIBEs of a channel that Redis has not confirmed
         self._confirmed: dict[str, asyncio.Future[None]] = {}
         self._late: set[str] = set()  # channels whose subscriber did not wait: a gap marker follows the confirmation
-        self._said: set[str] = set()  # problems in the log since a connection last worked
-        self._commands: list[bytes] = []  # gathered ones
-        self._waiting: list[Answered] = []  # the callers of these
+        self._said: set[str] = set()  # problems logged since a connection last worked
+        self._commands: list[bytes] = []  # gathered for the next write
+        self._waiting: list[Answered] = []  # one callback for each gathered command
         self._listener: Wire | None = None
         self._wire: Wire | None = None
         self._tried: dict[Serve, asyncio.Event] = {serve: asyncio.Event() for serve in (self._listen, self._command)}
@@ -153,11 +151,11 @@ class RedisBus(BroadcastBackend):
     # -- what broadcaster calls
 
     async def connect(self) -> None:
-        """Start both connections' keepers and give them one moment; a Redis that is away is not an error."""
+        """Start both connections and wait a second for their first attempt; a Redis that is away is no error."""
         self._tasks = [asyncio.create_task(self._keep(serve)) for serve in self._tried]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                for tried in self._tried.values():  # both: a channel subscribed to before we listen begins with a gap
+                for tried in self._tried.values():  # a channel that is subscribed before we listen begins with a gap
                     await tried.wait()
 
     async def disconnect(self) -> None:
@@ -179,7 +177,7 @@ class RedisBus(BroadcastBackend):
         except TimeoutError:
             self._late.add(group)
         except asyncio.CancelledError:
-            await self.unsubscribe(group)  # broadcaster would not
+            await self.unsubscribe(group)  # broadcaster does not unsubscribe what was cancelled
             raise
 
     async def unsubscribe(self, group: str) -> None:
@@ -199,7 +197,8 @@ class RedisBus(BroadcastBackend):
     def name(self, *parts: str) -> str:
         """Return the channel or key of these parts, this deployment's own.
 
-        The database number is in it because pub/sub ignores SELECT, the prefix because two deployments may share both.
+        The name holds the database's number, because pub/sub ignores SELECT, and the deployment's prefix, because two
+        deployments may share a database.
         """
         return self._name + ":".join(parts)
 
@@ -265,16 +264,16 @@ class RedisBus(BroadcastBackend):
             started = asyncio.get_running_loop().time()
             try:
                 await serve()
-            except Exception as problem:  # any: without its keepers the worker would be deaf until it is restarted
+            except Exception as problem:  # any: without this task the worker would hear nothing until its restart
                 self._fail(problem)
             self._tried[serve].set()
-            if asyncio.get_running_loop().time() - started > BACKOFF[1]:  # it had served, or took its time to fail
+            if asyncio.get_running_loop().time() - started > BACKOFF[1]:  # the connection had worked, or failed slowly
                 wait = BACKOFF[0]
             await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
             wait = min(wait * 2, BACKOFF[1])
 
     def _fail(self, problem: Exception) -> None:
-        """Count, and log in one line what has not been said yet: a Redis that is away is tried all the time."""
+        """Count a failure, and log each different one once: connecting is tried all the time."""
         self.failures += 1
         said = f"{type(problem).__name__}: {problem}"
         if said not in self._said:
@@ -340,7 +339,7 @@ class RedisBus(BroadcastBackend):
         """Handle pushes of Redis: messages and confirmations."""
         for push in pushed:
             if isinstance(push, Exception) and self._listener is not None:
-                self._fail(push)  # a SUBSCRIBE that this user may not say; nothing tells of which channels
+                self._fail(push)  # a refused SUBSCRIBE: Redis does not say which channels this user may not read
                 self._listener.close()
             if not isinstance(push, list) or len(push) != 3:
                 continue  # the answer to our PING
@@ -353,13 +352,14 @@ class RedisBus(BroadcastBackend):
     def _hear(self, channel: bytes, payload: bytes) -> None:
         if self._origin and payload.startswith(self._origin):
             return
-        self.inbox.put(Event(channel.decode(), payload.decode(errors="replace")))  # a room refuses what is not ours
+        # Broken text from others becomes U+FFFD here, and the room refuses the message.
+        self.inbox.put(Event(channel.decode(), payload.decode(errors="replace")))
 
     def _confirm(self, channel: str) -> None:
-        """Let the subscriber go on, once the last SUBSCRIBE is confirmed: there may have been an UNSUBSCRIBE between.
+        """Let the subscriber go on once the channel's last SUBSCRIBE is confirmed: an UNSUBSCRIBE may lie between two.
 
-        A gap marker said any earlier would have the room read before Redis sends: what is published between the two
-        would be lost unnoticed.
+        The gap marker comes after the confirmation. With an earlier one the room would learn before Redis sends, and
+        messages published between the two would be lost unnoticed.
         """
         self._unconfirmed[channel] -= 1
         if self._unconfirmed[channel] > 0:

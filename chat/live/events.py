@@ -34,9 +34,10 @@ class ReplyEnded(msgspec.Struct, array_like=True, tag="ended", frozen=True):
 
 
 class SessionNotice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
-    """An event of the session itself: its JSON for members and for read-only readers ("": not for them).
+    """An event of the session itself: its JSON for members, and for read-only readers ("": they are not sent any).
 
-    `version`: the session's version after it, 0 where it has none; `but`: the account that is not sent it.
+    `version`: the session's version after the event, 0 for an event without one; `but`: the account that caused the
+    event and is not sent it.
     """
 
     json: str
@@ -46,11 +47,11 @@ class SessionNotice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
 
 
 class LearnAgain(msgspec.Struct, array_like=True, tag="again", frozen=True):
-    """A message about this session may be lost: the room reads again from Redis and the database."""
+    """A message about this session may be lost: the room learns again from Redis and the database."""
 
 
 class RightsChanged(msgspec.Struct, array_like=True, tag="rights", frozen=True):
-    """Followers are to be admitted again: all of the session's, or on the channel of all workers an account's."""
+    """Followers are to be admitted again: on a session's channel all of its, on the workers' channel an account's."""
 
     account_id: str = ""
 
@@ -66,7 +67,10 @@ _decode = msgspec.json.Decoder(BusMessage).decode
 
 
 def decode_bus(payload: str | bytes) -> BusMessage:
-    """Return a message from the bus. Raises `msgspec.DecodeError` for what no worker sends: others may reach Redis."""
+    """Return a message of the bus. Raises `msgspec.DecodeError` for a message that no worker sends.
+
+    Other programs may publish to the same Redis.
+    """
     try:
         message: BusMessage = _decode(payload)
     except RecursionError:

@@ -25,6 +25,7 @@ from ..store import turns
 from ..store.accounts import Account
 from ..store.budgets import Refunds, budgets_of, metered
 from ..store.database import Database, StorageUnavailable, new_id
+from ..store.pages import LAST
 from ..store.queries import Row
 from ..store.sessions import Session
 from ..store.turns import Ask, StoredTurn, Terms
@@ -39,7 +40,7 @@ log = logging.getLogger("parley.generation")
 
 OUTAGE = 60.0  # seconds a model that keeps failing is not drawn for a battle
 
-Insert = Callable[[str, Terms], Awaitable[StoredTurn]]  # a new turn's id, and on which terms
+Insert = Callable[[str, Terms], Awaitable[StoredTurn]]  # writes a turn: its id and its terms in, its rows out
 
 
 class Generation:
@@ -66,7 +67,7 @@ class Generation:
         self.streams = Streams(settings, database, providers)
         self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
-        # Set by the leases: whether a turn is ours without asking, and what answers one that nobody here knows.
+        # The leases set both: whether a turn is certainly ours, and how to answer a turn of ours that `turns` lacks.
         self.surely_owned: Callable[[Turn], bool] = lambda turn: turn.state != "lost"
         self.adopt: Callable[[Row], Awaitable[None]] | None = None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
@@ -112,10 +113,10 @@ class Generation:
         max_tokens: int = 0,
         temperature: float | None = None,
     ) -> StoredTurn:
-        """Start the turn a message asks for, or find the one it started before. Raises `ChatError`.
+        """Start the turn a message asks for, or find the turn that it started before. Raises `ChatError`.
 
-        address: the caller's, as limits count it. In a blind battle the wishes for the model count for nothing: they
-        would tell the two apart.
+        address: the caller's, as limits count it. A blind battle ignores `max_tokens` and `temperature`: models differ
+        in how they follow them, and a voter could tell the two apart.
         """
         turns.checked_content(ask.content, self.settings.prompt_max)
         if session.blind:
@@ -139,10 +140,10 @@ class Generation:
     async def _start(
         self, session: Session, account: Account, address: str, content: str, insert: Insert, limits: Limits
     ) -> StoredTurn:
-        """Write a turn and launch it. A caller that leaves, or has no more patience, changes nothing of either."""
+        """Write a turn and launch it. Both go on when the caller leaves or waits no longer. Raises `ChatError`."""
         per_minute = self.settings.messages_per_minute
         await self.rate_limits.hit(f"messages:{account.id}", per_minute, 60, "You are sending messages too quickly.")
-        if self.draining:  # asked last: nobody would wait for a turn that is entered behind the drain's back
+        if self.draining:  # checked right before the turn is entered: a drain waits only for turns that it finds
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         turn = Turn(new_id(), session, account.id)
         self.turns[turn.id] = turn
@@ -167,9 +168,9 @@ class Generation:
         return stored
 
     async def _terms(self, turn: Turn, address: str, content: str, limits: Limits) -> Terms:
-        """Return the terms of a new turn; of the budgets it reserves the most its prompts and answers can cost."""
+        """Return the terms of a new turn. `tokens` is the most that its prompts and answers can cost."""
         settings, session = self.settings, turn.session
-        history = await self.streams.history(session, session.message_count and 2**31 - 1)
+        history = await self.streams.history(session, LAST if session.message_count else 0)
         tokens = 0
         for side in session.sides:
             model_id = session.model(side).for_server()
@@ -194,13 +195,13 @@ class Generation:
         return [(each.hexdigest(), times) for each, times in hashes]
 
     def launch(self, turn: Turn, stored: StoredTurn, limits: Limits) -> None:
-        """Hand a stored turn to a task of its own. The row exists: from here on the turn ends, whatever happens."""
+        """Hand a stored turn to a task of its own. From here on its row exists, and the turn ends whatever happens."""
         turn.stored = stored
         turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
         turn.task = self.tasks.spawn(self._run(turn, limits))
 
     async def _adopt_found(self, stored: StoredTurn) -> None:
-        """A retry has found its turn: where the turn is ours and nobody answers it, answer it now."""
+        """Answer the turn that a retry has found, if the turn is this worker's and no task answers it yet."""
         if stored.id in self.turns or all(row["status"] in ENDED for row in stored.rows[1:]):
             return
         row = await turns.select_latest_turn(self.database, stored.session.id)
@@ -211,7 +212,7 @@ class Generation:
     # -- one turn
 
     async def _run(self, turn: Turn, limits: Limits) -> None:
-        """Answer one turn to its end. Never raises, since nobody awaits it."""
+        """Answer one turn to its end. Never raises: nobody awaits this task."""
         room = await self.relay.enter(turn.session)
         try:
             await self._answer(turn, room, limits)
@@ -238,25 +239,25 @@ class Generation:
         try:
             await asyncio.gather(*(self._side(turn, side) for side in sorted(turn.open)))
         finally:
-            for task in (*pacing, *turn.streams.values()):  # a mistake with one side must not leave the other asking
+            for task in (*pacing, *turn.streams.values()):  # an error with one side must not leave the other running
                 task.cancel()
 
     def answer_of(self, turn: Turn) -> Answer:
-        """Return the turn's answer as its rows have it."""
+        """Return the turn's answer, made from its stored rows."""
         stored = turn.stored
         assert stored is not None
         messages = self.relay.mask.messages(turn.session, list(stored.rows))
         return Answer(turn.id, stored.position, stored.previous, messages)
 
     def speak(self, turn: Turn, room: Room, answer: Answer) -> None:
-        """Tell all readers that the turn has begun, or goes on here."""
+        """Give the turn its voice and tell all readers that the turn has begun, or that this worker goes on with it."""
         turn.voice = self.relay.voice(room, room.learn_turn(answer))
         turn.voice.owned = lambda: self.surely_owned(turn)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
         turn.voice.begin()
 
     async def _side(self, turn: Turn, side: str) -> None:
-        """Wait for one reply's stream and end the reply. Only the stream is ever cancelled, never this."""
+        """Wait for one reply's stream and end the reply. A stop cancels the stream, never this coroutine."""
         stream = turn.streams.get(side)
         if stream is not None:
             await asyncio.wait({stream})
@@ -267,7 +268,7 @@ class Generation:
     async def conclude(self, turn: Turn, room: Room) -> None:
         """The post-condition of a turn: every reply has an ending, in the database and for every reader."""
         try:
-            turn.rhythm = None  # nothing is paced any more: text that was held back leaves with the ending
+            turn.rhythm = None  # the pace is over: text that was held back leaves with the ending
             while turn.open and turn.state != "lost" and turn.voice is not None:
                 status = turn.early or "failed"
                 reason = {"failed": "internal", "interrupted": "interrupted"}.get(status)
@@ -291,7 +292,7 @@ class Generation:
     # -- one ending
 
     async def finish(self, turn: Turn, side: str, result: Result) -> None:
-        """Store how a reply ended, then tell it; tell `storage_unavailable` when it cannot be stored."""
+        """Store a reply's ending, then tell it. An ending that cannot be stored is told as `storage_unavailable`."""
         if result.status in ("stopped", "interrupted"):
             turn.held.pop(side, None)
             turn.moved.set()
@@ -308,12 +309,15 @@ class Generation:
             turn.open.discard(side)
             if not turn.open:
                 turn.state = "ending"
-            self._note(row["model"], result)
+            self._count_failure(row["model"], result)
             self.observe(row["model"], result)
             turn.out.end(side, self.relay.mask.message(turn.session, row))
 
     async def _store(self, turn: Turn, side: str, result: Result) -> Row | None:
-        """Write a reply's ending, and with the last one the turn's. None when another worker owns the turn now."""
+        """Write a reply's ending; with the last reply the turn ends as well. Returns the row as readers are told it.
+
+        None: another worker owns the turn now.
+        """
         row = turn.replies[side] | {
             "content": turn.text(side),
             "status": result.status,
@@ -334,7 +338,7 @@ class Generation:
         return row if ours else None
 
     async def _keep_trying(self, store: Callable[[], Awaitable[bool]]) -> bool:
-        """Retry an ending until the database stores it. Raises `StorageUnavailable` after `store_for` seconds."""
+        """Retry `store` until the database answers. Raises `StorageUnavailable` after `store_for` seconds."""
         deadline = time.monotonic() + (3.0 if self.draining else self.settings.store_for)
         while True:
             try:
@@ -344,7 +348,8 @@ class Generation:
                     raise
             await asyncio.sleep(0.5)
 
-    def _note(self, model: str, result: Result) -> None:
+    def _count_failure(self, model: str, result: Result) -> None:
+        """Note whether a reply of this model failed: `outages` looks for failures in a row."""
         failures, _ = self._failures.get(model, (0, 0.0))
         failed = result.status == "failed" and result.reason != "provider_refused"
         self._failures[model] = (failures + 1 if failed else 0, time.monotonic())
@@ -352,7 +357,7 @@ class Generation:
     # -- ending early
 
     async def stop(self, session: Session, account_id: str) -> bool:
-        """End the session's running turn, whichever worker has it. False when none runs."""
+        """End the session's running turn, on whichever worker it runs. False when none runs."""
         own = [turn for turn in self.turns.values() if turn.session.key == session.key and turn.runs]
         if session.is_open or session.account_id == account_id:
             for turn in own:
@@ -373,7 +378,7 @@ class Generation:
             turn.end_early("stopped")
 
     def lose(self, turn: Turn) -> None:
-        """Another worker owns the turn now: this one tells and writes nothing more of it, and learns like any other."""
+        """Leave the turn to its new owner: nothing of it is told or written here any more, and the room learns."""
         if turn.state in ("lost", "over"):
             return
         log.warning("turn %s was taken over from this worker", turn.id)
@@ -412,7 +417,7 @@ class Generation:
                     values.append(reply | told)
         if values:
             await turns.checkpoint(self.database, values)
-        for turn, side, length in grown:  # only now: a write that failed has to be made again
+        for turn, side, length in grown:  # after the write: one that failed has to be made again
             turn.checkpointed[side] = length
         await self.refunds.give_back()
 
@@ -431,7 +436,7 @@ def _outcome(turn: Turn, side: str, stream: asyncio.Task[None] | None) -> Result
             result.status, result.reason = "failed", problem.code
         case TimeoutError():
             result.status, result.reason = "failed", "provider_timeout"
-        case problem:  # a provider's mistake must not take the other side of the battle along
+        case problem:  # an error in a provider must not end the other side of the battle
             log.error("reply %s failed", turn.replies[side]["id"], exc_info=problem)
             result.status, result.reason = "failed", "internal"
     return result

@@ -41,9 +41,9 @@ class Leases:
         self.tasks: Tasks = generation.tasks
         self._awake_at = self._renewed_at = time.monotonic()
         self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
-        self._asking: asyncio.Task[None] | None = None  # … and the database is asked whether they are
-        self._strangers: set[str] = set()  # turns of ours in the database that were not in `turns` at the last renewal
-        self._orphans: set[str] = set()  # turns taken over whose ending is not stored: they may have said something
+        self._asking: asyncio.Task[None] | None = None  # asks the database, after a freeze, which turns are still ours
+        self._strangers: set[str] = set()  # turns of ours in the database that `turns` lacked at the last renewal
+        self._orphans: set[str] = set()  # turns taken over whose ending is not stored: they may have some text already
         generation.surely_owned = self.surely_owned
         generation.adopt = self.adopt
 
@@ -56,7 +56,7 @@ class Leases:
             beat(self._look_for_stops, LOOK_FOR_STOPS)
 
     def surely_owned(self, turn: Turn) -> bool:
-        """Whether the lease is certainly ours. After a freeze longer than the lease, the database must confirm it."""
+        """Whether this worker certainly owns the turn. After a freeze longer than the lease the database is asked."""
         if turn.state == "lost":
             return False
         if self._awake():
@@ -71,7 +71,7 @@ class Leases:
             while self._slept:
                 try:
                     await self._renew()
-                except StorageUnavailable:  # then nobody else can have taken them either
+                except StorageUnavailable:  # then no other worker can have taken a turn either
                     self._slept = False
         finally:
             self._asking = None
@@ -98,7 +98,7 @@ class Leases:
         asked = time.monotonic()
         owned = await turns.renew_leases(self.database, self.worker, int(self.settings.lease * 1000))
         self._renewed_at = asked
-        self._slept = time.monotonic() - asked > self.settings.lease  # frozen before we read this, say
+        self._slept = time.monotonic() - asked > self.settings.lease  # frozen while the answer was on its way, say
         for turn in answering:
             if turn.id not in owned and turn.state == "answering" and not turn.lock.locked():
                 self.generation.lose(turn)
@@ -108,8 +108,8 @@ class Leases:
         for turn in list(self.turns.values()):
             if turn.unsaved and turn.task is not None and turn.task.done():
                 await self._save(turn)
-        # A turn whose insertion was given up and arrived all the same is ours, and nobody answers it yet.
-        # A worker that ends leaves it to the others: nobody would wait for its answer here.
+        # A stranger's INSERT succeeded after its caller had given up: the turn is ours, and nobody answers it yet.
+        # A worker that ends leaves its strangers to the others: its drain would not wait for their answers.
         strangers = owned.keys() - before - self.turns.keys() if not self.generation.draining else set()
         for turn_id in strangers & self._strangers:
             self.tasks.spawn(self.adopt(owned[turn_id]))
@@ -154,20 +154,20 @@ class Leases:
 
     async def _sweep(self) -> None:
         """Take over turns whose worker died and end them with the longest text known."""
-        # After an outage owners renew as soon as they can; a sweep at that moment would take turns from the living.
+        # After an outage the owners renew as soon as they can; a sweep before that would take turns of live workers.
         if self.generation.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
-            if row["id"] not in self.turns:  # else it is our own and was not renewed in time: now it is
+            if row["id"] not in self.turns:  # else the turn is our own, not renewed in time, and is renewed now
                 self.relay.count("taken_over")
-                log.warning("turn %s: its worker is gone, ending it", row["id"])
+                log.warning("turn %s: its worker is gone, ending the turn", row["id"])
                 self._orphans.add(row["id"])
                 self.tasks.spawn(self._take_over(row))
         await accounts.delete_expired(self.database)
         await budgets.delete_old_budgets(self.database)
 
     async def _take_over(self, row: Row) -> None:
-        """End a turn whose worker died. Where the database goes away meanwhile, the next renewal finds it ours."""
+        """End a turn whose worker died. If the database goes away meanwhile, a later renewal adopts the turn."""
         turn = await self._from_row(row)
         if turn is None:
             return
@@ -182,7 +182,7 @@ class Leases:
             await self.generation.conclude(turn, room)
 
     async def _inherit(self, turn: Turn, room: Room) -> None:
-        """Learn the longest text known of a turn: from the checkpoint, Redis, and the room here."""
+        """Learn a turn's longest text from its checkpoint, Redis and the room; store the endings that readers know."""
         turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
         answer = self.generation.answer_of(turn)
         await self.relay.learn_from_redis(answer)
@@ -191,5 +191,5 @@ class Leases:
             await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
         for side in sorted(turn.open):
             ending = turn.out.answer.replies[side].ending
-            if ending is not None:  # readers were told so, and that stays true
+            if ending is not None:  # readers were told this ending, so it is the one to store
                 await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]))

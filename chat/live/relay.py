@@ -1,4 +1,4 @@
-"""All rooms of a worker: entering and leaving them, what they learn from, and what is told to the rooms elsewhere.
+"""All rooms of a worker: how they are entered and left, how they learn, and how rooms of other workers are told.
 
 A room is opened by its first follower or owned turn and closed by its last; it has one broadcaster subscription.
 Joining is: subscribe, then read, then merge what is learned twice.
@@ -31,7 +31,7 @@ from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, StopTu
 from .rooms import Follower, Past, Room, latest_cursor
 from .voice import Voice, always, text_key
 
-FAREWELL = 1.0  # seconds readers have to hear that this worker ends: most need milliseconds, a blocked one will not
+FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
 UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
@@ -59,8 +59,8 @@ class Relay:
         self.rooms: dict[str, Room] = {}  # by the session's key
         self.voices: set[Voice] = set()
         self.counts: dict[str, int] = {}
-        self.lag = 0.0  # seconds our own sign of life took through the bus
-        self.heard_at = 0.0  # monotonic: when it last came back
+        self.lag = 0.0  # seconds that our own sign of life took through the bus
+        self.heard_at = 0.0  # monotonic: when the sign of life last came back
         self.on_stop: Callable[[str], None] = lambda turn_id: None
         self._sent_at = 0.0
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -103,7 +103,7 @@ class Relay:
         await self.broadcast.disconnect()
 
     async def _hang_up(self) -> None:
-        """Disconnect every reader, to reconnect to another worker: some servers do not do so when they end."""
+        """Send every reader away, to reconnect to another worker: some servers end without closing their sockets."""
         restarting = ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
         for room in self.rooms.values():
             room.send_away(restarting)
@@ -157,7 +157,7 @@ class Relay:
         return self._locks.setdefault(key, asyncio.Lock())
 
     async def enter(self, session: Session) -> Room:
-        """Open the session's room for a turn of this worker; `leave` it after the turn. Reads nothing: cannot fail."""
+        """Open the session's room for a turn of this worker; `leave` it after the turn. Reads nothing, never fails."""
         async with self._lock(session.key):
             room = await self._room(session)
             room.writing += 1
@@ -235,7 +235,7 @@ class Relay:
         return Answer(row["id"], row["position"], row["previous"] or "", self.mask.messages(session, rows))
 
     async def learn_from_redis(self, answer: Answer) -> None:
-        """Learn from Redis what a running turn has said. A Redis that is away is made up for by the next checkpoint."""
+        """Learn the texts of a running turn from Redis. If Redis is away, readers wait for the next checkpoint."""
         if self.bus is None or answer.over:
             return
         sides = list(answer.replies)
@@ -261,7 +261,7 @@ class Relay:
             if not answer.fits(cursor):
                 return False
             if cursor.over and not answer.over:
-                room.learn_again()  # the reader was told more than this room knows
+                room.learn_again()  # the reader has more than this room
         else:
             past = await room.past(cursor.turn_id)
             if past.answer is None or not past.resumable or not past.answer.fits(cursor):
@@ -312,10 +312,10 @@ class Relay:
 
     def silence(self, voice: Voice) -> None:
         self.voices.discard(voice)
-        voice.owned = always  # it refers to the turn, which refers to the voice: both would stay until a collection
+        voice.owned = always  # the function refers to the turn, the turn to the voice: a cycle would stay in memory
 
     def notice_of(self, session: Session, action: str) -> SessionNotice:
-        """Return the event that says how the session stands now."""
+        """Return the event with the session's present state."""
         member, reader = (
             session_event("session_update", session=whole, action=action, version=session.version).decode()
             for whole in (self.mask.session(session), self.mask.session(session, "share"))
@@ -342,7 +342,7 @@ class Relay:
         self._send(session, lambda room: room.check_rights(), RightsChanged())
 
     def look_again(self, session: Session) -> None:
-        """Have all rooms of the session learn from the database what was written there and not told."""
+        """Have all rooms of the session learn from the database again: something was written there and not told."""
         self._send(session, lambda room: room.learn_again(), LearnAgain())
 
     def _send(self, session: Session, here: Callable[[Room], None], message: BusMessage) -> None:
@@ -362,7 +362,7 @@ class Relay:
             room.check_rights(account_id)
 
     def send_stop(self, session: Session, turn_id: str) -> None:
-        """Tell a turn's owner to end it. Lost while Redis is away: the owner also finds the wish in the database."""
+        """Tell a turn's owner to end the turn. While Redis is away the owner finds the request in the database."""
         self._publish(self._channel("session", session.key), encode(StopTurn(turn_id)))
 
     def _publish(self, channel: str, payload: bytes) -> None:
@@ -389,7 +389,7 @@ class Relay:
 
 
 def _as_told(answer: Answer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return stored messages, the running replies among them with the text that has been told."""
+    """Return stored messages; replies that run, or ended after they were read, are as the room's answer has them."""
     told = {message["id"]: message for message in answer.messages}
     known = {message["id"] for message in messages}
     running = [message for message in told.values() if message["status"] in ("pending", "streaming")]

@@ -41,7 +41,7 @@ from .events import (
 log = logging.getLogger("parley.rooms")
 
 NOTICES_MAX = 32  # session events waiting for one reader; the oldest typing indicator is dropped first
-AHEAD_MAX = 1_000  # messages with words that begin beyond the room's text, waiting for what lies between
+AHEAD_MAX = 1_000  # messages of words kept while the text before them is missing here
 LEARN_EVERY = 0.25  # seconds between two attempts to learn again
 STORAGE_RETRY = 0.5  # seconds until a follower that is behind asks the database again
 
@@ -91,21 +91,21 @@ class Follower(Sleeper):
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
-        """right: runs again when rights change; one_turn: the follower reads one turn and nothing else."""
+        """right: is checked again when rights change; one_turn: the follower reads one turn and nothing else."""
         self.room = room
         self.dialect = dialect
         self.right = right
         self._asleep = None
         self.cursor: Cursor = NOTHING
         self.one_turn = one_turn
-        self.polls = False  # the reader takes what there is and leaves
-        self.interrupted = False  # the reader's coroutine has something else to do first: a frame asked for it
+        self.polls = False  # the reader takes everything there is now and leaves
+        self.interrupted = False  # a frame has asked the reader's coroutine for something else than `next`
         self.lost = False  # the turn of the cursor is gone: the reader needs a snapshot
-        self.ended: ChatError | None = None  # why the follower is sent away
-        self.direct: Direct | None = None  # written to by the room while the reader keeps up
-        self.wrap: Callable[[bytes], bytes] = bytes  # what the dialect does to a session event
-        self.ping = b""  # the next sign of life of a stream
-        self._busy = True  # the reader's own coroutine is writing: the room must not
+        self.ended: ChatError | None = None  # the error with which the follower is sent away
+        self.direct: Direct | None = None  # the room writes to this connection while the reader keeps up
+        self.wrap: Callable[[bytes], bytes] = bytes  # makes the bytes of a session event, as `dialect` does of a turn's
+        self.ping = b""  # a sign of life that the stream has to send
+        self._busy = True  # the reader's own coroutine is writing: the room must not write beside it
         self._notices: list[tuple[str, bytes]] = []
 
     # -- what the room does
@@ -142,7 +142,7 @@ class Follower(Sleeper):
         self.rouse()
 
     def send_away(self, problem: ChatError) -> None:
-        """Have `next` raise: at once, or where the reader may come back, once everything known was told."""
+        """Have `next` raise `problem`: at once, or for `draining`, after everything known was told."""
         self.ended = self.ended or problem
         self.rouse()
 
@@ -181,9 +181,9 @@ class Follower(Sleeper):
         return [self.wrap(notice) for _, notice in notices]
 
     async def _owed(self) -> list[bytes] | None:
-        """Return what is to be told now: of the room's answer, or else of the older turn the cursor is in.
+        """Return the bytes to tell now: of the room's answer, or else of the older turn the cursor is in.
 
-        None: look again. Something came while storage was asked, or the turn turned out to be gone.
+        None: call again. Storage was away or had nothing new, the cursor was moved meanwhile, or its turn is gone.
         """
         answer = self.room.answer
         if self.room.in_step(self):
@@ -215,7 +215,7 @@ class Follower(Sleeper):
         if self.cursor.over and next_id and not self.one_turn:
             self.cursor = start_of(next_id)
         elif not tellings:
-            # The database knows no more than the reader: the room has to learn which turn is the latest.
+            # The reader has all that the database has: the room has to learn which turn is the latest.
             self.room.learn_again()
             await asyncio.sleep(LEARN_EVERY)
         return self.dialect(cursor.turn_id, tellings) if tellings else None
@@ -229,19 +229,19 @@ class Room:
         self.channel = channel
         self.answer: Answer | None = None  # of the latest turn
         self.followers: set[Follower] = set()
-        self.writing = 0  # turns of this process here
-        self.version = session.version
-        self.news_at = time.monotonic()
+        self.writing = 0  # turns of this session that this process answers
+        self.version = session.version  # the highest version of the session that followers were told
+        self.news_at = time.monotonic()  # when the last message about a turn came
         self._source = source
-        self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)
-        self.opening: asyncio.Task[None]  # set by the relay; everybody who enters waits for it
+        self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)  # words that cannot be learned yet
+        self.opening: asyncio.Task[None]  # the relay sets it; whoever enters the room waits for this task
         self._subscription: AbstractAsyncContextManager[Any] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._learning: asyncio.Task[None] | None = None
-        self._again = False
-        self._rights_due = False  # followers are to be admitted again with the next learning
-        self._loaded: asyncio.Task[None] | None = None
-        self._pasts: dict[str, asyncio.Task[Past]] = {}
+        self._again = False  # something may have been missed since the last learning began
+        self._rights_due = False  # followers are to be admitted again after the next learning
+        self._loaded: asyncio.Task[None] | None = None  # the first learning
+        self._pasts: dict[str, asyncio.Task[Past]] = {}  # readings of older turns that go on now, by the turn's id
 
     # -- opening and closing, under the relay's lock of this session
 
@@ -278,7 +278,7 @@ class Room:
             event = await subscriber.get()
             try:
                 self.hear(event.message)
-            except Exception:  # one message that no worker sends must not leave the room deaf
+            except Exception:  # a single message must not end the listening: the room would hear nothing more
                 log.exception("a message of the bus could not be learned from")
                 self._source.count("foreign")
                 self.learn_again()
@@ -316,7 +316,7 @@ class Room:
                 self._source.stop_here(turn_id)
 
     def _answer_of(self, turn_id: str) -> Answer | None:
-        """Return the room's answer if it is this turn's. Another turn is older, or one whose beginning was missed."""
+        """Return the room's answer if it is of this turn. Otherwise the beginning of that turn may have been missed."""
         self.news_at = time.monotonic()
         if self.answer is not None and self.answer.turn_id == turn_id:
             return self.answer
@@ -334,9 +334,9 @@ class Room:
         self.notify()
 
     def learn_turn(self, answer: Answer) -> Answer:
-        """Learn of a turn. A later turn takes the place of the one before; an older one is old news.
+        """Learn a turn. A later turn takes the place of the room's; an older turn changes nothing.
 
-        Returns the answer that the room goes on with, or the given one when it is of another turn.
+        Returns the room's answer when the turn is the room's already, else the given answer.
         """
         self.news_at = time.monotonic()
         if self.answer is not None and answer.turn_id == self.answer.turn_id:
@@ -352,7 +352,7 @@ class Room:
         return answer
 
     def learn_again(self) -> None:
-        """Learn what may have been missed from Redis and the database; once more afterwards if asked meanwhile."""
+        """Start learning from Redis and the database. Calls that come while it goes on cause one more round."""
         self._again = True
         if self._learning is None or self._learning.done():
             self._learning = self._source.spawn(self._keep_learning())
@@ -367,7 +367,7 @@ class Room:
                 self._again = True
             except ChatError:
                 return  # the session is gone, and its followers are sent away
-            else:  # storage answers: asked before, a check would have been forgotten with its failure
+            else:  # storage answers now: without it the check would fail, and a right that ended would stay
                 if self._rights_due:
                     self._rights_due = False
                     self.check_rights()
@@ -396,7 +396,7 @@ class Room:
         self.notify()
 
     def _compare(self, session: Session) -> None:
-        """Tell followers what changed in the session's row while its notices may have been lost."""
+        """Tell followers of a change in the session's row whose notice may have been lost."""
         before, self.session = self.session, session
         if self._loaded is not None and not self._loaded.done():
             self.version = session.version  # the first reading: nobody here was told anything older
@@ -420,7 +420,7 @@ class Room:
     # -- telling
 
     def in_step(self, follower: Follower) -> bool:
-        """Whether the follower reads the room's answer, and not an older turn."""
+        """Whether the follower reads the room's answer. One at the end of the turn before is moved to its start."""
         answer, cursor = self.answer, follower.cursor
         if answer is None:
             return False
@@ -432,7 +432,7 @@ class Room:
         return False
 
     def notify(self) -> None:
-        """Send new text: the same bytes, at once, to all followers in step; the other followers are woken."""
+        """Send new text to all followers that keep up: bytes are made once for each cursor; wake the others."""
         answer = self.answer
         if answer is None:
             return
@@ -500,7 +500,7 @@ async def _check(group: list[Follower]) -> None:
     try:
         await group[0].right.check()
     except StorageUnavailable:
-        return  # nobody can be admitted at the moment; the gap or change that comes next asks again
+        return  # nobody can be admitted at the moment; the next gap or change checks again
     except ChatError as problem:
         for follower in group:
             follower.send_away(problem)

@@ -32,7 +32,11 @@ class Result:
 
 @dataclass(eq=False)
 class Turn:
-    """A turn of this worker. `early`: why it is to end before its models do, `stopped` or `interrupted`."""
+    """A turn of this worker.
+
+    `early`: the status with which the turn is to end before its models do, `stopped` or `interrupted`; `stored`: its
+    rows, once they are written; `voice`: its way to the readers, once it has begun to speak.
+    """
 
     id: str
     session: Session
@@ -46,18 +50,20 @@ class Turn:
     results: dict[str, Result] = field(default_factory=dict)
     meters: dict[str, Meter] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)  # the sides whose ending is not stored and told
-    held: dict[str, str] = field(default_factory=dict)  # of a blind battle: text that has come and is not shown yet
-    finished: set[str] = field(default_factory=set)  # … the sides whose model has stopped
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # … something changed for the pace
-    waiters: dict[str, asyncio.Future[None]] = field(default_factory=dict)  # … for a side's last piece to leave
-    rhythm: Rhythm | None = None  # … the pace of both sides; None: text is shown as it comes
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one ending at a time: the last one ends the turn as well
-    unsaved: list[Row] = field(default_factory=list)  # endings that were told and that the database did not take
+    unsaved: list[Row] = field(default_factory=list)  # endings that readers were told and the database does not have
     checkpointed: dict[str, int] = field(default_factory=dict)  # characters the database has, by side
     checkpointed_at: float = 0.0  # monotonic
+    # of a blind battle
+    rhythm: Rhythm | None = None  # the pace of both sides; None: text is shown as it comes
+    held: dict[str, str] = field(default_factory=dict)  # text that has come from the model and is not shown yet
+    finished: set[str] = field(default_factory=set)  # the sides whose model has stopped
+    moved: asyncio.Event = field(default_factory=asyncio.Event)  # set when `held` or `finished` changed
+    waiters: dict[str, asyncio.Future[None]] = field(default_factory=dict)  # done when a side's last piece is shown
 
     @property
     def runs(self) -> bool:
+        """Whether a stop can still end the turn early."""
         return self.state in ("starting", "answering")
 
     @property
@@ -67,12 +73,13 @@ class Turn:
 
     @property
     def out(self) -> Voice:
+        """The voice of a turn that has begun to speak."""
         assert self.voice is not None
         return self.voice
 
     @property
     def over(self) -> bool:
-        """Whether the turn's task has done all that it can."""
+        """Whether the turn's task has ended; endings may still be `unsaved`."""
         return self.task is not None and self.task.done()
 
     def text(self, side: str) -> str:

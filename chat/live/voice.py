@@ -20,9 +20,9 @@ from .answers import Answer, Piece
 from .bus import Gather, RedisBus
 from .events import ReplyEnded, TurnBegun, TurnWords, encode
 
-KEEP = 900  # seconds Redis keeps the text of a running turn; no reply may take longer than `reply_timeout`
+KEEP = 900  # seconds that Redis keeps the text of a running turn: longer than any reply may take (`reply_timeout`)
 KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
-REPAIR_EVERY = 1.0  # seconds between two SETs of a turn: a Redis that evicts all the time must not cost the square
+REPAIR_EVERY = 1.0  # seconds between two SETs: Redis may evict all the time, and a SET sends the whole text again
 
 
 def always() -> bool:
@@ -44,7 +44,7 @@ class Voice:
     ) -> None:
         """notify: has the room tell its followers; publish: sends a message to the rooms of other workers."""
         self.answer = answer
-        self.owned: Callable[[], bool] = always  # False: the owner has to look whether the turn is still its own
+        self.owned: Callable[[], bool] = always  # False: nothing may leave before the database confirms the ownership
         self._notify = notify
         self._publish = publish
         self._gather = gather
@@ -59,7 +59,7 @@ class Voice:
         self._asked_at = 0.0  # monotonic: when that piece was sent
         self._gathered = False  # `_leave` is about to be called
         self._silent = False
-        self._kept = False  # Redis was told how long to keep the texts
+        self._kept = False  # an EXPIRE has told Redis how long to keep the texts
         self._repaired_at = 0.0  # monotonic
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -120,7 +120,7 @@ class Voice:
     def hurry(self) -> None:
         """Have pending text leave as soon as it may."""
         if self._unanswered and not self._flying:
-            self._show()  # Redis keeps us waiting: readers here do not wait with us
+            self._show()  # Redis is late (`show_late`): readers of this worker do not wait for it
         elif not (self._gathered or self._unanswered):
             self._gathered = True
             self._gather.soon(self._leave)

@@ -24,7 +24,7 @@ log = logging.getLogger("parley.bus")
 
 ANSWER_TIMEOUT = 5.0  # seconds without any answer after which a connection that waits for one counts as dead
 
-Answered = Callable[[Any], None] | None  # is given Redis' answer, or the exception that stands for it, if it cares
+Answered = Callable[[Any], None] | None  # a callback with Redis' answer or an exception; None: nobody waits for it
 
 
 class Address:
@@ -74,7 +74,7 @@ class Wire(asyncio.Protocol):
         self._waiting: deque[Answered] = deque()
         self._pushed = pushed
         self._transport: asyncio.Transport | None = None
-        self.writable = True  # False while a stalled Redis takes nothing: what is sent then would fill our memory
+        self.writable = True  # False while a stalled Redis reads nothing: more commands would only fill our memory
         self.lost = asyncio.get_running_loop().create_future()
         self.heard_at = 0.0  # loop time
 
@@ -135,7 +135,7 @@ class Wire(asyncio.Protocol):
             self._pushed(pushed)
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
-        """Write one command; the future has its answer. With pub/sub on this wire nothing resolves it."""
+        """Write one command; the future has its answer. On a wire for pub/sub the future is never done."""
         future = asyncio.get_running_loop().create_future()
         self.write(hiredis.pack_command(command), [partial(settle, future)])
         return future
@@ -171,10 +171,10 @@ def settle(future: asyncio.Future[Any] | None, answer: Any) -> None:
 
 
 def guarded(call: Callable[..., None] | None, *given: Any) -> None:
-    """Call back. Never raises: an error in one turn's callback must not close everyone's connection."""
+    """Call `call` if there is one. Never raises: an error of one turn must not close the connection of all."""
     if call is None:
         return
     try:
         call(*given)
     except Exception:
-        log.exception("a call back failed")
+        log.exception("a callback failed")
