@@ -38,20 +38,20 @@ from chat.formats.events import encode
 from chat.limits import Crowd
 from chat.settings import Settings, read_settings
 
-STARTUP_FAILURE = 3  # uvicorn's word for "the same would happen again": its parent process stops as well
-BACKLOG = 16_384  # bytes that wait here before a reader counts as blocked: what it has not got yet still merges
-UNSENT = 8_192  # bytes the kernel takes beyond those under way; else it takes megabytes, and pings wait behind them
-PATIENCE = 10.0  # seconds for the head of a request, as long as a socket has to say who it is
-PIECE = 4096  # bytes parsed at once: limits are looked at in between, and one read may bring 256 KiB
-HEAD_MAX = 32_768  # bytes of a head or of trailers: room for every cookie a browser keeps
+STARTUP_FAILURE = 3  # the exit status by which uvicorn's parent process knows that a new worker would fail as well
+BACKLOG = 16_384  # bytes that wait in a connection before its reader counts as blocked; text that comes later merges
+UNSENT = 8_192  # bytes the kernel takes beyond those on their way: without a limit, pings wait behind megabytes
+PATIENCE = 10.0  # seconds for the head of a request; a socket has as long to authenticate
+PIECE = 4096  # bytes parsed at once: the limits are checked between two pieces, and one read may bring 256 KiB
+HEAD_MAX = 32_768  # bytes of a head or of trailers: enough for every cookie a browser keeps
 LINES_MAX = 128  # header lines
-BODY_RATE = 500  # bytes a second: a body that comes slower is given up, a phone in a tunnel is quicker
+BODY_RATE = 500  # bytes a second: a slower body is refused; a phone with a bad signal is faster
 BODY_PATIENCE = 6  # times PATIENCE that a body may take in all
 PIPELINE_MAX = 32  # requests that wait for the answers before them
 BODIES_MAX = 4 * 1024 * 1024  # bytes of unanswered bodies of one address: 16 of the largest
-FRAMES_MAX = 500  # control frames and fragments a second of one socket: they cost time and hardly a byte
+FRAMES_MAX = 500  # control frames and fragments a second of one socket: a few bytes each, but each costs CPU time
 CONTROL = (Opcode.PING, Opcode.PONG, Opcode.CLOSE)
-DESCRIPTORS = 65_536  # as many as we ask for: a limit without end makes some libraries count to it
+DESCRIPTORS = 65_536  # descriptors we ask for: with an unlimited number some libraries loop over all of them
 
 
 log = logging.getLogger("parley.servers")
@@ -69,9 +69,9 @@ def settings_or_exit() -> Settings:
 
 
 def serve(settings: Settings, hello: Callable[[], None]) -> None:
-    """Run uvicorn with what the service needs: small frames, no deflate, a bound on blocked sockets, a bounded stop.
+    """Run uvicorn as the service needs it: small frames, no deflate, a bound on blocked sockets, a bounded stop.
 
-    `hello` is called once the service listens, where one process is all there is.
+    `hello` is called once the service listens, when the service is one process.
     """
     log.info("room for %d open connections and files", raise_descriptor_limit())
     listener = _listen(settings)
@@ -88,7 +88,7 @@ def serve(settings: Settings, hello: Callable[[], None]) -> None:
         access_log=False,  # request lines carry tokens of clients that put them into the URL
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         server_header=False,
-        proxy_headers=False,  # whose word on the caller's address counts is `trusted_proxies` alone
+        proxy_headers=False,  # the setting `trusted_proxies` alone decides which proxy is believed
     )
     if settings.workers > 1:
         from uvicorn.supervisors import Multiprocess
@@ -125,16 +125,16 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def raise_descriptor_limit() -> int:
-    """Take as many descriptors as this process may have, and return how many: shells and platforms start with 1,024."""
+    """Raise the limit of open descriptors as far as this process may, and return it: many shells start with 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    with contextlib.suppress(ValueError, OSError):  # macOS takes less than it says; what is there has to do then
+    with contextlib.suppress(ValueError, OSError):  # macOS allows fewer than its limit says: then the limit stays
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def calm_the_collector() -> None:
-    """Look for cycles seldom: with many turns Python's default looks through all that lives again and again, in vain.
+    """Have the garbage collector look for cycles seldom: Python's default scans all objects again and again, in vain.
 
     Objects made at the start are never scanned; nearly all later objects have no cycles.
     """
@@ -146,7 +146,7 @@ def calm_the_collector() -> None:
 
 
 class Bounded(asyncio.Protocol):
-    """A connection that holds little of what its reader does not take. `blocked` while its buffers are full."""
+    """A connection that buffers little for a slow reader. `blocked`: its buffers are full."""
 
     blocked = False
     transport: asyncio.Transport
@@ -168,13 +168,13 @@ class Bounded(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.blocked = False  # a transport that is lost while paused never resumes: who waits would wait for ever
+        self.blocked = False  # a lost transport never calls `resume_writing`: a writer would wait for ever
 
     async def writable_again(self) -> None:
         raise NotImplementedError
 
     async def room(self, patience: float) -> None:
-        """Wait until more may be written. Raises `TimeoutError` when for so many seconds nothing leaves."""
+        """Wait until more may be written. Raises `TimeoutError` when nothing leaves for `patience` seconds."""
         while self.blocked:
             waiting = self.transport.get_write_buffer_size()
             try:
@@ -206,7 +206,7 @@ class ConsumerQueue(Sleeper):
 
 
 class FrameParser(ServerProtocol):
-    """websockets' parser. A close inside a fragmented message is a close like any other: it may come at any time."""
+    """The parser of websockets, which refuses a close frame between two fragments of a message; RFC 6455 allows it."""
 
     def recv_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
@@ -215,14 +215,14 @@ class FrameParser(ServerProtocol):
 
 
 class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
-    """A socket that can be written to without a task, and whose peer cannot make us work or keep more than a little."""
+    """A socket that is written to without a task, and whose peer can cost us little CPU and memory."""
 
-    _stuck = 0  # bytes that waited when a pong was late
-    _rest = b""  # what was read and is not parsed yet
-    _second = 0  # of the loop's time
-    _frames = 0  # that came in this second
-    sockets_of = Crowd()  # this worker's sockets; a peer that does not answer our close stays for seconds
-    _address = ""  # once it is counted
+    _stuck = 0  # bytes in the buffer when a pong was late
+    _rest = b""  # bytes that were read and are not parsed yet
+    _second = 0  # the second of the loop's time in which `_frames` are counted
+    _frames = 0  # control frames and fragments of this second
+    sockets_of = Crowd()  # this worker's sockets by address; a peer that ignores our close is counted for seconds
+    _address = ""  # the address under which the socket is counted; "" before
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -241,19 +241,19 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._rest += data
-        if len(self._rest) > len(data):  # a peer may have more under way than we have looked at
+        if len(self._rest) > len(data):  # earlier bytes are not parsed yet: read no more from this peer until they are
             self.transport.pause_reading()
         else:
             self._take()
 
     def _take(self) -> None:
-        """Parse a piece, as long as the consumer keeps up, and the next one when others have had their turn."""
+        """Parse one piece while the consumer keeps up; other connections come before the next piece."""
         if self.read_paused or self.transport.is_closing():
             return
         piece, self._rest = self._rest[:PIECE], self._rest[PIECE:]
         super().data_received(piece)
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
-            self.transport.close()  # a head the parser gave up: nobody else would end this connection
+            self.transport.close()  # a head that the parser refused: nothing else would close this connection
         elif self._rest:
             self.transport.pause_reading()
             self.loop.call_soon(self._take)
@@ -261,7 +261,7 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     async def receive(self) -> Any:
-        """Give the consumer a message; uvicorn's goes on reading, whatever has not been looked at yet."""
+        """Give the consumer a message. Uvicorn's own `receive` would read more while bytes wait unparsed."""
         message = await self.queue.get()
         if self.read_paused and self.queue.empty():
             self.read_paused = False
@@ -274,7 +274,7 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             self._take()  # the peer's answer to our close may be in it
 
     def handle_events(self) -> None:
-        """Count the frames that no consumer counts: control frames and fragments."""
+        """Count control frames and fragments, which the consumer never sees, and end a socket that sends too many."""
         second = int(self.loop.time())
         if second != self._second:
             self._second, self._frames = second, 0
@@ -288,39 +288,39 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             super().handle_events()
 
     def handle_ping(self) -> None:
-        """Answer as far as the peer reads: pongs for a reader that takes nothing would fill our memory."""
+        """Answer a ping unless the peer reads nothing: its pongs would fill our memory."""
         if self.blocked:
             self.conn.data_to_send()
         else:
             super().handle_ping()
 
     def send_receive_event_to_app(self) -> None:
-        with contextlib.suppress(InvalidState):  # broken text, and the peer's close came right behind it
+        with contextlib.suppress(InvalidState):  # uvicorn would close for broken text; the peer has closed already
             super().send_receive_event_to_app()
 
     def start_keepalive(self) -> None:
         super().start_keepalive()
-        self.response.headers.clear()  # they are sent
+        self.response.headers.clear()  # these have been sent and would stay in memory
 
     def handle_connect(self, event: Any) -> None:
         settings = getattr(self.app, "settings", None)
         if settings is not None:
             forwarded = event.headers.get_all("X-Forwarded-For")
             self._address = address(self.client, forwarded, settings.trusted_proxies)
-            # The consumer counts those that talk, and tells the others why not: twice as many have to be enough.
+            # The consumer accepts a socket to say why it is refused, and the socket counts meanwhile: twice as many.
             if not self.sockets_of.enter(self._address, 2 * settings.sockets_per_address):
                 self._reject(429, "rate_limited", "There are too many sockets from this address.")
                 self.close_sent = True
                 self.transport.close()
                 return
         super().handle_connect(event)
-        event.headers.clear()  # the scope has its own; the parser keeps these as long as the socket lives
+        event.headers.clear()  # the scope has a copy; the parser would keep these as long as the socket lives
         # A client that negotiated compression needs each frame made for it alone.
         if self.handshake_initiated and not (self.handshake_complete or self.config.ws_per_message_deflate):
             self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
 
     def send_500_response(self) -> None:
-        """The answer of uvicorn to a handshake that it aborts, in the shape of our errors."""
+        """Answer a handshake that uvicorn aborts with an error in our shape."""
         if not (self.initial_response or self.handshake_complete):
             self._reject(503, "draining", "The service is restarting.")
 
@@ -346,9 +346,9 @@ class DirectProtocol(Bounded, WebSocketsSansIOProtocol):
             transport.write(frames)
 
     def abort(self, code: int = 1006, reason: str = "") -> None:
-        """Close a socket that takes nothing: say why behind what is stuck, and let the kernel's patience decide."""
+        """Close a socket whose peer reads nothing. The reason waits behind the unsent bytes; TCP decides how long."""
         if not (self.close_sent or self.disconnected):
-            with contextlib.suppress(InvalidState):  # the peer has begun to close it
+            with contextlib.suppress(InvalidState):  # the peer has begun to close the socket
                 self.conn.send_close(code, reason)
             self.transport.write(b"".join(self.conn.data_to_send()))
             self.close_sent = True
@@ -525,7 +525,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
 
 
 class DirectAnswer:
-    """An answer's body, to be written to without a task between its head and its last part."""
+    """The body of a streamed answer, which is written to without a task between its head and its last part."""
 
     def __init__(self, connection: HeadProtocol, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -533,7 +533,7 @@ class DirectAnswer:
 
     @property
     def streams(self) -> bool:
-        """Whether its head is sent and says that a body of any length follows."""
+        """Whether the answer's head is sent and announces a chunked body."""
         return self._cycle.chunked_encoding is True
 
     @property
@@ -541,7 +541,7 @@ class DirectAnswer:
         return self._connection.blocked
 
     async def room(self, patience: float) -> None:
-        """Wait until more may be written. Raises `TimeoutError` when for so many seconds nothing leaves."""
+        """Wait until more may be written. Raises `TimeoutError` when nothing leaves for `patience` seconds."""
         await self._connection.room(patience)
 
     def write(self, part: bytes) -> None:
@@ -551,7 +551,7 @@ class DirectAnswer:
             transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     def abort(self, code: int = 1006, reason: str = "") -> None:
-        """Give up a reader that takes nothing. There is no saying why: what is stuck is before it."""
+        """Drop a reader that reads nothing. No reason can be given: unsent bytes stand before it."""
         self._cycle.transport.abort()
 
 
@@ -559,12 +559,12 @@ class DirectAnswer:
 
 
 def end_first(end: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run `end` before the server ends where it runs no lifespan: its signals come here first and are passed on after.
+    """Run `end` before a server ends that runs no lifespan: its signals come here first and are passed on afterwards.
 
     Otherwise Daphne would cut every answer off and then wait for ever for the threads of SQLite's connections.
     """
     loop = asyncio.get_running_loop()
-    ending: list[asyncio.Task[None]] = []  # one, even if a platform says it twice
+    ending: list[asyncio.Task[None]] = []  # one task, even if a platform sends the signal twice
 
     def begin(theirs: Any, number: int) -> None:
         def pass_on(ended: asyncio.Task[None]) -> None:
@@ -578,21 +578,21 @@ def end_first(end: Callable[[], Coroutine[Any, Any, None]]) -> None:
     def hear(theirs: Any, number: int, frame: Any) -> None:
         loop.call_soon_threadsafe(begin, theirs, number)
 
-    with contextlib.suppress(ValueError):  # not the main thread: nobody can take signals here
+    with contextlib.suppress(ValueError):  # only the main thread can handle signals
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, functools.partial(hear, signal.getsignal(number)))
 
 
-NEAREST = {1003: 4400, 1009: 4400, 1012: 4408}  # a client does the same on both
+NEAREST = {1003: 4400, 1009: 4400, 1012: 4408}  # the code instead: clients do the same on both
 
 
 def closing(send: Send) -> Send:
-    """Close sockets also where the server refuses the standard's own codes, as Daphne does with all but 1000."""
+    """Send other close codes to a server that refuses the standard's own, as Daphne does with all but 1000."""
 
     async def send_closing(message: Message) -> None:
         try:
             await send(message)
-        except Exception:  # Daphne's raises no narrower one
+        except Exception:  # Daphne raises a bare Exception
             if message["type"] != "websocket.close" or message["code"] not in NEAREST:
                 raise
             await send({**message, "code": NEAREST[message["code"]]})
@@ -603,7 +603,7 @@ def closing(send: Send) -> Send:
 # -- logs
 
 
-QUIET = logging.getLogger("parley.frames")  # its debug lines are whole frames and heads: prompts and tokens
+QUIET = logging.getLogger("parley.frames")  # DEBUG would print whole frames and heads: prompts and credentials
 QUIET.setLevel(logging.WARNING)
 REDACTED = re.compile(r"\b(token|anonymous_token|ticket|share_token|key)=[^&\s\"]+")
 
@@ -611,8 +611,8 @@ REDACTED = re.compile(r"\b(token|anonymous_token|ticket|share_token|key)=[^&\s\"
 class Discreet(logging.Filter):
     """A server's log of its clients, without secrets and text that clients can inject.
 
-    Request lines have the tokens of those that cannot do better; and for each text that is not UTF-8, which closes its
-    socket with 1007 and is no matter of ours, uvicorn would print a traceback.
+    Some clients can put their token only into the URL, which is in the request line. For each text that is not UTF-8
+    uvicorn would print a traceback; such a text closes its socket with 1007 and is no fault of ours.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -647,7 +647,7 @@ LOQUACIOUS = ("aiosqlite", "websockets", "httpcore", "httpcore2", "httpx", "hpac
 
 
 def keep_logs_discreet() -> None:
-    """Have every server we know print nothing that opens a session."""
+    """Keep credentials out of the logs of every server we know."""
     for name in LOQUACIOUS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("uvicorn.error", "uvicorn.access", "hypercorn.access", "granian.access"):

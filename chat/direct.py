@@ -1,7 +1,7 @@
-"""Writing to a connection without a task: what a server's own protocol offers beside ASGI, and where it is found.
+"""Writing to a connection without a task, past ASGI.
 
-`servers.py` implements `Direct` on uvicorn's protocols and puts the connection into the scope's extensions. On every
-other server there is none, and bytes go through ASGI.
+`servers.py` implements `Direct` on uvicorn's protocols and puts the connection into the scope's extensions. Other
+servers offer no `Direct`, and bytes go through ASGI.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Direct(Protocol):
         ...
 
     def abort(self, code: int = 1006, reason: str = "") -> None:
-        """Give up a reader that takes nothing; a socket is told the code and reason if it ever reads again."""
+        """Drop a reader that reads nothing; a socket is told the code and reason if it ever reads again."""
         ...
 
 
 class Sleeper:
-    """A coroutine's place to wait for news. An `asyncio.Event` costs 0.8 KB for each socket that is silent."""
+    """A coroutine that sleeps until something rouses it. An `asyncio.Event` would cost 0.8 KB a socket."""
 
     __slots__ = ("_asleep",)
     _asleep: asyncio.Future[None] | None
@@ -43,7 +43,7 @@ class Sleeper:
         self._asleep = None
 
     async def sleep(self) -> None:
-        """Wait until roused. A caller that looks for news first and sleeps then misses none."""
+        """Wait until roused. Look for news first: `rouse` wakes only a coroutine that sleeps already."""
         self._asleep = asyncio.get_running_loop().create_future()
         await self._asleep
 
