@@ -33,7 +33,7 @@ class Closed(Exception):
 
 
 def subprotocol(socket: WebSocket) -> str | None:
-    """Ours if it was offered. The token that is offered beside it must not be echoed."""
+    """Return our subprotocol if the client offers it. The token that is offered beside it must not be echoed."""
     return PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None
 
 
@@ -49,7 +49,7 @@ REFUSALS = {
 
 
 async def admit(socket: WebSocket, chat: State) -> Right:
-    """Return who reads this socket, and what. Raises `Closed`."""
+    """Return the right by which this socket reads its session. Raises `Closed`."""
     session_id = socket.path_params["session_id"]
     if not SESSION_ID.fullmatch(session_id):
         raise Closed(4404, "no such session")
@@ -81,7 +81,7 @@ async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
 async def _admit_by_share(
     chat: State, session_id: str, share_token: str, account: Account | None, expires_at: float
 ) -> Right:
-    """Anyone with the link may read, with or without an account; its owner goes on as its owner."""
+    """Admit whoever has the link, with or without an account; the session's owner is admitted as its owner."""
     own = None if account is None else await sessions.find_session(chat.database, session_id, account.id)
     if own is not None:
         return Right(chat.database, own, account, expires_at=expires_at)
@@ -143,7 +143,7 @@ async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:
 
 
 async def _session(chat: State, id: str, account: Account, guest: bool, choice: choices.Choice) -> Session:
-    """The session; on a local start one that does not exist is made, with the models the query chooses."""
+    """Return the session. On a local start a session that does not exist is made with the models of the query."""
     session = await sessions.find_session(chat.database, id, account.id)
     if session is not None:
         return session
@@ -158,12 +158,12 @@ async def _session(chat: State, id: str, account: Account, guest: bool, choice: 
 
 
 def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
-    """The limits of a socket before authentication: a silent socket costs memory, too."""
+    """Return the limits of a socket before authentication: a socket that says nothing costs memory as well."""
     return buckets("address", address(socket, chat), chat.settings.sockets_per_address)
 
 
 def inside(chat: State, right: Right) -> list[tuple[str, int]]:
-    """Return the limits of an admitted socket. Readers of a share have places of their own, and so has the operator."""
+    """Return the limits of an admitted socket. Readers of a share, and the operator, have places of their own."""
     kind = "operator" if right.operator else "session" if right.member else "viewers"
     limits = [(f"{kind}:{right.session.key}", chat.settings.sockets_per_session)]
     if right.account is not None:
@@ -172,7 +172,7 @@ def inside(chat: State, right: Right) -> list[tuple[str, int]]:
 
 
 async def take_places(chat: State, limits: list[tuple[str, int]]) -> list[str]:
-    """Count the socket in; the names to give back. Raises `Closed` when one of them has too many."""
+    """Take a place under each limit; return the names to give to `limits.leave`. Raises `Closed` when one is full."""
     if not await chat.limits.enter(limits):
         raise Closed(4429, "too many sockets")
     return [name for name, _ in limits]

@@ -28,12 +28,12 @@ from chat.store.turns import Ask
 from . import frames
 
 REQUESTS_MAX = 8  # running at once on one socket: each is a follower of the room
-SECOND_THOUGHTS = 0.3  # seconds; a page that is mounted twice gives up its first `resume` and sends another at once
+SECOND_THOUGHTS = 0.3  # seconds from an abort to the stop: a page that mounts twice aborts and resumes at once
 
 
 @dataclass
 class Requests:
-    """The requests on one socket. right: of the socket; spawn: starts a task of the socket's."""
+    """The requests on one socket. right: the socket's; spawn: starts a task that ends with the socket."""
 
     chat: State
     right: Right
@@ -41,7 +41,7 @@ class Requests:
     send: Callable[[bytes], Awaitable[None]]
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    made: int = 0  # so many in all
+    made: int = 0  # requests so far
 
     async def take(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
         """Do what a frame asks. A refusal goes to the request that caused it."""
@@ -114,7 +114,7 @@ class Requests:
     async def _stop(self, made: int) -> None:
         await asyncio.sleep(SECOND_THOUGHTS)
         if made == self.made and self.right.account is not None:
-            with contextlib.suppress(ChatError):  # gone is stopped, too
+            with contextlib.suppress(ChatError):  # a session that is gone has no turn to stop
                 await self.chat.generation.stop(await self.right.select(), self.right.account.id)
 
     async def _say(self, kind: str, request_id: str, **fields: str) -> None:

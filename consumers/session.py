@@ -1,8 +1,7 @@
-"""A socket in a session: admit it, join it to the room, say what the room says, do what its frames ask.
+"""A socket in a session: admit the socket, join it to the room, send it the room's events, act on its frames.
 
-A socket is two coroutines in one group: one takes frames, one follows the room; a third does what frames ask, as long
-as there are some. Every send keeps a deadline. Whichever fails first ends the others. Generation is none of its
-business: a socket that leaves stops nothing.
+A socket is two coroutines in one task group: one reads frames, one follows the room. A third acts on frames while there
+are any. Every send has a deadline. The coroutine that fails first ends the others. A socket that leaves stops no turn.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ async def session(socket: WebSocket) -> None:
     """The consumer of `/ws/chat/session/<session_id>`. Refusals are sent after accept, so that a browser sees them."""
     chat: State = socket.scope["state"]["chat"]
     outside = admission.outside(socket, chat)
-    places = [name for name, _ in outside] if await chat.limits.enter(outside) else []  # whoever is accepted counts
+    places = [name for name, _ in outside] if await chat.limits.enter(outside) else []
     try:
         await socket.accept(subprotocol=admission.subprotocol(socket))
         if not places:
@@ -52,7 +51,7 @@ async def session(socket: WebSocket) -> None:
         await _close(socket, chat, closed)
     except WebSocketDisconnect:
         pass
-    except asyncio.CancelledError:  # how some servers end: a client that is told so comes back
+    except asyncio.CancelledError:  # some servers end so: a client that is told about the restart comes back
         await _close(socket, chat, Closed(1012, "service restarts"))
         raise
     finally:
@@ -60,7 +59,7 @@ async def session(socket: WebSocket) -> None:
 
 
 async def _converse(socket: WebSocket, chat: State, right: Right) -> None:
-    """Speak until either side ends it. Raises `Closed` or `WebSocketDisconnect`."""
+    """Serve an admitted socket to its end. Raises `Closed` or `WebSocketDisconnect`."""
     try:
         dialect = socket_dialect if direct_of(socket.scope) is None else socket_frames
         follower = await chat.relay.join(right, dialect)
@@ -71,20 +70,20 @@ async def _converse(socket: WebSocket, chat: State, right: Right) -> None:
             conversation.end()
             chat.relay.spawn(chat.relay.part(follower))
     except ChatError as problem:
-        # The right to read has ended, this worker ends, or the database is away: the code says whether to come back.
+        # The right to read has ended, the worker ends, or the database is away: the code says whether to come back.
         code, reason = admission.REFUSALS.get(problem.code, (1012, "try again"))
         await _close(socket, chat, Closed(code, reason), error_event(problem))
 
 
 async def _close(socket: WebSocket, chat: State, closed: Closed, *last_words: bytes) -> None:
-    """Close, if the peer still reads. A reader that took nothing hears why when it wakes up soon enough."""
+    """Close the socket after `last_words`. A peer that does not read these within the deadline is left."""
     try:
         async with asyncio.timeout(chat.settings.send_timeout):
             for event in last_words:
                 await socket.send_text(event.decode())
             await socket.close(closed.code, closed.reason)
     except (TimeoutError, WebSocketDisconnect, RuntimeError):
-        pass  # gone already
+        pass  # the peer is gone already
 
 
 class Conversation:
@@ -100,16 +99,16 @@ class Conversation:
         self.direct: Direct | None = direct_of(socket.scope)
         if self.direct is not None:
             follower.direct, follower.wrap = self.direct, framed
-        self._asked: list[Cursor | None] = []  # where the client wants to go on from; None: from a snapshot
+        self._asked: list[Cursor | None] = []  # cursors from which the client wants to go on; None: a snapshot
         self._group = asyncio.TaskGroup()
-        self._todo: list[frames.Frame] = []
-        self._working: asyncio.Task[None] | None = None
-        self._frames: list[float] = []  # when the last ones came, and the last bad ones; monotonic
-        self._bad: list[float] = []
-        self._types: bool | None = None  # said by the client, not passed on yet
-        self._typing: asyncio.TimerHandle | None = None  # runs for a second after an indicator
+        self._todo: list[frames.Frame] = []  # frames that wait for `_work`
+        self._working: asyncio.Task[None] | None = None  # runs `_work`
+        self._frames: list[float] = []  # monotonic: when the frames of the last second came
+        self._bad: list[float] = []  # monotonic: when the last bad frames came
+        self._types: bool | None = None  # the client's last typing indicator that is not passed on yet
+        self._typing: asyncio.TimerHandle | None = None  # runs for a second after an indicator was passed on
         self._written = 0  # bytes of the last write
-        self._requests: Requests | None = None  # the AI SDK's, once there is one
+        self._requests: Requests | None = None  # those of the AI SDK's transport, once there was one
 
     async def run(self) -> None:
         await self._greet()
@@ -118,8 +117,8 @@ class Conversation:
                 self._group.create_task(self._read())
                 await self._follow()
         except BaseExceptionGroup as ended:
-            problem = ended.exceptions[0]  # the others ended because of it
-            ended.__traceback__ = None  # Python 3.11's group stands in a frame that stands in this
+            problem = ended.exceptions[0]  # the other coroutines ended because of this one
+            ended.__traceback__ = None  # in Python 3.11 the group's frame refers to the exception, and the reverse
         # The group and the exception refer to each other: the socket's memory would stay until a collection.
         self._group = asyncio.TaskGroup()
         try:
@@ -128,18 +127,18 @@ class Conversation:
             del problem
 
     def end(self) -> None:
-        self._requests = None  # it holds this object in turn
+        self._requests = None  # these refer to this object: the cycle would stay until a collection
         if self._typing is not None:
             self._typing.cancel()
 
     # -- out
 
     async def send(self, event: bytes) -> None:
-        """Say one event. Raises `Closed` when the reader takes nothing for too long."""
+        """Send one event. Raises `Closed` or `WebSocketDisconnect` when the reader takes nothing for too long."""
         await self._write(event if self.direct is None else framed(event))
 
     async def _write(self, said: bytes) -> None:
-        """Write what the follower gives: an event, or on a direct socket finished frames."""
+        """Write an event, or on a direct socket finished frames."""
         patience = self.chat.settings.send_timeout
         try:
             if self.direct is not None:
@@ -157,7 +156,7 @@ class Conversation:
                 raise Closed(4408, "slow") from None
             self.direct.abort(4408, "slow")
             raise WebSocketDisconnect(4408) from None
-        except RuntimeError:  # the server has closed it by itself, for a ping unanswered or a broken frame
+        except RuntimeError:  # the server has closed the socket by itself, for an unanswered ping or a broken frame
             raise WebSocketDisconnect(1006) from None
 
     async def _greet(self) -> None:
@@ -196,13 +195,13 @@ class Conversation:
         self._asked.clear()
         try:
             await self._start_over(cursor)
-        except StorageUnavailable as problem:  # the reader can do without: it goes on where it was
+        except StorageUnavailable as problem:  # the reader goes on where it was
             await self.send(error_event(problem))
 
     # -- in
 
     async def _read(self) -> None:
-        """Take frames as fast as they come: a socket that is not read cannot answer pings either."""
+        """Read frames as fast as they come: a socket that is not read cannot answer pings either."""
         while True:
             message = await self.socket.receive()
             if message["type"] == "websocket.disconnect":
@@ -225,7 +224,7 @@ class Conversation:
                 self._working = self._group.create_task(self._work())
 
     async def _work(self) -> None:
-        """Do what the frames ask, in their order. Beside `_read`: storage that hangs must not stop the reading."""
+        """Act on the frames in their order. Runs beside `_read`: storage that hangs must not stop the reading."""
         while self._todo:
             frame = self._todo.pop(0)
             try:
@@ -245,7 +244,7 @@ class Conversation:
             case frames.Resume(text, None):
                 self._ask(parse_cursor(text))
             case frames.Auth():
-                pass  # admitted already: a client that says it twice means no harm
+                pass  # the socket is admitted already, and a second frame does no harm
             case frames.NewMessage():
                 await self._message(frame)
             case frames.Stop():
@@ -256,7 +255,7 @@ class Conversation:
                 await self._take_request(frame)
 
     def _ask(self, cursor: Cursor | None) -> None:
-        """Have the follower start over, after what it is saying just now."""
+        """Have the follower start over, after the events that it is writing now."""
         self._asked.append(cursor)
         self.follower.interrupt()
 
@@ -280,7 +279,7 @@ class Conversation:
             self._ask(start_of(turn.id))
 
     async def _speak(self, frame: frames.NewMessage) -> None:
-        """Say an operator's words to all who read the session."""
+        """Store an operator's words as a turn and tell all readers of the session."""
         turns.checked_content(frame.content, self.chat.settings.prompt_max)
         await operator.insert_words(self.chat.database, await self.right.select(), frame.id or new_id(), frame.content)
         self.chat.relay.look_again(self.session)
@@ -292,7 +291,10 @@ class Conversation:
             self._tell_typing()
 
     def _tell_typing(self) -> None:
-        """Pass on the last word; what comes within a second of it waits, or "no more" would be lost."""
+        """Pass on the client's last indicator. A later one waits for a second and is then passed on as well.
+
+        Without that, the last `is_typing: false` could be lost.
+        """
         self._typing = None
         if self._types is None:
             return
@@ -305,7 +307,7 @@ class Conversation:
 
 
 def _times(when: list[float], seconds: float) -> int:
-    """Note that it happened now; how often it has within so many seconds."""
+    """Note the present time in `when`; return how many times of the last `seconds` stand there."""
     now = time.monotonic()
     when[:] = [each for each in when if now - each < seconds]
     when.append(now)
@@ -313,5 +315,5 @@ def _times(when: list[float], seconds: float) -> int:
 
 
 def socket_frames(turn_id: str, tellings: list[Telling]) -> list[bytes]:
-    """Speak to direct sockets: all events as finished frames, in one piece."""
+    """The dialect of direct sockets: all events as finished frames, in one piece."""
     return [b"".join([framed(event_json(turn_id, telling)) for telling in tellings])]

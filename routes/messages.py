@@ -36,7 +36,7 @@ from chat.store.turns import Ask, StoredTurn
 from . import inputs
 from .sessions import NewSession, Title, make
 
-EARLIEST = "earliest"  # X-Cursor of a stream that tells a turn from its start
+EARLIEST = "earliest"  # the X-Cursor of a stream that begins at a turn's start
 
 
 class Line(msgspec.Struct):
@@ -82,7 +82,10 @@ async def start(
     makes: bool = False,
     spoken: type[Format] | None = None,
 ) -> Response:
-    """Start a turn, in a new session where none is named, and follow it. `makes`: the client names sessions itself."""
+    """Start a turn, in a new session where none is named, and follow it.
+
+    makes: the client chooses the ids of new sessions; spoken: the response's format, by default as the request asks.
+    """
     chat = inputs.state(request)
     turns.checked_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
     guest = known is None
@@ -97,7 +100,7 @@ async def start(
         max_tokens=wish.max_tokens or 0,
         temperature=wish.temperature,
     )
-    if makes:  # these clients would show the old answer
+    if makes:  # these clients send an edited message under its old id and would show the old answer for it
         turn.check(ask)
     headers = {"X-Session-Id": session.id}
     if guest:
@@ -107,14 +110,14 @@ async def start(
 
 
 async def speaker(request: Request) -> Account | None:
-    """The account that posts; None for a caller without a token on a local start with open sessions: a new guest."""
+    """Return the account that posts. None: a caller without a token, for whom a guest is made (local start only)."""
     if inputs.state(request).settings.open_sessions:
         return await inputs.optional_account(request)
     return await inputs.account(request)
 
 
 def read_ask(post: Post) -> Ask:
-    """The user message of either shape, and the ids chosen for its replies."""
+    """Return the user message of either shape, and the ids that the client chose for its replies."""
     if post.messages is None:
         return Ask(post.id or new_id(), post.content or "", {})
     place = last_of_user([line.role for line in post.messages])
@@ -131,7 +134,7 @@ def read_ask(post: Post) -> Ask:
 
 
 async def _session(chat: State, account: Account, wish: Wish, guest: bool, makes: bool) -> Session:
-    """The session a message goes to: the one named, or a new one where none is (or may be made by naming it)."""
+    """Return the session of a message: the named one, or a new one where none is named or `makes` allows it."""
     if wish.session_id is not None and not makes and not (chat.settings.open_sessions and guest):
         return await sessions.select_session(chat.database, wish.session_id, account.id)
     chosen = {name: getattr(wish, name) for name in Choice.__struct_fields__}
@@ -141,7 +144,7 @@ async def _session(chat: State, account: Account, wish: Wish, guest: bool, makes
 
 
 def _check_models(session: Session, wish: Wish) -> None:
-    """A client may repeat the session's own models, which in a blind battle it cannot know, and name no others."""
+    """Refuse models that are not the session's own. The client of a blind battle cannot know its models: all pass."""
     choices.check(session, wish)
     if session.mode == "random" or not isinstance(wish, Post):
         return
@@ -175,7 +178,7 @@ async def follow(
     spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """A response that tells the cursor's turn from there to its end. Leaving it changes nothing."""
+    """Return a response that tells the rest of the cursor's turn. A client that leaves changes nothing."""
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
     places = await inputs.stream_places(request, right.account)
@@ -218,23 +221,23 @@ class ReleasedResponse(StreamingResponse):
 
 
 async def _told(chat: State, follower: Follower, spoken: type[Format], direct: Any) -> AsyncGenerator[bytes, None]:
-    """The part of a stream that its own task writes: while the reader keeps up, the room writes to it directly."""
+    """Yield the part of a stream that its own task writes: the room writes directly to a reader that keeps up."""
     cursor = follower.cursor
     yield spoken.opening + (spoken.resumed(cursor.turn_id, str(cursor)) if cursor.begun else b"")
     if direct is not None and direct.streams:
         follower.direct = direct
-    # A timer for the stream, not one a wait: proxies close what is silent, and tokens may come by the thousand.
+    # Proxies close a silent stream. One task pings for all waits: a timer for each token would be a thousand timers.
     pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
         while True:
             frames = await follower.next()
-            if direct is not None:  # at the end, too: the last words would wait without a deadline
+            if direct is not None:  # also before the end: the last bytes would wait without a deadline
                 await direct.room(chat.settings.send_timeout)
             if not frames:
                 break
             yield b"".join(frames)
     except ChatError:
-        return  # without its last event the stream is resumed elsewhere, or refused there
+        return  # no last event: the client resumes on another worker, or is refused there
     except TimeoutError:
         chat.relay.count("readers_cut")
         if direct is not None:
@@ -244,20 +247,20 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
         follower.direct = None
         if pings is not None:
             pings.cancel()
-    # The turn of a lost reader is gone, and a poll may lack the rest of it: the next request gets the one or the other.
+    # A lost reader's turn is gone, and a poll may leave before the turn's end: their next request is told about both.
     if not follower.lost and (follower.cursor.over or not follower.polls):
         yield spoken.closing
 
 
 async def _pings(follower: Follower, ping: bytes, every: float) -> None:
-    """Send a sign of life now and again, until cancelled."""
+    """Send a sign of life every so many seconds, until cancelled."""
     while True:
         await asyncio.sleep(every)
         follower.send_ping(ping)
 
 
 async def session_stream(request: Request) -> Response:
-    """The running or latest turn as SSE, resumed after `Last-Event-ID`; 204 when there is nothing to read."""
+    """Tell the running or latest turn as SSE, after `Last-Event-ID` if given; 204 when there is nothing to read."""
     chat = inputs.state(request)
     account = await _reader(request)
     account_id = account.id if account else None
@@ -272,7 +275,10 @@ async def session_stream(request: Request) -> Response:
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
-    """Return the client's cursor while there is more of its turn, else the turn after it; without one the latest."""
+    """Return the client's cursor while its turn goes on, then the start of the next turn.
+
+    Without a cursor, or with one whose turn is gone, the latest turn's start. None: there is nothing to read.
+    """
     if cursor is not None:
         past = await chat.relay.past(session, cursor.turn_id)
         if past.answer is not None and past.resumable and past.answer.fits(cursor):
@@ -284,7 +290,7 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
 
 
 async def _reader(request: Request) -> Account | None:
-    """EventSource sends no headers: it may put a token, or a ticket, where sockets may."""
+    """Return the reader's account. EventSource sends no headers, so the URL may hold a token or a ticket."""
     chat = inputs.state(request)
     if inputs.credential(request) is not None:
         return await inputs.optional_account(request)
@@ -306,7 +312,7 @@ async def stop(request: Request) -> Response:
 
 
 async def regenerate(request: Request) -> Response:
-    """Make one reply again, under its own id, or all of them; the stream has the lines of those alone."""
+    """Answer again: one reply under its own id, or all replies. The stream tells these replies alone."""
     chat = inputs.state(request)
     account = await inputs.account(request)
     message_id = request.path_params["message_id"]
@@ -317,13 +323,13 @@ async def regenerate(request: Request) -> Response:
 
 
 def _again(turn: StoredTurn) -> Cursor:
-    """Return the start of a turn for a reader that has the replies that were not asked for again."""
+    """Return the start of a turn for a reader that has the replies that are not made again."""
     replies = sorted(turn.rows[1:], key=lambda row: str(row["participant"]))
     return Cursor(turn.id, tuple(TOLD if row["status"] in ENDED else 0 for row in replies), begun=False)
 
 
 async def listing(request: Request) -> Response:
-    """A session's last messages, as many as fit on a page; `Link` leads to the page before."""
+    """Return a page of a session's last messages; `Link` leads to the page before."""
     chat = inputs.state(request)
     account = await inputs.account(request)
     session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)
