@@ -141,13 +141,13 @@ class RateLimits:
 
 
 class Crowd:
-    """How many of something each address, and the network around it, has in this process."""
+    """Counts something in this process (connections, say) for each address and for the network around it."""
 
     def __init__(self) -> None:
         self._count: Counter[str] = Counter()
 
     def enter(self, address: str, limit: int) -> bool:
-        """Count one more, until it leaves; whether that is within the limit."""
+        """Count one more until `leave`. Returns whether the count is within the limit."""
         for name, _ in networks(address):
             self._count[name] += 1
         return all(self._count[name] <= limit * times for name, times in networks(address))
@@ -160,9 +160,9 @@ class Crowd:
 
 
 def networks(address: str) -> list[tuple[str, int]]:
-    """Return an address and the IPv6 network around it, which one customer may have, each with its times the limit.
+    """Return an address and the IPv6 network around it, each with how many times the limit it may use.
 
-    address: as `callers.address` says it, an IPv6 one by its /64.
+    One customer may have the whole network. address: as `callers.address` returns it, an IPv6 address as its /64.
     """
     found = [(address, 1)]
     if address.endswith("/64"):

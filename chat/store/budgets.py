@@ -1,9 +1,9 @@
 """The daily budgets: tokens of an account, of an address and of the whole service, reserved before a model is asked.
 
 A turn reserves the most it can cost, in one statement inside its own transaction, so that parallel requests cannot
-pass a limit together; what it has not used is given back when it has ended. A token is the provider's where it tells
-its counts, else a byte: no tokenizer makes more tokens of a text than it has bytes, in whatever script. Models that
-cost nothing reserve nothing: silent ones could hold the whole budget of the others.
+pass a limit together. When the turn has ended, the tokens it did not use are given back. Tokens are counted by the
+provider if it sends its counts, else as bytes: in no script does a tokenizer make more tokens of a text than it has
+bytes. Models that cost nothing reserve nothing: slow ones could hold the whole budget of the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .queries import Query
 
 T = TypeVar("T")
 
-FRAME = 8  # tokens a provider adds around one message: its role and what separates it; 3 to 5 with those we know
+FRAME = 8  # tokens a provider adds around one message for its role and separators: 3 to 5 with the ones we know
 KEPT = 35 * 86_400_000  # milliseconds a day's budgets are kept
 
 
@@ -38,14 +38,14 @@ def prompt_tokens(messages: Iterable[str]) -> int:
 class Meter:
     """The cost of one reply, counted on arrival: text that readers are never shown counts as well.
 
-    A call is charged its input from the moment it is begun, whatever becomes of it; one that is made again is charged
-    again. Where the provider tells its counts those are taken instead.
+    A call is charged its input from the moment it begins, whatever comes of the call; a second call is charged again.
+    The provider's own counts replace ours where it sends them.
     """
 
     def __init__(self, prompt: int, max_tokens: int, *, free: bool = False, thinks: bool = False) -> None:
         """prompt: `prompt_tokens` of what is sent; max_tokens: as asked of the provider; free: it costs nothing.
 
-        thinks: the model thinks in silence before it speaks, which nobody counts for us when it is interrupted.
+        thinks: the model thinks in silence before its text; an interrupted call has no count of that.
         """
         self._prompt = 0 if free else prompt
         self._most = 0 if free else max_tokens
@@ -83,12 +83,12 @@ class Meter:
             self._output += size
 
     def cut(self) -> None:
-        """We have hung up. A call that had said nothing yet may have thought in silence, as much as it was allowed."""
+        """This worker has ended the call. A call without text may have thought in silence, up to its limit."""
         if self._input and (self._thinks or not self._output):
             self._output = max(self._output, self._most)
 
     def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
-        """The provider's own counts of this call. A count that is missing or 0 stays as measured."""
+        """The provider has sent its own counts of this call. A missing count, or 0, leaves our own."""
         if not self._free:
             self._input, self._output = input_tokens or self._input, output_tokens or self._output
 
@@ -101,7 +101,7 @@ def metered(model: Model, messages: Iterable[str], max_tokens: int) -> Meter:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Somebody's tokens of a day, all of which are spent at `limit`; 0: counted without a limit."""
+    """The tokens that somebody may use on one day. limit: 0 for no limit; the tokens are counted all the same."""
 
     name: str
     limit: int
@@ -124,7 +124,7 @@ def budgets_of(
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """So many tokens of these budgets and this UTC day."""
+    """The tokens taken from each of these budgets on this UTC day."""
 
     day: str
     names: tuple[str, ...]
@@ -134,10 +134,10 @@ class Reservation:
 async def reserve(
     query: Query, now: int, budgets: Sequence[Budget], tokens: int, daily_messages: int = 0
 ) -> Reservation:
-    """Take `tokens` from each of the budgets, and a message of the first one's `daily_messages` (0: any number).
+    """Take `tokens` from each budget, and one message from the first one's `daily_messages` (0: any number).
 
-    Call it last inside a transaction, which an error here undoes: all turns write the service's row. Raises
-    `daily_limit_reached`, or `budget_exhausted` when any of them has too little left.
+    Call this last inside a transaction: all turns write the service's row, and an error here undoes the transaction.
+    Raises `daily_limit_reached`, or `budget_exhausted` when a budget has too few tokens left.
     """
     reservation = Reservation(_day(now), tuple(budget.name for budget in budgets), tokens)
     places = ", ".join(f"(:name{n}, :day, :tokens, 1)" for n in range(len(budgets)))

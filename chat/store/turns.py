@@ -1,7 +1,7 @@
-"""Turns and their messages: the statements that start, keep, fence and end an answer.
+"""Turns and their messages: the statements that start, checkpoint, fence and end an answer.
 
-A turn is one user message and the replies it asked for. While it runs, every write carries its owner: the statements of
-a worker that was thought dead and comes back no longer match any row.
+A turn is one user message and the replies it asked for. While a turn runs, every write carries its owner. A worker that
+was thought dead and comes back changes nothing: its statements match no row any more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .sessions import Session
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """A turn as its owner starts it: the rows of its messages, the user's first, in order."""
+    """A turn as its owner starts it. `rows`: its messages in order; the first is the user's, the others are replies."""
 
     id: str
     session: Session
@@ -31,16 +31,16 @@ class StoredTurn:
     reservation: Reservation | None = None  # the tokens a new turn may use
 
     def check(self, ask: Ask) -> None:
-        """Raise `conflict` when another text has the message's id: the turn is the answer to that one."""
+        """Raise `conflict` when the turn answers another text: this message id was used for that text before."""
         if self.rows[0]["content"] != ask.content:
             raise ChatError("conflict", "This message was sent before with another text. Give the new one a new id.")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A client's request for a turn: the message's id and text, and ids for the replies by side where it chose them.
+    """A client's request for a turn: the message's id and text, and the reply ids that the client chose, by side.
 
-    replaces: a turn that the message has, but for the one that this very ask began, is deleted with all turns after it.
+    replaces: an older turn of this message id is deleted with all turns after it, unless the same request began it.
     """
 
     message_id: str
@@ -51,7 +51,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Terms:
-    """Which worker runs a new turn and what it may cost. lease: milliseconds; tokens: the most, of all `budgets`."""
+    """The owner of a new turn and its cost. lease: milliseconds; tokens: the most it can cost each of `budgets`."""
 
     owner: str
     lease: int
@@ -59,11 +59,11 @@ class Terms:
     budgets: tuple[Budget, ...]
     daily_messages: int
     turns_per_account: int
-    person_reads: str  # the reply to a message that a person will answer; `{name}` is theirs
+    person_reads: str  # the reply to a message that a person will answer; `{name}` stands for the person's name
 
 
 def checked_content(content: str | None, prompt_max: int) -> str:
-    """A message's text, or `invalid`, or `too_large`."""
+    """Return a message's text. Raises `invalid` or `too_large`."""
     if not content or not content.strip():
         raise invalid("content", "a message needs some text")
     if len(content) > prompt_max:
@@ -79,11 +79,11 @@ NAMES = [name.strip() for name in MESSAGE.split(",")]
 INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
 
 
-PERSON = "person:"  # before a name, in a message's `model`: a person says it
+PERSON = "person:"  # before a name, in a message's `model`: a person wrote the message
 
 
 def person_says(name: str, content: str) -> Row:
-    """Return the columns of a reply that a person gives, whole at once."""
+    """Return the columns of a person's reply, which is complete at once."""
     return {"model": PERSON + name, "content": content, "status": "success"}
 
 
@@ -92,10 +92,10 @@ async def insert_turn(
 ) -> StoredTurn:
     """Write a turn, its user message and its empty replies, whole or not at all.
 
-    The same message id again is the same turn, for ever, unless it `replaces` that. While a person answers in the
-    session, the turn is over at once: its reply says who will answer. Raises `busy` while another turn of the session
-    runs, `rate_limited` when the account has too many running, `already_voted` or `conflict` for a turn that would be
-    replaced and was voted on or is a person's, and what `reserve` raises.
+    The same message id returns the same turn for ever, unless `ask.replaces`. While a person answers in the session,
+    the turn is over at once, and its reply says who will answer. Raises `busy` while another turn of the session runs,
+    `rate_limited` when the account has too many running turns, `already_voted` for a turn that would be replaced,
+    `conflict` for one that holds a person's words, and the errors of `reserve`.
     """
 
     async def work(query: Query) -> StoredTurn:
@@ -114,7 +114,7 @@ async def insert_turn(
         life = (terms.owner, now + terms.lease, person is None)
         await insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, life, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
-        # last: the service's budget is one row that all turns write
+        # The last statement, because the service's budget is one row that all turns write and lock.
         tokens = terms.tokens if person is None else 0
         reservation = await reserve(query, now, terms.budgets, tokens, terms.daily_messages)
         return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, reservation)
@@ -129,11 +129,11 @@ async def insert_turn(
 
 
 class _Known(Exception):
-    """The session has a message of this id: nothing is to be written."""
+    """The session has a message of this id: nothing must be written."""
 
 
 async def _replaced(query: Query, session_id: str, ask: Ask) -> list[Row]:
-    """Return the turns that the ask takes the place of, oldest first; none when the last turn is the ask's own."""
+    """Return the turns that `ask` replaces, oldest first; none when the same request began the last turn."""
     old = await query.fetch_all(
         """SELECT t.id, t.position, v.id AS vote_id,
                   (SELECT COUNT(*) FROM messages m WHERE m.turn_id = t.id AND m.model LIKE :person) AS by_person
@@ -177,8 +177,8 @@ async def insert_regeneration(
 ) -> StoredTurn:
     """Answer the session's last user message again, in a new turn that takes the place of the old one.
 
-    message_id: the reply to be made again under its own id, the other one staying as it is; or the user message, for
-    all replies.
+    message_id: a reply, which is made again under its own id while the other reply stays; or the user message, for all
+    replies.
     """
 
     async def work(query: Query) -> StoredTurn:
@@ -297,7 +297,7 @@ async def insert_turn_row(
     life: tuple[str, int, bool],
     now: int,
 ) -> None:
-    """life: the owner, until when (milliseconds since 1970), and whether the turn runs at all or is over at once."""
+    """life: the owner, the end of its lease (milliseconds since 1970), and whether the turn runs or is over at once."""
     owner, until, runs = life
     await query.execute(
         """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
@@ -320,7 +320,7 @@ async def insert_turn_row(
 
 
 def first_words(text: str) -> str | None:
-    """A title: the first words of the first message, at most 50 characters."""
+    """Return a title: the first words of the first message, at most 50 characters. None for no words."""
     words = " ".join(text.split())
     if len(words) <= 50:
         return words or None
@@ -351,7 +351,7 @@ async def select_turn_of_message(query: Database | Query, session: Session, mess
 
 
 async def select_session_of_message(database: Database, message_id: str, account_id: str) -> str:
-    """The session in which this message is, if the account may write there. Raises `not_found`."""
+    """Return the id of the message's session, if the account may write there. Raises `not_found`."""
     row = await database.fetch_one(
         """SELECT s.id FROM messages m JOIN sessions s ON s.id = m.session_id
             WHERE m.id = :id AND (s.account_id = :account_id OR s.is_open = 1) ORDER BY m.created_at DESC LIMIT 1""",
@@ -373,7 +373,7 @@ async def select_content(database: Database, session_id: str, message_id: str) -
 
 
 async def select_first_message(database: Database, session_id: str) -> str | None:
-    """The text of the session's first user message."""
+    """Return the text of the session's first user message."""
     row = await database.fetch_one(
         "SELECT content FROM messages WHERE session_id = :id AND role = 'user' ORDER BY position LIMIT 1",
         {"id": session_id},
@@ -393,7 +393,7 @@ async def select_latest_turn(database: Database, session_id: str) -> Row | None:
 
 
 async def select_turn_and_next(database: Database, session_id: str, turn_id: str) -> list[Row]:
-    """Return the turn and the one after it, as far as there are any; for "" the session's first turn alone."""
+    """Return the turn and the turn after it, as far as they exist; for "" the session's first turn alone."""
     return await database.fetch_all(
         f"""SELECT {TURN} FROM turns t
             WHERE t.session_id = :session_id
@@ -405,7 +405,7 @@ async def select_turn_and_next(database: Database, session_id: str, turn_id: str
 
 
 async def select_turn_messages(database: Database, turn_id: str) -> list[Row]:
-    """The messages of a turn as they were last written down. For the server's own work: it checks no one."""
+    """Return the stored messages of a turn. For the server's own work: no caller is checked."""
     return await database.fetch_all(
         f"SELECT {MESSAGE} FROM messages WHERE turn_id = :turn_id ORDER BY position", {"turn_id": turn_id}
     )
@@ -417,10 +417,7 @@ OWNED = "EXISTS (SELECT 1 FROM turns t WHERE t.id = :turn_id AND t.owner = :owne
 
 
 async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, Row]:
-    """Prolong all of this worker's turns and return them, by id; `stop_requested` says whether someone asked.
-
-    lease: milliseconds.
-    """
+    """Prolong the leases of all this worker's turns and return the turns by id. lease: milliseconds."""
     rows = await database.fetch_all(
         """UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
            RETURNING id, session_id, account_id, position, stop_requested""",
@@ -462,8 +459,8 @@ UPDATE_REPLY = """UPDATE messages SET content = :content, status = :status, fail
 async def update_endings(database: Database, owner: str, rows: list[Row], *, last: bool) -> bool:
     """Write the endings of replies, and with the `last` one the turn's, whole or not at all.
 
-    False when the turn is not this worker's any more: another worker has ended it. Writing an ending again is harmless:
-    an attempt that was given up may have arrived, and has perhaps ended the turn.
+    False: another worker owns the turn now. Writing an ending twice is harmless: a first attempt may have been written
+    after this worker had given up waiting for it, and may have ended the turn.
     """
     now = database.now()
     turn_id = rows[0]["turn_id"]
@@ -485,11 +482,11 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
     return await database.transaction(work)
 
 
-# -- anyone's
+# -- statements of any worker
 
 
 async def request_stop(database: Database, session_id: str, account_id: str) -> Row | None:
-    """Ask the owner of the session's running turn to end it; the turn, or None when none runs."""
+    """Ask the owner of the session's running turn to end the turn. Returns the turn, or None when none runs."""
     return await database.fetch_one(
         """UPDATE turns SET stop_requested = 1
             WHERE session_id = :session_id AND status = 'running'
@@ -501,7 +498,7 @@ async def request_stop(database: Database, session_id: str, account_id: str) -> 
 
 
 async def take_over(database: Database, owner: str, lease: int) -> list[Row]:
-    """Take the turns whose owner let the lease run out; each is this worker's from now on."""
+    """Take the turns whose lease has run out and return them: this worker owns them from now on."""
     now = database.now()
     return await database.fetch_all(
         """UPDATE turns SET owner = :owner, lease_until = :until
