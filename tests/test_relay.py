@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import chat.live
 from chat.formats.events import socket_dialect
 from chat.live import relay as relays
 from chat.live.answers import Cursor, start_of
@@ -18,7 +21,7 @@ from chat.live.bus import GAP
 from chat.live.events import TurnBegun, encode
 from chat.live.relay import Relay
 from chat.live.rooms import Follower
-from chat.settings import read_settings
+from chat.settings import HERE, read_settings
 from chat.state import State, open_state
 from chat.store import accounts, sessions, turns
 from chat.store.rights import Right
@@ -214,3 +217,15 @@ async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
 
         await until(sent_away, 5, "the follower to be sent away")
         await other.relay.part(follower)
+
+
+def test_the_way_of_a_token_names_functions_that_exist() -> None:
+    """The docstring of the core is what newcomers read first."""
+    known = set[str]()
+    for path in (HERE / "servers.py", *(HERE / "chat").rglob("*.py"), *(HERE / "consumers").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef):
+                owner = node.name if isinstance(node, ast.ClassDef) else path.stem
+                known |= {f"{owner}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)}
+    named = set(re.findall(r"\b\w+\.\w+", chat.live.__doc__ or ""))
+    assert len(named) > 20 and named - known == set()
