@@ -25,7 +25,7 @@ from chat.live.choices import Choice
 from chat.live.rooms import Follower
 from chat.state import State
 from chat.store import accounts, sessions, turns
-from chat.store.accounts import Account
+from chat.store.accounts import Account, account_id
 from chat.store.database import new_id
 from chat.store.mask import audience
 from chat.store.rights import Right
@@ -263,8 +263,7 @@ async def session_stream(request: Request) -> Response:
     """Tell the running or latest turn as SSE, after `Last-Event-ID` if given; 204 when there is nothing to read."""
     chat = inputs.state(request)
     account = await _reader(request)
-    account_id = account.id if account else None
-    session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
+    session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id(account))
     given = request.headers.get("last-event-id") or request.query_params.get("after")
     cursor = await _where_to_read(chat, session, parse_cursor(given))
     if cursor is None:

@@ -18,7 +18,7 @@ from chat.live import choices
 from chat.live.choices import Choice
 from chat.state import State
 from chat.store import sessions, turns
-from chat.store.accounts import Account
+from chat.store.accounts import Account, account_id
 from chat.store.database import new_id
 from chat.store.mask import Audience, audience
 from chat.store.pages import each_page
@@ -109,10 +109,9 @@ def _before(request: Request) -> tuple[int, str]:
 
 async def opened(request: Request) -> Response:
     chat = inputs.state(request)
-    account = await inputs.optional_account(request)
-    account_id = account.id if account else None
-    session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id)
-    return await _with_messages(request, session, audience(session, account_id))
+    reader = account_id(await inputs.optional_account(request))
+    session = await sessions.select_readable(chat.database, request.path_params["session_id"], reader)
+    return await _with_messages(request, session, audience(session, reader))
 
 
 async def shared(request: Request) -> Response:

@@ -48,8 +48,8 @@ MESSAGE_KEYS: dict[Audience, tuple[str, ...]] = {
 }
 
 
-def audience(session: Session, account_id: str | None) -> Audience:
-    """The role of this account, or of a caller without one, in a session it may read."""
+def audience(session: Session, account_id: str) -> Audience:
+    """Return the role of this account, "" for a caller without one, in a session that it may read."""
     return "owner" if account_id == session.account_id else "public"
 
 

@@ -28,7 +28,7 @@ class Right:
 
     @property
     def account_id(self) -> str:
-        return self.account.id if self.account is not None else ""
+        return accounts.account_id(self.account)
 
     @property
     def grounds(self) -> tuple[str, int, bool, str, bool]:
@@ -51,7 +51,7 @@ class Right:
         elif self.member and self.account is not None:
             session = await sessions.select_session(self.database, self.session.id, self.account.id)
         else:
-            session = await sessions.select_readable(self.database, self.session.id, self.account_id or None)
+            session = await sessions.select_readable(self.database, self.session.id, self.account_id)
         if session.key != self.session.key:
             raise not_found("session")
         return session

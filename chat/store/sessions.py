@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import not_found
 from .database import Database, new_id
-from .queries import Query, Row
+from .queries import Query, Row, Values
 
 MODES = ("direct", "compare", "random")
 SIDES = ("a", "b")
@@ -132,48 +132,42 @@ async def insert_session(
     return row is not None
 
 
-async def find_session(database: Database | Query, id: str, account_id: str) -> Session | None:
-    """Return the session if the account may write in it."""
-    row = await database.fetch_one(
-        f"SELECT {COLUMNS} {FROM} WHERE s.id = :id AND (s.account_id = :account_id OR s.is_open = 1)",
-        {"id": id, "account_id": account_id},
-    )
+async def _find(database: Database | Query, where: str, values: Values) -> Session | None:
+    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE {where}", values)
     return None if row is None else _session(row)
 
 
+async def find_session(database: Database | Query, id: str, account_id: str) -> Session | None:
+    """Return the session if the account may write in it."""
+    mine = "s.id = :id AND (s.account_id = :account_id OR s.is_open = 1)"
+    return await _find(database, mine, {"id": id, "account_id": account_id})
+
+
 async def select_session(database: Database | Query, id: str, account_id: str) -> Session:
-    """The session if the account may write in it. Raises `not_found`."""
-    session = await find_session(database, id, account_id)
-    if session is None:
-        raise not_found("session")
-    return session
+    """Return the session if the account may write in it. Raises `not_found`."""
+    return _found(await find_session(database, id, account_id))
 
 
-async def select_readable(database: Database, id: str, account_id: str | None) -> Session:
-    """The session if the account may read it, which of a public one anyone may. Raises `not_found`."""
-    row = await database.fetch_one(
-        f"""SELECT {COLUMNS} {FROM}
-             WHERE s.id = :id AND (s.account_id = CAST(:account_id AS TEXT) OR s.is_open = 1 OR s.is_public = 1)""",
-        {"id": id, "account_id": account_id},
-    )
-    if row is None:
-        raise not_found("session")
-    return _session(row)
+async def select_readable(database: Database, id: str, account_id: str) -> Session:
+    """Return the session if the account may read it: anyone may read a public one. Raises `not_found`."""
+    readable = "s.id = :id AND (s.account_id = :account_id OR s.is_open = 1 OR s.is_public = 1)"
+    return _found(await _find(database, readable, {"id": id, "account_id": account_id}))
 
 
 async def select_unchecked(database: Database, id: str) -> Session:
-    """The session, for the server's own work: it checks no one. Raises `not_found`."""
-    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE s.id = :id", {"id": id})
-    if row is None:
-        raise not_found("session")
-    return _session(row)
+    """Return the session, for the server's own work: no caller is checked. Raises `not_found`."""
+    return _found(await _find(database, "s.id = :id", {"id": id}))
 
 
 async def select_shared(database: Database, share_token: str) -> Session:
-    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE s.share_token = :token", {"token": share_token})
-    if row is None:
-        raise not_found("shared session")
-    return _session(row)
+    """Return the session that this link shares. Raises `not_found`."""
+    return _found(await _find(database, "s.share_token = :token", {"token": share_token}), "shared session")
+
+
+def _found(session: Session | None, name: str = "session") -> Session:
+    if session is None:
+        raise not_found(name)
+    return session
 
 
 async def select_running(database: Database, account_id: str) -> list[Session]:
