@@ -162,7 +162,7 @@ class Crowd:
 def networks(address: str) -> list[tuple[str, int]]:
     """Return an address and the IPv6 network around it, each with how many times the limit it may use.
 
-    One customer may have the whole network. address: as `callers.address` returns it, an IPv6 address as its /64.
+    A customer may have the whole network. address: as `callers.address` returns it, an IPv6 address as its /64.
     """
     found = [(address, 1)]
     if address.endswith("/64"):

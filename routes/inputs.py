@@ -35,7 +35,7 @@ def state(connection: HTTPConnection) -> State:
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON answer, which nothing between us and the caller may keep: nearly all of them are somebody's own."""
+    """Return a JSON response that no cache may keep, unless `headers` say otherwise: most are personal."""
     kept = {"Cache-Control": "no-store"} | (headers or {})
     return Response(msgspec.json.encode(value), status, kept, "application/json")
 
@@ -65,7 +65,7 @@ def _openai_error(problem: ChatError) -> dict[str, Any]:
     return failure(problem.status, problem.code, problem.message, next(iter(problem.fields or ()), None))
 
 
-# -- who
+# -- the caller
 
 
 def address(connection: HTTPConnection) -> str:
@@ -74,19 +74,19 @@ def address(connection: HTTPConnection) -> str:
 
 
 def credential(connection: HTTPConnection) -> tuple[str, str] | None:
-    """The first credential in the headers: its kind and text."""
+    """Return the kind and the text of the first credential in the headers."""
     return callers.credential(connection.headers)
 
 
 async def optional_account(connection: HTTPConnection) -> Account | None:
-    """The caller, or None without any credential. A present but bad one is refused."""
+    """Return the caller, or None for one without a credential. A bad credential is refused."""
     chat = state(connection)
     found = credential(connection)
     return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
 
 
 async def account(connection: HTTPConnection) -> Account:
-    """The caller. Raises `authentication_required`, `token_expired` or `token_invalid`."""
+    """Return the caller. Raises `authentication_required`, `token_expired` or `token_invalid`."""
     found = await optional_account(connection)
     if found is None:
         raise ChatError("authentication_required", "This needs a token. Get one at /api/auth/anonymous/.")
@@ -104,7 +104,7 @@ def check_operator(connection: HTTPConnection) -> str:
 
 
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:
-    """Count a read of what is long, for the account and for the address. Raises `rate_limited`."""
+    """Count one more long read (an export, the votes) of the account and of the address. Raises `rate_limited`."""
     chat = state(connection)
     most, message = chat.settings.reads_per_minute, "You are reading this too often."
     await chat.limits.hit_from(address(connection), "reads", most, 60, message)
@@ -119,9 +119,9 @@ async def new_guest(connection: HTTPConnection, display_name: str | None = None)
 
 
 async def stream_places(connection: HTTPConnection, account: Account | None) -> list[str]:
-    """Count one more streamed answer of this address and account; the names to give to `limits.leave` at its end.
+    """Count one more streamed answer of this address and account. Raises `rate_limited` at a limit.
 
-    Raises `rate_limited` when one of them reads as many as it may.
+    Returns the names to give to `limits.leave` at the stream's end.
     """
     chat = state(connection)
     limits = buckets("streams", address(connection), chat.settings.streams_per_address)
@@ -132,11 +132,11 @@ async def stream_places(connection: HTTPConnection, account: Account | None) -> 
     return [name for name, _ in limits]
 
 
-# -- what
+# -- the body and the query
 
 
 async def body(request: Request, kind: type[T]) -> T:
-    """The JSON body as a struct. An empty body is `{}`; anything wrong is `invalid` with the path of it."""
+    """Return the JSON body as a struct; an empty body counts as `{}`. Raises `invalid` with the path of the field."""
     try:
         raw = await request.body()
     except ClientDisconnect:
@@ -161,7 +161,7 @@ def decode(raw: bytes, kind: type[T]) -> T:
 
 
 def _path_and_problem(text: str) -> tuple[str, str]:
-    """An error of msgspec as the path of the field (`messages[0].role`) and the problem."""
+    """Return the path of the field (`messages[0].role`) and the problem of an error of msgspec."""
     what, _, path = text.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     found = FIELD.fullmatch(what)
@@ -192,7 +192,7 @@ C = TypeVar("C", bound=Choice)
 
 
 def with_query(request: Request, wish: C) -> C:
-    """Take from the query what the body leaves open of a choice."""
+    """Fill in from the query the fields of a choice that the body leaves out."""
     return with_choice(wish, chosen(request.query_params))
 
 
@@ -204,7 +204,7 @@ def with_choice(wish: C, other: Choice) -> C:
 
 
 def check_object(name: str, value: dict[str, Any] | None) -> None:
-    """Refuse an object of the client's own making that is too big or too deep to be kept and handed out again."""
+    """Refuse a client's own object (`metadata`, `preferences`) that is too long or too deep to be stored."""
     if value is not None and _deep(value, OBJECT_DEPTH):
         raise invalid(name, f"nested deeper than {OBJECT_DEPTH}")
     if value is not None and len(msgspec.json.encode(value)) > OBJECT_MAX:
@@ -232,7 +232,7 @@ def named_session(request: Request) -> str:
 
 
 async def page(request: Request, session_id: str, default: int, most: int) -> tuple[list[Row], dict[str, str]]:
-    """The rows of the page asked for by `?before` and `?limit`, and the header that names the page before."""
+    """Return the rows of the page that `?before` and `?limit` name, and the `Link` header of the page before."""
     before, limit = number(request, "before", LAST, 0, LAST), number(request, "limit", default, 1, most)
     rows, more = await select_page(state(request).database, session_id, limit, before)
     if not more:

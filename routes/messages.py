@@ -226,7 +226,7 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
     yield spoken.opening + (spoken.resumed(cursor.turn_id, str(cursor)) if cursor.begun else b"")
     if direct is not None and direct.streams:
         follower.direct = direct
-    # Proxies close a silent stream. One task pings for all waits: a timer for each token would be a thousand timers.
+    # Proxies close a silent stream. A single task pings for all waits: each token would need a timer otherwise.
     pings = asyncio.create_task(_pings(follower, spoken.ping, chat.settings.sse_ping)) if spoken.ping else None
     try:
         while True:

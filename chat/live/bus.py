@@ -1,7 +1,7 @@
 """Redis as a bus: pub/sub that reconnects by itself, and a few pipelined commands beside it.
 
 `RedisBus` is a backend for broadcaster. Broadcaster's own backend receives nothing more after one dropped connection.
-One connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
+A connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
 A new listening connection subscribes to all channels again; once Redis confirms a channel, its room is given a gap
 marker and learns again. `next_published` never raises and `subscribe` never fails: a Redis that is away is a state.
 
@@ -97,7 +97,7 @@ class Inbox:
             self._append(event)
 
     def mark(self, channel: str) -> None:
-        """Have the room of this channel learn again. One marker stands for all losses until the room has read it."""
+        """Have the room of this channel learn again. A marker stands for all losses until the room reads it."""
         if channel not in self._marked:
             self._marked.add(channel)
             self.gaps += 1

@@ -420,7 +420,7 @@ class Room:
     # -- telling
 
     def in_step(self, follower: Follower) -> bool:
-        """Whether the follower reads the room's answer. One at the end of the turn before is moved to its start."""
+        """Whether the follower reads the room's answer, to which it goes on from the end of the turn before."""
         answer, cursor = self.answer, follower.cursor
         if answer is None:
             return False

@@ -34,12 +34,12 @@ logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines prin
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceback a second while the server is away
 
 T = TypeVar("T")
-SQLITE = {False: (1, 16), True: (2, 4)}  # whether they read → connections, and calls done in one visit to one
-IN_LINE = 20.0  # seconds a call waits behind others that are answered
-PIECE, PIECES_MAX = 500, 100  # rows of one statement that deletes many, and such statements at a time
+SQLITE = {False: (1, 16), True: (2, 4)}  # for calls that read or not: connections, and the most calls of one visit
+IN_LINE = 20.0  # seconds a call may wait behind others while the database answers those
+PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
 LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
-IDLE_WAIT = 10  # seconds PostgreSQL leaves a worker that is frozen in the middle of a transaction what it holds
+IDLE_WAIT = 10  # seconds that a worker frozen in the middle of a transaction keeps its locks in PostgreSQL
 SERVER_SETTINGS = {
     "lock_timeout": f"{LOCK_WAIT}s",
     "idle_in_transaction_session_timeout": f"{IDLE_WAIT}s",
@@ -59,10 +59,10 @@ Kinds = tuple[type[Exception], ...]
 class Failures(NamedTuple):
     """The exceptions of a driver, by meaning."""
 
-    unreachable: Kinds
-    taken: Kinds  # … though it can be reached: an id
-    our_fault: Kinds
-    restored: Kinds = ()  # … though it looks like it: tables or rights are missing while a backup is put back
+    unreachable: Kinds  # the database is away, or one of the following, which are among these
+    taken: Kinds  # an id exists already
+    our_fault: Kinds  # a statement is wrong
+    restored: Kinds = ()  # among `our_fault`, but the database is away: a backup is restored, and tables are missing
 
     @classmethod
     def of(cls, postgres: bool) -> Failures:
@@ -99,18 +99,18 @@ class Database:
         self.timeout = timeout
         self.failed_at = 0.0  # monotonic: when a call last found the database away
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
-        self._answered_at = {True: 0.0, False: 0.0}  # monotonic, of reads and of writes
+        self._answered_at = {True: 0.0, False: 0.0}  # monotonic: the last answer to a read (True) and to a write
         self._exclusive = exclusive
         self._lock_file: int | None = None
         self._running: set[asyncio.Future[Any]] = set()
-        self._lines: dict[bool, Connections] = {}  # SQLite's connections: whether they read → those that do
+        self._lines: dict[bool, Connections] = {}  # SQLite's connections, those that read (True) and the writer
         self._clock_offset = 0.0
         self._pool_size = pool_size
         self._pooler = False  # whether a pooler stands between us and PostgreSQL
         # Writers leave one connection of the pool to readers: all of them may be waiting for one locked row.
         self._writers = asyncio.Semaphore(max(1, pool_size - 1))
-        self._keyed: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # those in use, by `line`
-        self._waiting: set[asyncio.Future[Any]] = set()  # calls PostgreSQL has not been asked for yet
+        self._keyed: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # locks in use, by `line`
+        self._waiting: set[asyncio.Future[Any]] = set()  # calls that were not sent to PostgreSQL yet
         options = self._postgres_options() if self.postgres else {"timeout": 30}  # seconds: SQLite's busy timeout
         self._database = databases.Database(self.url, **options)
 
@@ -138,13 +138,15 @@ class Database:
             raise StartupError(f"cannot open the database {place(self.url)}: {_reason(problem)}") from None
 
     async def _open_postgres(self) -> None:
-        """Open the pool, as a pooler in between wants it: PgBouncer refuses settings at the start of a connection, and
-        has each transaction done on whichever of its own connections is free, where no prepared statement is known.
+        """Open the pool, in a way that works through a pooler as well.
+
+        PgBouncer refuses settings at the start of a connection, and it runs each transaction on any free connection of
+        its own, which does not know our prepared statements.
         """
         probe = databases.Database(self.url, min_size=1, max_size=1, timeout=self.timeout, statement_cache_size=0)
         async with probe, probe.connection() as connection:
             raw: Any = connection.raw_connection
-            # A pooler gives its clients a number of its own making.
+            # A pooler makes up the process number that it gives to its clients.
             self._pooler = await raw.fetchval("SELECT pg_backend_pid()") != raw.get_server_pid()
         self._database = databases.Database(self.url, **self._postgres_options())
         await self._database.connect()
@@ -155,7 +157,7 @@ class Database:
             self._lock_file = take_lock(path.with_name(path.name + ".lock"))
         await self._database.connect()
         for reading, (count, at_once) in SQLITE.items():
-            # A connection of `databases` belongs to the task that asks for it: each is made in one of its own and kept.
+            # A connection of `databases` belongs to the task that opens it: each is opened in a task of its own.
             made = [await asyncio.create_task(self._sqlite_connection()) for _ in range(count)]
             self._lines[reading] = Connections(made, at_once)
 
@@ -174,7 +176,7 @@ class Database:
         if self._running:
             await asyncio.wait(self._running, timeout=self.timeout)
         with contextlib.suppress(*self._failures.unreachable, AssertionError):
-            # All of them, and to the end: the thread of one that is left open keeps the process from ending.
+            # Every connection has to be closed: the thread of an open one keeps the process from ending.
             await asyncio.gather(*(line.close() for line in self._lines.values()))
             async with asyncio.timeout(5):
                 await self._database.disconnect()
@@ -190,7 +192,7 @@ class Database:
         )
         asked = time.time()
         row = await self.fetch_one(sql)
-        # The middle of the wait: read after a slow answer, our clock would seem ahead and leases would be too short.
+        # Our time in the middle of the wait: after a slow answer our clock would seem ahead, and leases be too short.
         self._clock_offset = (row or {})["now"] - (asked + time.time()) / 2 * 1000
 
     def now(self) -> int:
@@ -211,7 +213,7 @@ class Database:
     async def execute_in_pieces(self, sql: str, values: Values) -> None:
         """Run a DELETE of at most `:piece` rows, with a RETURNING, until it finds no more.
 
-        All who write would wait for a long one. After `PIECES_MAX` the rest is left to the next time.
+        All writers would wait for one long DELETE. After `PIECES_MAX` statements the rest is left to the next call.
         """
         for _ in range(PIECES_MAX):
             if len(await self.fetch_all(sql, values | {"piece": PIECE})) < PIECE:
@@ -252,7 +254,7 @@ class Database:
         return running
 
     async def _in_line(self, work: Callable[[Query], Awaitable[T]], whole: bool, line: str | None) -> T:
-        """Do work that writes, after earlier work of the same `line` and when a connection is free for a writer."""
+        """Run work that writes, after earlier work of the same `line` and once a writer's connection is free."""
         lock = contextlib.nullcontext() if line is None else self._keyed.setdefault(line, asyncio.Lock())
         async with lock, self._writers:
             self._waiting.discard(asyncio.current_task())
@@ -280,7 +282,7 @@ class Database:
         patience: float | None = 0.0,
         line: str | None = None,
     ) -> T:
-        """Have `work` done and wait. A caller that is cancelled or tired of waiting leaves; the work goes on."""
+        """Start `work` and wait for it. A caller that is cancelled or waits no longer leaves, and the work goes on."""
         try:
             answer = await self._answer(self._begin(work, reading, whole, line), reading, patience)
         except self._failures.unreachable as problem:
@@ -303,10 +305,10 @@ class Database:
             log.warning("storage %s is away: %s", place(self.url), _reason(problem))
 
     async def _answer(self, running: asyncio.Future[T], reading: bool, patience: float | None) -> T:
-        """Wait for a call, and leave it alone. Raises `TimeoutError` where storage is silent for so long.
+        """Wait for a call without cancelling it. Raises `TimeoutError` when storage is silent for `patience` seconds.
 
-        While it answers others of its kind, who stands in line is not told that it is away: a burst of turns would be
-        refused for nothing. A call that has not been begun by then is not begun at all.
+        While storage answers other calls of the kind, a call in line goes on waiting: a burst of turns would be refused
+        for nothing. A call that has not begun after that time is never begun: `StorageUnavailable`.
         """
         began = time.monotonic()
         timeout = self.timeout if patience == 0 else patience
@@ -321,7 +323,7 @@ class Database:
         try:
             answer = running.result()
         finally:
-            del running  # it has the error, which has this frame and all above it: a request would keep itself
+            del running  # a cycle: the future has the error, whose traceback has this frame, which has the future
         self._answered_at[reading] = time.monotonic()
         return answer
 
@@ -329,7 +331,7 @@ class Database:
         self._running.discard(running)
         self._waiting.discard(running)
         if not running.cancelled():
-            running.exception()  # read it: a call nobody waits for any more would be reported as never retrieved
+            running.exception()  # asyncio would log an exception that no caller waits for as never retrieved
 
     # -- schema
 
