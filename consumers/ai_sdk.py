@@ -98,7 +98,7 @@ class Requests:
                         sequence += 1
                 await self._say("end", request_id)
             finally:
-                relay.spawn(relay.part(follower))
+                relay.part(follower)
         except ChatError as problem:
             await self._say("error", request_id, errorText=problem.message)
         finally:

@@ -68,7 +68,7 @@ async def _converse(socket: WebSocket, chat: State, right: Right) -> None:
             await conversation.run()
         finally:
             conversation.end()
-            chat.relay.spawn(chat.relay.part(follower))
+            chat.relay.part(follower)
     except ChatError as problem:
         # The right to read has ended, the worker ends, or the database is away: the code says whether to come back.
         code, reason = admission.REFUSALS.get(problem.code, (1012, "try again"))

@@ -185,8 +185,7 @@ async def follow(
     with ExitStack() as leaving:
         leaving.callback(chat.limits.leave, places)
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
-        # In a task of its own: this one may be cancelled already, and an empty room must still be closed.
-        leaving.callback(lambda: chat.relay.spawn(chat.relay.part(follower)))
+        leaving.callback(chat.relay.part, follower)
         follower.polls = request.query_params.get("poll") == "1"
         if not await chat.relay.resume(follower, cursor):
             raise not_found("turn")

@@ -77,19 +77,13 @@ class Relay:
     def count(self, name: str) -> None:
         self.counts[name] = self.counts.get(name, 0) + 1
 
-    def stop_here(self, turn_id: str) -> None:
-        self.on_stop(turn_id)
-
-    def spawn(self, work: Any) -> Any:
-        return self.tasks.spawn(work)
-
     # -- life
 
     async def start(self) -> None:
         await self.broadcast.connect()
         for channel, hear in ((self._beat_channel, self._hear_own), (self._everyone, self._hear_everyone)):
             started = asyncio.Event()
-            self.spawn(self._listen(channel, hear, started))
+            self.tasks.spawn(self._listen(channel, hear, started))
             await started.wait()
         if self.bus is not None:
             self.tasks.beat(self._show_late, self.settings.relay_ack / 2)
@@ -176,26 +170,27 @@ class Relay:
         try:
             await room.load()
         except BaseException:
-            self.spawn(self.part(follower))
+            self.part(follower)
             raise
         follower.cursor = latest_cursor(room.answer)
         return follower
 
-    async def part(self, follower: Follower) -> None:
+    def part(self, follower: Follower) -> asyncio.Task[None]:
+        """Stop following. A task of its own closes an empty room: the caller's may be cancelled already."""
         follower.room.followers.discard(follower)
-        await self._close_empty(follower.room)
+        return self.tasks.spawn(self._close_empty(follower.room))
 
     async def _room(self, session: Session) -> Room:
         """Return the session's room, open. Call under its lock."""
         room = self.rooms.get(session.key)
         if room is None:
             room = self.rooms[session.key] = Room(self, session, self._channel("session", session.key))
-            room.opening = self.spawn(room.open(self.broadcast))
+            room.opening = self.tasks.spawn(room.open(self.broadcast))
         try:
             # Shielded: a join that is cancelled inside broadcaster's subscribe would leave half a subscription.
             await asyncio.shield(room.opening)
         except asyncio.CancelledError:
-            self.spawn(self._close_empty(room))
+            self.tasks.spawn(self._close_empty(room))
             raise
         return room
 

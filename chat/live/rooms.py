@@ -24,6 +24,7 @@ from ..formats.tellings import Dialect, Telling
 from ..store.database import StorageUnavailable
 from ..store.rights import Right
 from ..store.sessions import Session
+from ..tasks import Tasks
 from .answers import NOTHING, Answer, Cursor, start_of
 from .bus import GAP
 from .events import (
@@ -62,6 +63,8 @@ class Source(Protocol):
     """Where a room learns from: the relay."""
 
     origin: str
+    tasks: Tasks
+    on_stop: Callable[[str], None]  # ends a turn of this worker, by its id
 
     async def latest(self, room: Room) -> tuple[Session, Answer | None]:
         """Return the session and its latest turn. Raises `not_found`, `StorageUnavailable`."""
@@ -75,11 +78,7 @@ class Source(Protocol):
 
     def notice_of(self, session: Session, action: str) -> SessionNotice: ...
 
-    def stop_here(self, turn_id: str) -> None: ...
-
     def count(self, name: str) -> None: ...
-
-    def spawn(self, work: Any) -> Any: ...
 
 
 class Follower(Sleeper):
@@ -249,7 +248,7 @@ class Room:
         """Subscribe. Never fails: when Redis is unavailable, the bus sends a gap marker later."""
         self._subscription = broadcast.subscribe(self.channel)
         subscriber = await self._subscription.__aenter__()
-        self._listening = self._source.spawn(self._listen(subscriber))
+        self._listening = self._source.tasks.spawn(self._listen(subscriber))
 
     async def load(self) -> None:
         """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`.
@@ -259,7 +258,7 @@ class Room:
         if self.writing and self.answer is not None and not self.answer.over:
             return
         if self._loaded is None or (self._loaded.done() and self._loaded.exception() is not None):
-            self._loaded = self._source.spawn(self.learn())
+            self._loaded = self._source.tasks.spawn(self.learn())
         await asyncio.shield(self._loaded)
 
     async def close(self) -> None:
@@ -313,7 +312,7 @@ class Room:
                 self._rights_due = True  # the news that a right has ended may have been lost as well
                 self.learn_again()
             case StopTurn(turn_id):
-                self._source.stop_here(turn_id)
+                self._source.on_stop(turn_id)
 
     def _answer_of(self, turn_id: str) -> Answer | None:
         """Return the room's answer if it is of this turn. Otherwise the beginning of that turn may have been missed."""
@@ -355,7 +354,7 @@ class Room:
         """Start learning from Redis and the database. Calls that come while it goes on cause one more round."""
         self._again = True
         if self._learning is None or self._learning.done():
-            self._learning = self._source.spawn(self._keep_learning())
+            self._learning = self._source.tasks.spawn(self._keep_learning())
 
     async def _keep_learning(self) -> None:
         while self._again:
@@ -407,7 +406,7 @@ class Room:
     async def past(self, turn_id: str) -> Past:
         """Read an older turn, once for all followers that ask meanwhile."""
         if turn_id not in self._pasts:
-            task = self._pasts[turn_id] = self._source.spawn(self._source.past(self.session, turn_id))
+            task = self._pasts[turn_id] = self._source.tasks.spawn(self._source.past(self.session, turn_id))
             task.add_done_callback(lambda _: self._pasts.pop(turn_id, None))
         return await asyncio.shield(self._pasts[turn_id])
 
@@ -482,7 +481,7 @@ class Room:
             if account_id in ("", follower.right.account_id):
                 groups.setdefault(follower.right.grounds, []).append(follower)
         for group in groups.values():
-            self._source.spawn(_check(group))
+            self._source.tasks.spawn(_check(group))
 
     def send_away(self, problem: ChatError) -> None:
         for follower in list(self.followers):
