@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
 
 
-# What a clock or a limit may be set to. Others would stop the service later, without a word: a loop that never pauses,
-# a wait that ends before it begins.
+# The ranges of clocks and limits. Values outside them would break the service later and unnoticed: a loop that never
+# pauses, a wait that ends before it begins.
 Seconds = Annotated[float, Meta(gt=0, le=1e6)]
 Pause = Annotated[float, Meta(ge=0, le=1e6)]
 Count = Annotated[int, Meta(ge=1, le=2**53)]
