@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.harness.scene import ENVIRONMENT, Scene, Stage
@@ -18,6 +19,10 @@ from tests.harness.service import Service
 SECRET = "test-secret-key-of-more-than-32-characters"
 CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "false"}
 STORES = ("sqlite", "postgres+redis")
+
+# Hypothesis holds an example of 200 ms, or slow drawing, for a failure: on a busy machine either is chance.
+settings.register_profile("parley", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("parley")
 
 
 # The files that take longest, the longest first. Most of their time they wait, so others compute beside them.

@@ -31,7 +31,7 @@ from chat.store.turns import Ask, Terms
 from tests.conftest import CLOSED
 from tests.harness import until
 
-QUIET = {"PARLEY_LEASE_RENEW": "3600", "PARLEY_SWEEP_EVERY": "3600", "PARLEY_STORE_FOR": "0.1"}
+QUIET = {"PARLEY_LEASE": "7200", "PARLEY_LEASE_RENEW": "3600", "PARLEY_SWEEP_EVERY": "3600", "PARLEY_STORE_FOR": "0.1"}
 
 
 class Owner:
