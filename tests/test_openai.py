@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
-from openai import AsyncOpenAI
 
 from chat.formats.completions import Stops
 from tests.conftest import CLOSED, store
@@ -19,6 +17,9 @@ from tests.harness.api import call, guest, messages, new_session
 from tests.harness.chaos import KEY, models
 from tests.harness.service import Service
 from tests.vendors import Vendors
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI  # imported where it is used: it would cost every test process a second
 
 OPERATOR = "operator-key-0123456789"
 HELLO = {"role": "user", "content": "/count 30"}
@@ -46,6 +47,8 @@ def service(
 
 
 def client_of(service: Service, key: str = OPERATOR, worker: int = -1) -> AsyncOpenAI:
+    from openai import AsyncOpenAI
+
     transport = httpx.AsyncClient(trust_env=False, timeout=30)
     return AsyncOpenAI(base_url=f"{service.urls[worker]}/v1", api_key=key, max_retries=0, http_client=transport)
 
@@ -79,6 +82,8 @@ async def test_a_completion_is_the_same_whole_and_streamed(client: AsyncOpenAI) 
 
 
 async def test_the_models_on_offer_are_listed(client: AsyncOpenAI) -> None:
+    import openai
+
     assert [model.id async for model in client.models.list()] == ["alpha", "beta", "demo"]
     assert (await client.models.retrieve("demo")).owned_by == "Parley"
     with pytest.raises(openai.NotFoundError, match="no model 'none'"):
@@ -148,6 +153,8 @@ async def test_a_conversation_reaches_the_model_as_it_is(client: AsyncOpenAI, ve
 
 
 async def test_refusals_are_errors_of_theirs(service: Service, client: AsyncOpenAI) -> None:
+    import openai
+
     ask = client.chat.completions.create
     image: Any = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-9'"):
@@ -171,6 +178,8 @@ async def test_refusals_are_errors_of_theirs(service: Service, client: AsyncOpen
 
 
 async def test_a_model_that_fails_is_an_error_and_no_ending(client: AsyncOpenAI) -> None:
+    import openai
+
     failing: Any = {"model": "demo", "messages": [{"role": "user", "content": "/fail 3"}]}
     with pytest.raises(openai.InternalServerError, match="The model could not be reached") as problem:
         await client.chat.completions.create(**failing)

@@ -6,6 +6,7 @@ The vendors are `vendors.py` over real TCP: the same table is asked of both SDKs
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import socket
@@ -36,9 +37,7 @@ from chat.providers import (
     Limits,
     ProviderError,
     Providers,
-    anthropic_messages,
     demo,
-    openai_chat,
 )
 from chat.providers.failures import redacted, retry_after, status_of, translated
 from chat.settings import Model, Settings
@@ -51,6 +50,11 @@ PATIENT = Limits(max_tokens=1000)
 HASTY = Limits(max_tokens=1000, first_token_timeout=0.6)
 IMPATIENT = Limits(max_tokens=1000, idle_timeout=0.4)
 SILENT = {"no-header": HASTY, "stall": IMPATIENT, "ping-stall": IMPATIENT}  # others have time: a machine may be busy
+
+
+def adapter_of(api: str) -> Any:
+    """The module that speaks this API. Imported late: each SDK would cost every test process a second or two."""
+    return importlib.import_module(f"chat.providers.{APIS[api]}")
 
 
 @dataclass
@@ -529,8 +533,8 @@ async def test_a_running_answer_goes_on_while_many_begin(
     api: str, vendors: Vendors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many requests in one pass of the loop would hold up every answer, each for a millisecond."""
-    adapter = {"openai": openai_chat, "anthropic": anthropic_messages}[api]
-    runs, request = Model(id="runs", provider="demo", pace=0), adapter.request
+    adapter, runs = adapter_of(api), Model(id="runs", provider="demo", pace=0)
+    request = adapter.request
     events: list[str] = []
 
     def begin(*asked: Any) -> dict[str, Any]:
@@ -617,24 +621,24 @@ REMOTE = Model(id="m", provider="", model_code="code")
 
 
 def test_openai_is_given_the_conversation_as_it_is() -> None:
-    messages = openai_chat.request(REMOTE, TALK, PATIENT)["messages"]
+    messages = adapter_of("openai").request(REMOTE, TALK, PATIENT)["messages"]
     assert [(message["role"], message["content"]) for message in messages] == [(m.role, m.content) for m in TALK]
 
 
 def test_openai_is_told_the_temperature() -> None:
-    assert openai_chat.request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))["temperature"] == 1.7
+    assert adapter_of("openai").request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))["temperature"] == 1.7
 
 
 def test_openai_itself_wants_another_name_for_the_limit_than_those_who_speak_like_it() -> None:
-    assert "max_tokens" not in openai_chat.request(REMOTE, TALK, PATIENT)
-    assert openai_chat.request(REMOTE, TALK, PATIENT)["max_completion_tokens"] == 1000
+    assert "max_tokens" not in adapter_of("openai").request(REMOTE, TALK, PATIENT)
+    assert adapter_of("openai").request(REMOTE, TALK, PATIENT)["max_completion_tokens"] == 1000
     ollama = Model(id="m", provider="", base_url="http://127.0.0.1:11434/v1")
-    assert openai_chat.request(ollama, TALK, PATIENT)["max_tokens"] == 1000
+    assert adapter_of("openai").request(ollama, TALK, PATIENT)["max_tokens"] == 1000
 
 
 def test_anthropic_is_given_what_it_accepts() -> None:
     """The user speaks first, nobody says nothing, the system stands apart, and no temperature (a 400 since 2026)."""
-    request = anthropic_messages.request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))
+    request = adapter_of("anthropic").request(REMOTE, TALK, Limits(max_tokens=9, temperature=1.7))
     assert request["messages"] == [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
     assert request["system"] == "You are a pirate.\n\nBe brief."
     assert "temperature" not in request
