@@ -15,13 +15,14 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.conftest import CLOSED, STORES, absent, store
 from tests.harness import until
 from tests.harness.api import Guest, call, guest, messages, new_session
 from tests.harness.chaos import KEY, models
 from tests.harness.client import Journal, SocketReader
-from tests.harness.node import Client, packages
+from tests.harness.node import Client, Node, packages
 from tests.harness.proxy import Proxy
 from tests.harness.service import Service
 from tests.vendors import Vendors
@@ -29,6 +30,7 @@ from tests.vendors import Vendors
 if not all(map(shutil.which, ("node", "npm"))):
     absent("the tests of other people's chats need Node.js and npm (apt-get install nodejs npm)")
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 SDKS = ("ai5", "ai6", "ai", "socket")  # the versions of `ai` over SSE, and its newest over a socket
 CHATS = (*SDKS, "tanstack", "agui")
 ENDLESS = "[[tokens:100000 pace:0.02 id:e]]"
@@ -57,15 +59,34 @@ def service(
     assert "Traceback" not in log, log[-6000:]
 
 
+NODES: dict[str, Node] = {}  # a process for each of the clients that has been asked for
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", autouse=True)
+async def nodes() -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        for name in CHATS:
+            NODES[name] = await stack.enter_async_context(node_of(name))
+        yield
+
+
+def node_of(name: str) -> Node:
+    return Node("ag_ui.mjs", name) if name in ("tanstack", "agui") else Node("ai.mjs")
+
+
 @contextlib.asynccontextmanager
-async def chat(base: str, someone: Guest, id: str, name: str, **choice: str) -> AsyncIterator[Client]:
+async def chat(
+    base: str, someone: Guest, id: str, name: str, node: Node | None = None, **choice: str
+) -> AsyncIterator[Client]:
     """One of the chats, in a tab of its own."""
     given: dict[str, Any] = {"base": base, "token": someone.access, "id": id, "body": choice}
+    given["package"] = name.replace("socket", "ai")
     if name == "socket":
         given["socket"] = f"ws{base.removeprefix('http')}/ws/chat/session/{id}/"
-    script, client = ("ag_ui.mjs", name) if name in ("tanstack", "agui") else ("ai.mjs", name.replace("socket", "ai"))
-    async with Client(script, client, **given) as opened:
-        yield opened
+    tab = await (node or NODES[name]).open(**given)
+    yield tab
+    if name == "socket" and node is None:
+        await tab.does("leave")
 
 
 async def newcomer(service: Service, name: str, **choice: str) -> tuple[Guest, str]:
@@ -169,8 +190,8 @@ async def test_a_page_that_was_loaded_again_is_told_the_whole_answer(
 ) -> None:
     vendors.reset()
     someone, id = await newcomer(service, name)
-    async with chat(service.url, someone, id, name) as first:
-        await first.do("send", text=ENDLESS)
+    async with node_of(name) as node, chat(service.url, someone, id, name, node) as first:
+        await first.do("send", text=ENDLESS)  # in a process of its own: with it the page has gone, without a word
         await first.sees(lambda _: "".join(first.texts()), "the first token")
     async with chat(service.urls[-1], someone, id, name) as again:
         await again.do("resume")

@@ -1,4 +1,4 @@
-"""Clients that other people wrote in JavaScript: their packages, and one of `tests/interop` at work."""
+"""Clients that other people wrote in JavaScript: their packages, and those of `tests/interop` at work."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ def packages() -> str:
     return ""
 
 
-class Client:
-    """A script that is given commands, a line of JSON each, and prints what it sees; `seen` is all of that."""
+class Node:
+    """One process of a script that plays many clients, each in a tab of its own: to start Node.js takes longer than a test."""
 
-    def __init__(self, script: str, client: str, **given: Any) -> None:
-        self._command = ["node", str(HERE / script), client, json.dumps(given)]
-        self._new = asyncio.Event()
-        self._looked = 0
-        self.seen: list[dict[str, Any]] = []
+    def __init__(self, script: str, *words: str) -> None:
+        self._command = ["node", str(HERE / script), *words]
+        self._tabs: list[Client] = []
+        self.ended = False
 
     async def __aenter__(self) -> Self:
         pipe = asyncio.subprocess.PIPE
@@ -55,14 +54,43 @@ class Client:
     async def _read(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
-            self.seen.append(json.loads(line))
-            self._new.set()
+            seen = json.loads(line)
+            self._tabs[seen.pop("tab")].hear(seen)
+        self.ended = True
+        for tab in self._tabs:
+            tab.wake()
+
+    async def open(self, **given: Any) -> Client:
+        """A client with all that it has to know."""
+        tab = Client(self, len(self._tabs))
+        self._tabs.append(tab)
+        await self.write({"tab": tab.number, "given": given})
+        return tab
+
+    async def write(self, line: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(line).encode() + b"\n")
+        await self._process.stdin.drain()
+
+
+class Client:
+    """A client that is given commands, a line of JSON each, and prints what it sees; `seen` is all of that."""
+
+    def __init__(self, node: Node, number: int) -> None:
+        self._node, self.number = node, number
+        self._new = asyncio.Event()
+        self._looked = 0
+        self.seen: list[dict[str, Any]] = []
+
+    def hear(self, seen: dict[str, Any]) -> None:
+        self.seen.append(seen)
+        self._new.set()
+
+    def wake(self) -> None:
         self._new.set()
 
     async def do(self, command: str, **more: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": command} | more).encode() + b"\n")
-        await self._process.stdin.drain()
+        await self._node.write({"tab": self.number, "do": command} | more)
 
     async def sees(self, wanted: Callable[[dict[str, Any]], Any], what: str) -> dict[str, Any]:
         """Wait for a thing it prints after the last one that was waited for."""
@@ -74,7 +102,7 @@ class Client:
                         self._looked += 1
                         if wanted(self.seen[self._looked - 1]):
                             return self.seen[self._looked - 1]
-                    assert not self._reading.done(), f"the client ended before {what}: {str(self.seen[-2:])[:600]}"
+                    assert not self._node.ended, f"the client ended before {what}: {str(self.seen[-2:])[:600]}"
                     await self._new.wait()
         except TimeoutError:
             raise TimeoutError(f"{what}: not within {PATIENCE} s; last: {str(self.seen[-2:])[:600]}") from None

@@ -1,19 +1,13 @@
-// AG-UI's own client and TanStack AI's, driven by commands as ai.mjs is: node ag_ui.mjs <client> <what it has to know>.
-import {createInterface} from 'node:readline'
+// AG-UI's own client and TanStack AI's, driven by commands: node ag_ui.mjs <client>; see tabs.mjs.
 import {HttpAgent} from '@ag-ui/client'
 import {ChatClient, fetchServerSentEvents} from '@tanstack/ai-client'
-
-const given = JSON.parse(process.argv[3])
-const print = (seen) => console.log(JSON.stringify(seen))
-const headers = given.token ? {Authorization: `Bearer ${given.token}`} : {}
-const url = `${given.base}/api/ag-ui`
+import {serve} from './tabs.mjs'
 
 const clients = {
-  agui() {
+  agui({url, headers, given, print}) {
     const agent = new HttpAgent({url, headers, threadId: given.id})
     agent.messages = given.messages ?? []
     const show = () => print({messages: agent.messages.map(({id, role, content}) => ({id, role, texts: [content]}))})
-    process.on('unhandledRejection', () => {}) // the body of a stream that is cut off, which the client forgets
     const subscriber = {
       onEvent: ({event}) => print({event: event.type}),
       onMessagesChanged: show,
@@ -32,7 +26,7 @@ const clients = {
     }
   },
 
-  tanstack() {
+  tanstack({url, headers, given, print}) {
     const fetchClient = async (url, options) => {
       const asked = new Headers(options?.headers)
       const {runId} = JSON.parse(options?.body ?? '{}')
@@ -60,8 +54,8 @@ const clients = {
     }
   },
 }
-const commands = clients[process.argv[2]]()
-for await (const line of createInterface({input: process.stdin})) {
-  const command = JSON.parse(line)
-  Promise.resolve(commands[command.do](command)).then(() => print({done: command.do}), (error) => print({failed: error.message}))
-}
+if (process.argv[2] === 'agui') process.on('unhandledRejection', () => {}) // the body of a cut stream, which it forgets
+await serve((given, print) => {
+  const headers = given.token ? {Authorization: `Bearer ${given.token}`} : {}
+  return clients[process.argv[2]]({url: `${given.base}/api/ag-ui`, headers, given, print})
+})
