@@ -313,7 +313,12 @@ async def test_sigterm_with_an_answer_longer_than_the_drain(
     within 25 s, by itself and without a traceback; the readers have all of it elsewhere."""
     url = postgres_server.create_database()
     environment = ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}
-    async with Service(environment, workers=2, server=server) as service, Narrow.before(service.url, buffer=4096) as way:
+    environment |= {"PARLEY_PING_TIMEOUT": "20"}  # four readers of a thousand tokens a second keep one process busy
+    options = ["--ws-ping-timeout", "20"] if server == "uvicorn" else []
+    async with (
+        Service(environment, workers=2, server=server, options=options) as service,
+        Narrow.before(service.url, buffer=4096) as way,
+    ):
         async with await Stage(service, url).scene(model_a_id="hasty") as scene:
             near, far = await scene.socket("near", (0, 1)), await scene.socket("far", 1)
             deaf = await scene.socket("deaf", bases=[way.through(service.url), service.urls[1]])
