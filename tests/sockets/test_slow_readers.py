@@ -24,8 +24,9 @@ from tests.harness.service import Service
 from . import BATTLE, ENVIRONMENT, UVICORN, callers, counted, home, offer
 from .conftest import traceback_in
 
-SEND_TIMEOUT = 5  # seconds: at `RATE` a plain uvicorn's send waits for 2.4, and longer where the line has to wait as well
-KERNEL_TIMEOUT = 8  # seconds
+# Seconds. At `RATE` a plain uvicorn's send waits for 2.4, and longer where the line has to wait as well.
+SEND_TIMEOUT = {"serve": 3, "uvicorn": 5}
+KERNEL_TIMEOUT = 8  # seconds: more than twice as long, as what left in the first span gives a reader a second one
 NUMBER = 8000  # tokens of a turn
 RATE = 20_000  # bytes a second: so slow that a plain uvicorn's buffer is full for seconds
 
@@ -37,7 +38,7 @@ def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     environment |= {
         "PARLEY_MODELS": offer(0.0005),
         "PARLEY_PUBLISH_EVERY": "0",  # many small events to lag behind, also on a busy machine
-        "PARLEY_SEND_TIMEOUT": str(SEND_TIMEOUT),
+        "PARLEY_SEND_TIMEOUT": str(SEND_TIMEOUT[request.param]),
         "PARLEY_TCP_USER_TIMEOUT": str(KERNEL_TIMEOUT),
         "PARLEY_PING_INTERVAL": "20",
         "ADMIN_TOKEN": ADMIN,
