@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,7 +31,7 @@ from chat.store.database import new_id
 from chat.store.mask import audience
 from chat.store.rights import Right
 from chat.store.sessions import Session
-from chat.store.tickets import open_stream
+from chat.store.tickets import give_back, open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
@@ -177,8 +178,12 @@ async def follow(
     *,
     spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
+    ticket: str | None = None,
 ) -> Response:
-    """Return a response that tells the rest of the cursor's turn. A client that leaves changes nothing."""
+    """Return a response that tells the rest of the cursor's turn. A client that leaves changes nothing.
+
+    ticket: the one that opened the stream, if one did; the ticket of a stream that is cut is given back.
+    """
     chat = inputs.state(request)
     spoken = spoken or chosen_format(request)
     places = await inputs.stream_places(request, right.account)
@@ -186,6 +191,9 @@ async def follow(
         leaving.callback(chat.limits.leave, places)
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
         leaving.callback(chat.relay.part, follower)
+        if ticket is not None:
+            give = partial(give_back, chat.database, chat.tokens, ticket)
+            leaving.callback(lambda: None if follower.cursor.over else chat.generation.tasks.spawn(give()))
         follower.polls = request.query_params.get("poll") == "1"
         if not await chat.relay.resume(follower, cursor):
             raise not_found("turn")
@@ -269,7 +277,8 @@ async def session_stream(request: Request) -> Response:
         return Response(status_code=204)
 
     right = Right(chat.database, session, account, member=False)
-    return await follow(request, right, cursor, spoken=EventStream)
+    ticket = (inputs.credential(request) is None and request.query_params.get("ticket")) or None
+    return await follow(request, right, cursor, spoken=EventStream, ticket=ticket)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:

@@ -10,13 +10,14 @@ import pytest
 
 from chat.errors import ChatError
 from chat.tokens import LIFETIMES, Tokens
-from tests.conftest import CLOSED
-from tests.harness.api import Guest, call, guest, messages, new_session, post_turn, ticket
+from tests.conftest import CLOSED, SECRET
+from tests.harness import until
+from tests.harness.api import Guest, call, guest, http, messages, new_session, post_turn, ticket
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
 from tests.harness.sse import SSEParser
-from tests.test_http import rows
+from tests.test_http import rows, running
 
 
 def at(second: float) -> Tokens:
@@ -70,6 +71,24 @@ async def test_an_event_source_comes_back_with_the_address_it_has(service: Servi
         again = await read(service.urls[n % len(service.urls)], path, text, cursor)
         assert again.status_code == 200 and cursors(again)[-1] == last
     assert (await read(service.urls[-1], path, text, last)).status_code == 204
+    assert (await read(service.url, path, text)).json()["error"] == "token_invalid"
+
+
+async def test_an_event_source_that_was_cut_before_its_first_event_comes_back(service: Service) -> None:
+    """Nobody else does while the stream is open; and after its end the ticket is used up."""
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    path, text = f"/api/sessions/{session['id']}/stream/", await ticket(service.url, someone.access)
+    used = f"SELECT id FROM used_tokens WHERE id = '{Tokens([SECRET]).read(text, 'ticket').jti}'"
+    async with running(service.url, someone.access, session["id"]) as following:
+        for n in range(3):
+            base = service.urls[n % len(service.urls)]
+            async with http(base) as client, client.stream("GET", path, params={"ticket": text}) as opened:
+                assert opened.status_code == 200
+                assert (await read(service.urls[-1], path, text)).json()["error"] == "token_invalid"
+            await until(lambda: not rows(service, used), 5, "the cut to be noticed")
+        assert await following.stopped(service.url)
+    assert (await read(service.url, path, text)).status_code == 200
     assert (await read(service.url, path, text)).json()["error"] == "token_invalid"
 
 

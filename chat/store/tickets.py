@@ -1,7 +1,8 @@
 """Tickets: each opens one socket or stream, once. Tickets stand in URLs, which proxies and servers log.
 
 An EventSource reconnects to the same URL by itself. The ticket opens that session's stream again if the client
-sends a cursor of the session, which only the stream has given out, and was not disconnected for long.
+sends a cursor of the session, which only the stream has given out, and was not disconnected for long. A client that was
+cut off before it had a cursor finds its ticket as it was: good for the rest of its 30 s.
 """
 
 from __future__ import annotations
@@ -19,10 +20,21 @@ async def open_stream(database: Database, tokens: Tokens, text: str, session_id:
     turn_id: of the cursor the reader comes back with, "" without one. Raises `token_invalid` or `token_expired`.
     """
     token = tokens.read(text, "ticket")
-    if not (turn_id and await _again(database, f"{token.jti} {session_id}", session_id, turn_id)):
+    if turn_id and await _again(database, f"{token.jti} {session_id}", session_id, turn_id):
+        await database.execute(USED, {"id": token.jti, "until": token.exp * 1000})
+    else:
         await insert_used_token(database, token.jti, tokens.fresh(token).exp)
-        await insert_used_token(database, f"{token.jti} {session_id}", (database.now() + AWAY) // 1000)
+        await database.execute(USED, {"id": f"{token.jti} {session_id}", "until": database.now() + AWAY})
     return await select_account(database, token.id, token.tv)
+
+
+USED = """INSERT INTO used_tokens (id, expires_at) VALUES (:id, :until)
+          ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at"""
+
+
+async def give_back(database: Database, tokens: Tokens, text: str) -> None:
+    """Take a ticket for unused again: its stream was cut before its end, perhaps before the client had a cursor."""
+    await database.execute("DELETE FROM used_tokens WHERE id = :id", {"id": tokens.read(text, "ticket").jti})
 
 
 async def _again(database: Database, id: str, session_id: str, turn_id: str) -> bool:
