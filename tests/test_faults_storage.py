@@ -317,6 +317,26 @@ async def test_positions_are_distinct_under_parallel_posts(asking: Service) -> N
     assert [row.role for row in rows] == ["user", "assistant", "assistant"] * len(done)
 
 
+SLOW = """CREATE TRIGGER slow BEFORE INSERT ON turns BEGIN
+    SELECT COUNT(*) FROM (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 400000) SELECT i FROM n);
+END"""
+
+
+async def test_turns_that_stand_in_line_are_not_refused(tmp_path: Path) -> None:
+    """Each turn takes a tenth of a second to write, so the last ones wait longer than storage may be silent."""
+    file = tmp_path / "parley.db"
+    limits = {"PARLEY_STORAGE_TIMEOUT": "0.5", "PARLEY_TURNS_PER_ACCOUNT": "100"}
+    async with Service(CLOSED | {"DATABASE_URL": f"sqlite:///{file}"} | limits) as service:
+        someone = await guest(service.url)
+        sessions = [(await new_session(service.url, someone.access))["id"] for _ in range(16)]
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            other.execute(SLOW)
+        answers = await asyncio.gather(
+            *[post_turn(service.url, someone.access, session, "/count 1") for session in sessions]
+        )
+    assert [answer.error for answer in answers if answer.status != 200] == []
+
+
 async def test_a_locked_session_holds_up_nobody_else(postgres_server: Postgres, redis_server: Redis) -> None:
     """Eight posts wait for a row that somebody holds; others read and are answered meanwhile."""
     import asyncpg

@@ -148,10 +148,10 @@ class Generation:
         turn = Turn(new_id(), session, account.id)
         self.turns[turn.id] = turn
         starting = self.tasks.spawn(self._insert(turn, address, content, insert, limits))
-        done, _ = await asyncio.wait({starting}, timeout=self.settings.storage_timeout)
-        if not done:
-            raise StorageUnavailable
-        return starting.result()
+        try:
+            return await self.database.answer(starting)
+        except TimeoutError:
+            raise StorageUnavailable from None
 
     async def _insert(self, turn: Turn, address: str, content: str, insert: Insert, limits: Limits) -> StoredTurn:
         try:

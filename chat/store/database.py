@@ -284,7 +284,7 @@ class Database:
     ) -> T:
         """Start `work` and wait for it. A caller that is cancelled or waits no longer leaves, and the work goes on."""
         try:
-            answer = await self._answer(self._begin(work, reading, whole, line), reading, patience)
+            answer = await self.answer(self._begin(work, reading, whole, line), reading, patience)
         except self._failures.unreachable as problem:
             if isinstance(problem, self._failures.taken):
                 raise ChatError("conflict", "This id is taken already.") from problem
@@ -304,8 +304,10 @@ class Database:
             self._away_since = self.failed_at
             log.warning("storage %s is away: %s", place(self.url), _reason(problem))
 
-    async def _answer(self, running: asyncio.Future[T], reading: bool, patience: float | None) -> T:
-        """Wait for a call without cancelling it. Raises `TimeoutError` when storage is silent for `patience` seconds.
+    async def answer(self, running: asyncio.Future[T], reading: bool = False, patience: float | None = 0.0) -> T:
+        """Wait for a call, or for work around one, without cancelling it.
+
+        Raises `TimeoutError` when storage is silent for `patience` seconds.
 
         While storage answers other calls of the kind, a call in line goes on waiting: a burst of turns would be refused
         for nothing. A call that has not begun after that time is never begun: `StorageUnavailable`.
