@@ -91,23 +91,19 @@ class Streams:
         await self.shown(turn, side)
 
     async def _stream_with_retry(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:
-        try:
-            await self._stream_once(turn, side, prompt, limits)
-        except ProviderError as problem:
-            wait = problem.retry_after or 0.5
-            began = turn.results[side].first_token is not None
-            if began or not problem.retryable or wait > self.settings.retry_after_max:
-                raise
-            log.info("model %s: one retry after %s", turn.replies[side]["model"], problem.code)
-            await asyncio.sleep(wait)
-            await self._stream_once(turn, side, prompt, limits)
-
-    async def _stream_once(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:
-        settings, model = self.settings, turn.replies[side]["model"]
+        settings, model, result = self.settings, turn.replies[side]["model"], turn.results[side]
         limits = Limits(limits.max_tokens, limits.temperature, settings.first_token_timeout, settings.idle_timeout)
         say = partial(self._hold, turn, side) if turn.rhythm is not None else partial(turn.out.say, side)
-        result, meter = turn.results[side], turn.meters[side]
-        await ask(self.providers, model, prompt, limits, settings.reply_max, result, meter, say)
+        asked = partial(ask, self.providers, model, prompt, limits, settings.reply_max, result, turn.meters[side], say)
+        try:
+            await asked()
+        except ProviderError as problem:
+            wait = problem.retry_after or 0.5
+            if result.first_token is not None or not problem.retryable or wait > settings.retry_after_max:
+                raise
+            log.info("model %s: one retry after %s", model, problem.code)
+            await asyncio.sleep(wait)
+            await asked()
 
     def _hold(self, turn: Turn, side: str, text: str) -> None:
         turn.held[side] += text
