@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import dropwhile
-from typing import Any
+from typing import Any, ClassVar
 
 import anthropic
 import msgspec
@@ -17,7 +17,7 @@ from ..settings import Model
 from . import ChatMessage, Limits
 from .failures import InStream
 from .sse import Count, Events, decoder
-from .upstream import CONNECT, Piece, Upstream
+from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.anthropic.com"  # explicit: without it, $ANTHROPIC_BASE_URL would decide who gets the key
 
@@ -64,6 +64,7 @@ decode = decoder(MessageEvent)
 
 
 class AnthropicMessages(Upstream):
+    sdk: ClassVar[Any] = anthropic
     official = OFFICIAL
 
     def connect(self, base_url: str, key: str) -> anthropic.AsyncAnthropic:
@@ -74,16 +75,7 @@ class AnthropicMessages(Upstream):
     async def ask(
         self, client: anthropic.AsyncAnthropic, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> Events:
-        stream = await client.post(
-            "/v1/messages",
-            body=request(model, messages, limits),
-            # `Upstream` times the rest of an answer.
-            options={"timeout": anthropic.Timeout(None, connect=CONNECT, pool=CONNECT)},
-            cast_to=object,
-            stream=True,
-            stream_cls=anthropic.AsyncStream[object],
-        )
-        return Events(stream.response)
+        return await self.post(client, "/v1/messages", request(model, messages, limits))
 
     def read(self, event: str) -> Piece:
         said = decode(event)

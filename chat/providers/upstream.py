@@ -45,6 +45,7 @@ class Piece(msgspec.Struct, frozen=True):
 class Upstream(ABC):
     """A vendor behind its SDK: an adapter says how to ask and how to read one event, the rules are here, once."""
 
+    sdk: ClassVar[Any]  # the vendor's module
     official: ClassVar[str]  # the vendor's own address
 
     def __init__(self, models: Iterable[Model], environ: Mapping[str, str]) -> None:
@@ -114,6 +115,14 @@ class Upstream(ABC):
         if text := cleaner.end():
             yield Delta(text)
         yield finish
+
+    async def post(self, client: Any, path: str, body: dict[str, Any], **options: Any) -> Events:
+        """Send one request. OpenAI's `chat.completions.create` would compare each field with its types for 0.3 ms."""
+        options["timeout"] = self.sdk.Timeout(None, connect=CONNECT, pool=CONNECT)  # a clock times the rest
+        stream = await client.post(
+            path, body=body, options=options, cast_to=object, stream=True, stream_cls=self.sdk.AsyncStream[object]
+        )
+        return Events(stream.response)
 
     def _client(self, model: Model) -> Any:
         place = (model.base_url or self.official, self._key(model))
