@@ -120,6 +120,7 @@ WORDS: dict[str, Any] = REPLY_SENTENCES | {
     "greeting": "Ask me anything",
     "battle": "Two models answer, and you judge",
     "log": "Conversation",
+    "earlier": "Earlier messages",
     "you": "You",
     "model": "Assistant",
     "pending": "Thinking",

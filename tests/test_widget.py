@@ -272,6 +272,48 @@ async def test_a_reload_in_the_middle_loses_nothing(visit: Any) -> None:
     assert await shop.answered() == counted(250)
 
 
+async def test_earlier_messages_are_shown_on_request(visit: Any, accessibility: None) -> None:
+    """The last 50 are there at once, those before them after a click: the reader stays at the words they were at."""
+    shop = await (await (await visit()).there()).open()
+    await shop.say("/count 2")
+    await shop.answered()
+    await shop.ask("""
+        const ask = (n) => fetch(`${chat.base}/api/messages/stream/?format=text`, {method: 'POST', headers: {'X-Anonymous-Token': chat.keys.guest},
+            body: JSON.stringify({session_id: chat.id, content: `/echo question ${n}`})}).then((answer) => answer.text());
+        return (async () => { for (let n = 0; n < 28; n++) await ask(n); })();
+    """)
+    await (await shop.reload()).open()
+    await shop.see("talk.list.length === 50 && !chat.frame")
+    assert await axe(shop) == []
+    place = "[...chat.root.querySelectorAll('.you')].find((each) => each.textContent === '/echo question 4').getBoundingClientRect().top"
+    await shop.ask("$('.log').scrollTop = 0")
+    before = await shop.ask(f"return {place}")
+    await shop.button("Earlier messages").click()
+    await shop.see("talk.list.length === 58")
+    assert abs(await shop.ask(f"return {place}") - before) < 2
+    assert await shop.ask("return $('.you').textContent") == "/count 2"
+    assert await shop.ask("return chat.root.activeElement === $('.log')")
+    await shop.button("Good answer").last.click()
+    await shop.see("$('.like.on')")
+    assert await shop.ask("return talk.list.length") == 58
+    assert await shop.button("Earlier messages").count() == 0
+    await shop.say("/count 3")
+    await shop.see("talk.list.length === 60 && !talk.running")
+
+
+async def test_drawing_leaves_time_to_the_page(visit: Any) -> None:
+    """When one drawing takes 50 ms, a second has place for seven and not for twenty."""
+    shop = await (await visit()).there()
+    drawn = await shop.ask("""
+        const until = (ms, end = performance.now() + ms) => { while (performance.now() < end); };
+        let drawn = 0;
+        chat.down = () => { drawn++; until(50); };
+        const more = setInterval(() => chat.changed(), 5);
+        return new Promise((done) => setTimeout(() => { clearInterval(more); done(drawn); }, 1000));
+    """)
+    assert 1 <= drawn <= 7
+
+
 async def test_tabs_share_a_session(visit: Any) -> None:
     """What is said in one is seen in all, each with a socket of its own; a new chat in one is one in all."""
     first = await (await (await visit()).there()).open()
@@ -563,6 +605,7 @@ MARKDOWN = {
     "~~gone~~ and ~ here": "<p><del>gone</del> and ~ here</p>",
     "**open and `code": "<p>**open and `code</p>",
     "1 < 2 & <b>3</b>": "<p>1 &lt; 2 &amp; &lt;b&gt;3&lt;/b&gt;</p>",
+    "## one\n### two\n##### three\n# four": "<h3>one</h3><h4>two</h4><h6>three</h6><h3>four</h3>",
 }  # fmt: skip
 
 
@@ -811,6 +854,7 @@ async def test_it_is_drawn_from_right_to_left(visit: Any, pages: Pages) -> None:
     pages.language = 'lang="ar" dir="rtl"'
     pages.attributes = """data-strings='{"open": "افتح المحادثة"}' data-open data-lang="ar" """
     shop = await (await visit()).there()
+    assert await shop.ask("return getComputedStyle($('textarea')).direction") == "rtl", "an empty box as well"
     await shop.say("/echo مرحبا **بكم** and then English\n\n- واحد")
     await shop.answered()
     width = await shop.ask("return innerWidth")

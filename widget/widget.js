@@ -13,7 +13,7 @@ const ICONS = {
 ICONS.dislike = ICONS.like
 ICONS.latest = ICONS.send
 
-// -- trees: how a page should look
+// -- trees
 
 // what: tag.class.class
 const h = (what, set, ...kids) => {
@@ -25,7 +25,7 @@ const button = (name, onclick, look = 'icon', text, more) => h(`button.${look}`,
 const plain = (name, onclick) => button(name, onclick, 'plain', words[name])
 const copying = (text) => button('copy', ({target}) => navigator.clipboard?.writeText(text).then(() => target.closest('button').className += ' on'))
 
-/** Make `parent`, from `node` on, look like `trees`; what fits is kept. */
+/** Make `parent`, from `node` on, look like `trees`. */
 const show = (parent, trees, node = parent.firstChild) => {
 	const skip = () => {
 		const gone = node
@@ -38,7 +38,7 @@ const show = (parent, trees, node = parent.firstChild) => {
 		while (key && fit && fit.key !== key) fit = fit.nextSibling
 		if (fit && fit.key === key && fit.tag === tag) while (node !== fit) skip()
 		else {
-			fit = tag ? document.createElementNS(`http://www.w3.org/${/svg|path/.test(tag) ? '2000/svg' : '1999/xhtml'}`, tag) : new Text()
+			fit = tag ? /svg|path/.test(tag) ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag) : new Text()
 			parent.insertBefore(fit, node)
 			Object.assign(fit, {tag, key})
 		}
@@ -51,8 +51,7 @@ const show = (parent, trees, node = parent.firstChild) => {
 				if (name === 'class') fit.part = value || ''
 			}
 			fit.set = set
-			if (set.onshow) set.onshow(fit)
-			else show(fit, kids)
+			set.onshow ? set.onshow(fit) : show(fit, kids)
 		} else if (fit.data !== tree) fit.data = tree
 		node = fit.nextSibling
 	}
@@ -64,6 +63,7 @@ const show = (parent, trees, node = parent.firstChild) => {
 const SPAN = /\\([^\w\s])|(`+)([^]{0,999}?[^`])\2(?!`)|!?\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)|(\*\*|__|~~|\*|(?<!\w)_)(?=\S)([^]{0,999}?[^\s\\])\6(?![*\w])|(https?:\/\/[^\s<>"'`)\]]*[^\s<>"'`)\].,;:!?*_])/g
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/, FENCE = /^ *(```+|~~~+) *([^`]*)$/, RULE = /^ *([-*_])( *\1){2,} *$/
 const HEADING = /^(#{1,6}) +(.*)$/, QUOTE = /^ {0,3}> ?/, DASHES = /^[ |:-]*-[ |:-]*$/
+let top // level of the first heading
 const starts = (line) => [ITEM, FENCE, RULE, HEADING, QUOTE].some((each) => each.test(line))
 const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/ *(?<!\\)\| */).map((each) => each.replace(/\\\|/g, '|'))
 const link = (url, kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
@@ -81,7 +81,7 @@ const spans = (text) => {
 	return [...out, text.slice(from)]
 }
 
-/** Close what is open in an unfinished text, hide half a link. */
+/** Close what is open, hide half a link. */
 const mend = (text) => ['`', '**'].reduce((all, mark) => all.split(mark).length % 2 ? all : all.endsWith(mark) ? all.slice(0, -mark.length) : all + mark,
 	text.replace(/!?\[([^\]\n]*)(\](\([^)\n]*)?)?$/, '$1'))
 
@@ -99,11 +99,11 @@ const blocks = (lines, live) => {
 	const block = (line, at) => {
 		let found = FENCE.exec(line)
 		if (found) {
-			const code = take((each) => !each.trim().startsWith(found[1]))
+			const code = take((each) => !each.trim().startsWith(found[1])).join('\n')
 			i++
-			return h('div.code', {}, h('div', {}, found[2], copying(code.join('\n'))), h('pre', {tabindex: 0}, h('code', {}, code.join('\n'))))
+			return h('div.code', {}, h('div', {}, found[2], copying(code)), h('pre', {tabindex: 0}, h('code', {}, code)))
 		}
-		if (found = HEADING.exec(line)) return h('h3', {}, inline(found[2]))
+		if (found = HEADING.exec(line)) return h('h' + ('345666'[found[1].length - top] || 3), {}, inline(found[2]))
 		if (RULE.test(line)) return h('hr')
 		if (QUOTE.test(line)) return h('blockquote', {}, inside([line, ...take((each) => each.trim() && (QUOTE.test(each) || !starts(each)))].map((each) => each.replace(QUOTE, ''))))
 		if (found = ITEM.exec(line)) {
@@ -136,15 +136,15 @@ const blocks = (lines, live) => {
 	return out
 }
 
-/** What is finished is not touched again. */
 const prose = (root) => {
 	let known = '', from = 0, kept = 0
 	return (text, live) => {
 		if (!text.startsWith(known)) from = kept = 0
 		known = text
+		top = /^#+(?= )/m.exec(text)?.[0].length
 		const lines = text.slice(from).split('\n'), found = blocks(lines, live)
 		show(root, found.map((each) => each[1]), root.childNodes[kept] ?? null)
-		const open = found.findLastIndex(([at]) => at < lines.length - 1) // it has a whole line
+		const open = found.findLastIndex(([at]) => at < lines.length - 1)
 		if (open > 0) {
 			from += lines.slice(0, found[open][0]).join('\n').length + 1
 			kept += open
@@ -184,7 +184,7 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .icon:hover,.plain:hover,.on{color:var(--a);background:var(--tint)}
 .log{display:flex;flex-direction:column;flex:1;overflow:auto;overscroll-behavior:contain;padding:18px 16px 8px;gap:14px}
 .log,pre,.composer:focus-within{outline-offset:-2px}
-.empty{margin:auto 0;display:grid;gap:8px}
+.empty{margin:auto 0;display:grid;gap:8px;justify-items:start}
 .plain{border:var(--edge);padding:6px 12px;color:var(--fg)}
 .you,.log>.note{align-self:end}
 .you{max-width:85%;padding:8px 14px;border:1px solid #0000;border-radius:var(--r);border-end-end-radius:4px;background:color-mix(in oklab,var(--a) 16%,var(--bg))}
@@ -195,7 +195,7 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .pair article{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
 .b{border-block-start-color:var(--b)}
 .by{font-weight:600}
-.prose *{unicode-bidi:plaintext}
+textarea,.prose *{unicode-bidi:plaintext}
 .prose>*+*,li>*+*,blockquote>*+*{margin-block-start:.7em}
 ul,ol{padding-inline-start:1.5em}
 a{color:var(--a)}
@@ -206,6 +206,7 @@ th,code,.code div{background:var(--tint)}
 .code div{padding-inline-start:12px}
 pre{overflow:auto;padding:10px 12px;direction:ltr}
 pre code{background:none}
+h5,h6{font-size:1em}
 table{border-collapse:collapse;width:100%;overflow-wrap:normal}
 th,td{padding:6px 12px;text-align:start}
 td{border-block-start:var(--edge)}
@@ -243,26 +244,26 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.place = {}
 		try {
 			this.place = window[`${this.option('remember') || 'local'}Storage`] || {}
-		} catch {} // none in a sandbox
+		} catch {}
 		this.clear()
 		this.draw()
 		if (this.inline) this.begin()
 		else if (this.option('open') != null) this.toggle()
 	}
 
-	/** Before it nothing is asked, read or kept. */
+	/** Nothing is asked, read or kept before. */
 	async begin() {
 		if (this.begun) return
 		this.begun = true
 		addEventListener('online', () => this.check())
 		addEventListener('offline', () => this.drop(1006))
 		addEventListener('storage', ({key}) => key === this.base && this.id !== this.session?.id && !this.making && this.connect(this.clear()))
-		document.addEventListener('visibilitychange', () => this.check())
+		addEventListener('visibilitychange', () => this.check())
 		visualViewport.onresize = visualViewport.onscroll = fit
 		fit()
 		try {
 			this.shared = this.option('shared')
-			if (this.shared) this.sharedId = (await this.api(`shared/${this.shared}/`)).session.id
+			if (this.shared) this.sharedId = (await this.api(this.path)).session.id
 			this.connect()
 			Object.assign(words, await this.api('widget/'), STRINGS)
 		} catch (problem) {
@@ -301,7 +302,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 	}
 
 	stop() {
-		return this.act(`sessions/${this.id}/stop/`)
+		return this.act(`${this.path}stop/`)
 	}
 
 	reset() {
@@ -326,8 +327,9 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.changed()
 	}
 
+	/** Drawing takes a third of the time. */
 	changed() {
-		this.frame ||= requestAnimationFrame(() => this.draw())
+		this.frame ||= setTimeout(() => requestAnimationFrame(() => this.draw()), this.cost * 2)
 	}
 
 	get list() {
@@ -342,7 +344,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return this.list.find(({status}) => status === 'sending')
 	}
 
-	/** Kept here: guest and session, never what was said. */
+	/** Guest and session, never what was said. */
 	get keys() {
 		return JSON.parse(this.place[this.base] || '{}')
 	}
@@ -355,9 +357,13 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return this.sharedId || this.keys[this.mode]
 	}
 
+	get path() {
+		return this.shared ? `shared/${this.shared}/` : `sessions/${this.id}/`
+	}
+
 	async api(path, body) {
-		const {guest} = this.keys, headers = guest ? {'X-Anonymous-Token': guest} : {}
-		const answer = await fetch(`${this.base}/api/${path}`, {method: body ? 'POST' : 'GET', body: JSON.stringify(body), headers})
+		const {guest} = this.keys
+		const answer = await fetch(`${this.base}/api/${path}`, {method: body ? 'POST' : 'GET', body: body && JSON.stringify(body), headers: guest && {'X-Anonymous-Token': guest}})
 		if (answer.status === 401) this.place[this.base] = '{}'
 		if (!/json/.test(answer.headers.get('content-type'))) return answer.body.cancel()
 		const said = await answer.json()
@@ -367,14 +373,13 @@ customElements.define('parley-chat', class extends HTMLElement {
 
 	act(path, body = {}) {
 		this.problem = null
-		return this.api(path, body).then(() => true, (problem) => this.refuse(0, problem)).finally(() => this.tell('request_state'))
+		return this.api(path, body).catch((problem) => this.refuse(0, problem)).finally(() => this.tell('request_state'))
 	}
 
-	/** At the first message, not before. */
 	async make() {
-		if (!this.keys.guest) this.keep({guest: (await this.api('auth/anonymous/', {})).anonymous_token})
+		this.keys.guest || this.keep({guest: (await this.api('auth/anonymous/', {})).anonymous_token})
 		const [model_a_id, model_b_id] = this.option('model')?.split(',') || []
-		if (!this.id) this.keep({[this.mode]: (await this.api('sessions/', {mode: this.mode.replace('arena', 'random'), model_a_id, model_b_id})).id})
+		this.id || this.keep({[this.mode]: (await this.api('sessions/', {mode: this.mode.replace('arena', 'random'), model_a_id, model_b_id})).id})
 	}
 
 	connect() {
@@ -391,17 +396,16 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.become('connecting')
 	}
 
-	/** Come back after a growing, random pause, or stop. */
 	closed(code) {
 		this.socket = null
-		if (/4401|4404/.test(code)) this.keep({[this.mode]: undefined, guest: code === 4401 ? undefined : this.keys.guest})
+		if (/4401|4404/.test(code)) this.keep({[this.mode]: undefined, ...code === 4401 && {guest: undefined}})
 		if (/1009|440[0134]/.test(code)) return this.end({code})
 		if (code === 4429) this.tries = 6
-		this.timer = setTimeout(() => this.connect(), Math.random() * Math.min(30000, 500 * 2 ** this.tries++))
+		this.timer = setTimeout(() => this.connect(), Math.random() * Math.min(3e4, 500 * 2 ** this.tries++))
 		this.become('offline')
 	}
 
-	/** After sleep a socket may be dead and not say so. */
+	/** After sleep a socket may be dead. */
 	check() {
 		const {socket} = this
 		this.tries = 0
@@ -432,8 +436,8 @@ customElements.define('parley-chat', class extends HTMLElement {
 	hear(event) {
 		const {type, turn_id: turn, message: said} = event, message = this.messages.get(event.message_id)
 		if (type === 'session_state') {
-			const {waiting} = this
-			this.messages = new Map(waiting && [[waiting.id, waiting]])
+			const [first] = event.messages, joined = this.messages.has(first?.id)
+			this.list.forEach(({id, position, status}) => status === 'sending' || joined && position < first.position || this.messages.delete(id))
 			event.messages.forEach((each) => this.put(each))
 			this.session = event.session
 			this.cursor = event.turn?.cursor
@@ -446,7 +450,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		if (type === 'message_complete') this.unread = this.emit('message', said)
 		if (type === 'message_chunk' && message) {
 			const over = message.size - event.offset
-			if (over < 0) return this.drop(1006) // come back for what is missing
+			if (over < 0) return this.drop(1006)
 			const fresh = [...event.chunk].slice(over)
 			this.put({...message, status: 'streaming'}, message.text + fresh.join(''), message.size + fresh.length)
 		}
@@ -496,6 +500,16 @@ customElements.define('parley-chat', class extends HTMLElement {
 		}
 	}
 
+	async earlier() {
+		const found = await this.act(`${this.path}?before=${this.list[0].position}`, null)
+		const log = this.$('.log'), rest = log.scrollHeight - log.scrollTop
+		found?.messages.forEach((each) => this.put(each))
+		this.follows = false
+		this.draw()
+		log.scrollTop = log.scrollHeight - rest
+		log.focus()
+	}
+
 	async vote(message_id, preference, feedback_type = 'preference') {
 		if (await this.act('feedback/', {session_id: this.id, message_id, feedback_type, preference})) this.emit('vote', {message_id, preference})
 	}
@@ -503,7 +517,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 	// -- how it looks
 
 	draw() {
-		const {state, problem, inline, shared} = this, opened = !!this.$('dialog')?.open, title = this.option('title') || words.title
+		const start = performance.now(), {state, problem, inline, shared} = this, opened = !!this.$('dialog')?.open, title = this.option('title') || words.title
 		this.frame = 0
 		if (opened) this.unread = false
 		const kids = [
@@ -524,6 +538,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			}}, kids),
 		])])
 		if (this.follows) this.down()
+		this.cost = performance.now() - start
 	}
 
 	down() {
@@ -536,12 +551,11 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return h('div.log', {role: 'log', 'aria-live': 'off', 'aria-label': words.log, tabindex: 0, onscroll: ({target}) => {
 			const follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40
 			if (follows !== this.follows) this.changed(this.follows = follows)
-		}}, turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
+		}}, turns[0]?.[0].position % 1e9 > 0 && button('earlier', () => this.earlier(), 'plain.earlier', words.earlier), turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
 			hello && h('h3.hello', {}, hello),
 			(this.option('suggestions')?.split('|') || words.suggestions)?.map((text) => button(0, () => this.send(text), 'plain', text))))
 	}
 
-	/** A user's message and its replies, or a person's words alone. */
 	turn(turn, last) {
 		const [user] = turn, {id, text, status, problem} = user, replies = turn.filter(({role}) => role !== 'user'), pair = replies.length > 1
 		return [
@@ -579,7 +593,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			if (this.send(box.value)) box.value = ''
 		}
 		return h('div.composer', {key: 'composer'},
-			h('textarea', {rows: 1, dir: 'auto', maxlength: 16e3, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
+			h('textarea', {rows: 1, maxlength: 16e3, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
 				onkeydown: (event) => event.key === 'Enter' && !event.shiftKey && !event.isComposing && submit(event)}),
 			button(running ? 'stop' : 'send', running ? () => this.stop() : submit, 'send'))
 	}
