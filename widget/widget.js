@@ -546,13 +546,13 @@ customElements.define('parley-chat', class extends HTMLElement {
 	}
 
 	log() {
-		const turns = [], hello = this.option('greeting') || (this.arena ? words.battle : words.greeting)
+		const turns = []
 		for (const each of this.list) each.parent_message_ids?.[0] ? turns.at(-1)?.push(each) : turns.push([each])
 		return h('div.log', {role: 'log', 'aria-live': 'off', 'aria-label': words.log, tabindex: 0, onscroll: ({target}) => {
 			const follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40
 			if (follows !== this.follows) this.changed(this.follows = follows)
 		}}, turns[0]?.[0].position % 1e9 > 0 && button('earlier', () => this.earlier(), 'plain.earlier', words.earlier), turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
-			hello && h('h3.hello', {}, hello),
+			h('p.hello', {}, this.option('greeting') || (this.arena ? words.battle : words.greeting)),
 			(this.option('suggestions')?.split('|') || words.suggestions)?.map((text) => button(0, () => this.send(text), 'plain', text))))
 	}
 
