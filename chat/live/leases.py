@@ -155,7 +155,8 @@ class Leases:
     async def _sweep(self) -> None:
         """Take over turns whose worker died and end them with the longest text known."""
         # After an outage the owners renew as soon as they can; a sweep before that would take turns of live workers.
-        if self.generation.draining or time.monotonic() - self.database.failed_at < self.settings.lease:
+        away_at = self.database.failed_at
+        if self.generation.draining or (away_at and time.monotonic() - away_at < self.settings.lease):
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
             if row["id"] not in self.turns:  # else the turn is our own, not renewed in time, and is renewed now

@@ -97,7 +97,7 @@ class Database:
         self.postgres = self.url.startswith("postgres")
         self._failures = Failures.of(self.postgres)
         self.timeout = timeout
-        self.failed_at = float("-inf")  # monotonic: when a call last found the database away
+        self.failed_at = 0.0  # monotonic: when a call last found the database away; 0 where none has
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
         self._answered_at = {True: 0.0, False: 0.0}  # monotonic: the last answer to a read (True) and to a write
         self._exclusive = exclusive
