@@ -318,7 +318,10 @@ class Stalled:
     def command(self, *command: Any) -> None:
         pass
 
-    def grow(self, *given: Any) -> None:
+    def append(self, *given: Any) -> None:
+        pass
+
+    def tell(self, *given: Any) -> None:
         pass
 
 

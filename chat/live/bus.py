@@ -208,29 +208,12 @@ class RedisBus(BroadcastBackend):
         self._ask(partial(settle, future), command)
         return future
 
-    def grow(
-        self,
-        texts: list[tuple[str, bytes]],
-        channel: str,
-        payload: bytes,
-        answered: Callable[[list[int] | Exception], None],
-    ) -> None:
-        """Append to each of `texts` (key, bytes), then tell `channel` on other workers, in one round trip.
+    def append(self, key: str, text: bytes, answered: Answered) -> None:
+        """Append to a text. `answered` is called once, perhaps before this returns.
 
-        `answered` is called once, perhaps before this returns: with the length in bytes that each text has now, or with
-        `RelayUnavailable`, or with `RelayRefused` when Redis appended nothing to one of them; the message left anyway.
+        It is given the length in bytes that the text has now, or `RelayUnavailable`, of which `RelayRefused` is one.
         """
-        answers: list[Any] = []
-
-        def collect(answer: Any) -> None:
-            answers.append(answer)
-            if len(answers) > len(texts):  # the last answer is the message's
-                problem = next((each for each in reversed(answers) if isinstance(each, Exception)), None)
-                answered(answers[:-1] if problem is None else problem)
-
-        for key, text in texts:
-            self._ask(collect, ("APPEND", key, text))
-        self.tell(channel, payload, collect)
+        self._ask(answered, ("APPEND", key, text))
 
     def tell(self, channel: str, payload: bytes, answered: Answered = None) -> None:
         """Publish to other workers only. `answered` may be called before this returns."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ..formats.tellings import Message
 from .answers import Answer, Piece
@@ -55,8 +56,9 @@ class Voice:
         self._bytes = {side: len(reply.text.encode()) for side, reply in answer.replies.items()}  # of the same in Redis
         self._unsent = dict.fromkeys(answer.replies, "")
         self._flying: list[Piece] = []  # sent to Redis, not shown yet
-        self._unanswered = False  # Redis has not answered the last piece
-        self._asked_at = 0.0  # monotonic: when that piece was sent
+        self._unanswered = 0  # texts that Redis has not answered
+        self._asked_at = 0.0  # monotonic: when they were sent
+        self._forgotten: set[str] = set()  # sides of which Redis has less than it was sent
         self._gathered = False  # `_leave` is about to be called
         self._silent = False
         self._kept = False  # an EXPIRE has told Redis how long to keep the texts
@@ -142,28 +144,27 @@ class Voice:
             self._send(self._bus, pieces)
 
     def _send(self, bus: RedisBus, pieces: list[Piece]) -> None:
-        texts = []
+        self._unanswered = len(pieces)
+        self._asked_at = time.monotonic()
         for side, _, text in pieces:
             data = text.encode()
             self._bytes[side] += len(data)
-            texts.append((self._keys[side], data))
-        self._unanswered = True
-        self._asked_at = time.monotonic()
-        sides = [side for side, _, _ in pieces]
-        payload = encode(TurnWords(self.answer.turn_id, pieces))
-        bus.grow(texts, self.channel, payload, lambda lengths: self._answered(sides, lengths))
+            bus.append(self._keys[side], data, partial(self._answered, side))
+        bus.tell(self.channel, encode(TurnWords(self.answer.turn_id, pieces)))
         if not self._kept:
             self._kept = True
             for side in self._sent:
                 bus.command("EXPIRE", self._keys[side], KEEP)
 
-    def _answered(self, sides: list[str], lengths: list[int] | Exception) -> None:
-        self._unanswered = False
+    def _answered(self, side: str, length: int | Exception) -> None:
+        self._unanswered -= 1
+        if not isinstance(length, Exception) and length != self._bytes[side]:
+            self._forgotten.add(side)
+        if self._unanswered:
+            return
         self._show()
-        if not isinstance(lengths, Exception):
-            for side, length in zip(sides, lengths, strict=True):
-                if length != self._bytes[side]:
-                    self._repair(side)
+        while self._forgotten:
+            self._repair(self._forgotten.pop())
         if any(self._unsent.values()):
             self.hurry()
 
