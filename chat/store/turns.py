@@ -110,9 +110,8 @@ async def insert_turn(
         if person is not None:
             said = terms.person_reads.replace("{name}", person)
             rows[1:] = [row | person_says(person, said) for row in rows[1:]]
-        previous = await _select_last_turn_id(query, session.id)
         life = (terms.owner, now + terms.lease, person is None)
-        await insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, life, now)
+        previous = await insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, life, now)
         await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
         # The last statement, because the service's budget is one row that all turns write and lock.
         tokens = terms.tokens if person is None else 0
@@ -219,13 +218,6 @@ async def insert_regeneration(
     return await database.transaction(work, patience=None, line=account_id)
 
 
-async def _select_last_turn_id(query: Query, session_id: str) -> str:
-    row = await query.fetch_one(
-        "SELECT id FROM turns WHERE session_id = :id ORDER BY position DESC LIMIT 1", {"id": session_id}
-    )
-    return "" if row is None else str(row["id"])
-
-
 async def _allot_positions(
     query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
 ) -> tuple[int, str | None]:
@@ -296,14 +288,19 @@ async def insert_turn_row(
     position: int,
     life: tuple[str, int, bool],
     now: int,
-) -> None:
-    """life: the owner, the end of its lease (milliseconds since 1970), and whether the turn runs or is over at once."""
+) -> str:
+    """Return the id of the turn before, "" for none.
+
+    life: the owner, the end of its lease (milliseconds since 1970), and whether the turn runs or is over at once.
+    """
     owner, until, runs = life
-    await query.execute(
+    row = await query.fetch_one(
         """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
                               stop_requested, resumable, created_at, ended_at)
            VALUES (:id, :session_id, :account_id, :user_message_id, :position, :status, :owner, :lease_until,
-                   0, 1, :now, :ended_at)""",
+                   0, 1, :now, :ended_at)
+           RETURNING (SELECT p.id FROM turns p WHERE p.session_id = :session_id AND p.position < :position
+                       ORDER BY p.position DESC LIMIT 1) AS previous""",
         {
             "id": turn_id,
             "session_id": session_id,
@@ -317,6 +314,7 @@ async def insert_turn_row(
             "ended_at": None if runs else now,
         },
     )
+    return (row and row["previous"]) or ""
 
 
 def first_words(text: str) -> str | None:
@@ -451,9 +449,16 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
 
 
 ENDING = ("session_id", "id", "turn_id", "content", "status", "failure_reason", "latency_ms", "first_token_ms")
-UPDATE_REPLY = """UPDATE messages SET content = :content, status = :status, failure_reason = :failure_reason,
-                         latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
-                   WHERE session_id = :session_id AND id = :id AND """
+UPDATE_OWN_TURN = """
+    UPDATE turns SET status = CASE WHEN :last = 1 THEN 'ended' ELSE status END,
+                     ended_at = CASE WHEN :last = 1 THEN COALESCE(ended_at, CAST(:now AS BIGINT)) ELSE ended_at END
+     WHERE id = :turn_id AND owner = :owner RETURNING id"""
+UPDATE_REPLY = """
+    UPDATE messages SET content = :content, status = :status, failure_reason = :failure_reason,
+                        latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
+     WHERE session_id = :session_id AND id = :id AND turn_id = :turn_id"""
+# One round trip instead of four, a tenth of what a short turn costs. A change in a WITH is PostgreSQL's alone.
+UPDATE_BOTH = f"WITH mine AS ({UPDATE_OWN_TURN}) {UPDATE_REPLY} AND EXISTS (SELECT 1 FROM mine) RETURNING id"
 
 
 async def update_endings(database: Database, owner: str, rows: list[Row], *, last: bool) -> bool:
@@ -463,20 +468,16 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
     after this worker had given up waiting for it, and may have ended the turn.
     """
     now = database.now()
-    turn_id = rows[0]["turn_id"]
+    own = {"turn_id": rows[0]["turn_id"], "owner": owner, "last": int(last), "now": now}
+    endings = [{name: row[name] for name in ENDING} | {"now": now} for row in rows]
+    if database.postgres and len(rows) == 1:
+        return await database.fetch_one(UPDATE_BOTH, own | endings[0]) is not None
 
     async def work(query: Query) -> bool:
-        mine = await query.fetch_one(
-            """UPDATE turns SET status = CASE WHEN :last = 1 THEN 'ended' ELSE status END,
-                      ended_at = CASE WHEN :last = 1 THEN COALESCE(ended_at, CAST(:now AS BIGINT)) ELSE ended_at END
-                WHERE id = :id AND owner = :owner RETURNING id""",
-            {"id": turn_id, "owner": owner, "last": int(last), "now": now},
-        )
-        if mine is None:
+        if await query.fetch_one(UPDATE_OWN_TURN, own) is None:
             return False
-        for row in rows:
-            values = {name: row[name] for name in ENDING if name != "turn_id"} | {"turn_id": turn_id, "now": now}
-            await query.execute(UPDATE_REPLY + "turn_id = :turn_id", values)
+        for ending in endings:
+            await query.execute(UPDATE_REPLY, ending)
         return True
 
     return await database.transaction(work)
