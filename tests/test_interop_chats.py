@@ -63,7 +63,8 @@ NODES: dict[str, Node] = {}  # a process for each of the clients that has been a
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", autouse=True)
-async def nodes() -> AsyncIterator[None]:
+async def nodes(vendors: Vendors) -> AsyncIterator[None]:
+    """vendors: with them the packages are there, without which a process ends at once."""
     async with contextlib.AsyncExitStack() as stack:
         for name in CHATS:
             NODES[name] = await stack.enter_async_context(node_of(name))
