@@ -19,7 +19,6 @@ from scenarios import join, phase, with_target
 SHAPES = {"S1": (1, 500, 50), "S2": (200, 3, 30), "S3": (1, 500, 1000)}  # sessions, sockets in each, tokens/s in each
 LAYERS = {
     "chat/providers/": "demo model",
-    "chat/live/generation.py": "generation",
     "chat/live/voice.py": "voice: gather, wait for Redis",
     "chat/live/answers.py": "answer, JSON",
     "chat/live/events.py": "answer, JSON",
@@ -27,9 +26,10 @@ LAYERS = {
     "chat/live/relay.py": "room: who is in step",
     "chat/live/bus.py": "bus: pack, write, read, parse",
     "chat/live/wire.py": "bus: pack, write, read, parse",
-    "consumers/direct.py": "frame, send(2) to sockets",
-    "routes/head.py": "frame, send(2) to sockets",
+    "Direct": "frame, send(2) to sockets",  # the classes of servers.py: every stack begins in that file
+    "chat/formats/": "answer, JSON",
     "consumers/": "socket's own coroutines",
+    "chat/live/": "generation",
     "chat/": "storage: checkpoints, leases",
     "aiosqlite": "storage: checkpoints, leases",
     "sqlite": "storage: checkpoints, leases",
