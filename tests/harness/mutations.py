@@ -65,7 +65,7 @@ MUTATIONS = (
         "an owner's statements match whoever owns the turn",
         (
             ("chat/store/turns.py", "t.id = :turn_id AND t.owner = :owner AND t.status = 'running')", "t.id = :turn_id)"),
-            ("chat/store/turns.py", "WHERE id = :id AND owner = :owner RETURNING id", "WHERE id = :id RETURNING id"),
+            ("chat/store/turns.py", "WHERE id = :turn_id AND owner = :owner RETURNING", "WHERE id = :turn_id RETURNING"),
         ),
         (f"{FROZEN}_longer_than_its_lease", f"{FROZEN}_while_its_answer_ends"),
     ),
