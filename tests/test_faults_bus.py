@@ -76,10 +76,12 @@ async def test_foreign_values_under_a_turns_keys_harm_nobody(scene: Scene, redis
     near = await scene.socket("near", 0)
     await near.say("/count 200")
     await near.tokens(20)
-    for n, write in enumerate([redis.lpush, redis.set]):
+    for n, write in enumerate(["lpush", "set"]):
         [key] = [key async for key in redis.scan_iter(f"*:text:{near.view.turn.id}:*")]
-        await redis.delete(key)
-        await write(key, b"\xff evil " * 5_000)
+        async with redis.pipeline(transaction=True) as whole:  # the owner may append between the two
+            whole.delete(key)
+            getattr(whole, write)(key, b"\xff evil " * 5_000)
+            await whole.execute()
         await scene.socket(f"far{n}", 1)
         await near.tokens(50 * (n + 1))
     await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])

@@ -457,21 +457,18 @@ UPDATE_REPLY = """
     UPDATE messages SET content = :content, status = :status, failure_reason = :failure_reason,
                         latency_ms = :latency_ms, first_token_ms = :first_token_ms, updated_at = :now
      WHERE session_id = :session_id AND id = :id AND turn_id = :turn_id"""
-# One round trip instead of four, a tenth of what a short turn costs. A change in a WITH is PostgreSQL's alone.
-UPDATE_BOTH = f"WITH mine AS ({UPDATE_OWN_TURN}) {UPDATE_REPLY} AND EXISTS (SELECT 1 FROM mine) RETURNING id"
 
 
 async def update_endings(database: Database, owner: str, rows: list[Row], *, last: bool) -> bool:
     """Write the endings of replies, and with the `last` one the turn's, whole or not at all.
 
     False: another worker owns the turn now. Writing an ending twice is harmless: a first attempt may have been written
-    after this worker had given up waiting for it, and may have ended the turn.
+    after this worker had given up waiting for it, and may have ended the turn. A transaction also for one reply: a
+    statement by itself, held up on its way to PostgreSQL, would be carried out after the ending that was told instead.
     """
     now = database.now()
     own = {"turn_id": rows[0]["turn_id"], "owner": owner, "last": int(last), "now": now}
     endings = [{name: row[name] for name in ENDING} | {"now": now} for row in rows]
-    if database.postgres and len(rows) == 1:
-        return await database.fetch_one(UPDATE_BOTH, own | endings[0]) is not None
 
     async def work(query: Query) -> bool:
         if await query.fetch_one(UPDATE_OWN_TURN, own) is None:
