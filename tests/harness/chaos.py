@@ -333,8 +333,8 @@ class Chaos:
         while self._running() and not life.over:
             await asyncio.sleep(dice.uniform(*self.rest))
             answer = await self._patiently(lambda: self._asked("POST", life, "share/", 404))
-            if answer.status_code == 404:
-                return  # deleted meanwhile
+            if answer.status_code == 404 or life.over:
+                return  # deleted meanwhile; an answer that came late may be of a later life of the same owner
             query = {"share_token": answer.json()["share_token"]}
             bases = dice.sample(self.service.urls, len(self.service.urls))
             reader = SocketReader(self.journal, f"{name}{number}", bases, life.session, query=query)
