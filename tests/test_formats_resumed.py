@@ -180,7 +180,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4)), max_size=8
 
 
 @pytest.mark.parametrize(("spoken", "read"), READERS, ids=[each[0].__name__ for each in READERS])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), TEXT, st.none() | TEXT, STEPS, STEPS)
 def test_a_cut_anywhere_loses_and_repeats_nothing(
     spoken: type[Format],

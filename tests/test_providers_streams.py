@@ -201,7 +201,7 @@ def test_all_of_unicode_broken_and_in_pieces_arrives_whole(api: str, vendors: Ve
     with Loop() as loop:
         opened = Providers(Settings(models=(model(api, vendors.url),)), {"VENDOR_KEY": KEY})
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60, suppress_health_check=list(HealthCheck))
         @given(broken, st.randoms(use_true_random=False))
         def check(pieces: list[str], dice: random.Random) -> None:
             SCRIPT[:] = cut(written(api, pieces), dice)
@@ -218,7 +218,7 @@ def test_all_of_unicode_broken_and_in_pieces_arrives_whole(api: str, vendors: Ve
 
 
 @given(broken)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_demo_model_that_echoes_halves_is_cleaned_as_well(pieces: list[str]) -> None:
     text = "".join(pieces)
     demo = Providers(Settings(models=(Model(id="m", provider="demo", pace=0),)), {})

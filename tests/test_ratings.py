@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chat.arena.ratings import OUTCOMES, POINTS, Rating, Row, bradley_terry, elo
@@ -23,7 +23,6 @@ MIRRORED = {"model_a": "model_b", "model_b": "model_a", "tie": "tie", "both_bad"
 
 any_row = st.tuples(st.sampled_from(MODELS), st.sampled_from(MODELS), st.sampled_from(WINNERS), st.integers(1, 300))
 any_rows = st.lists(any_row, max_size=40)
-patient = settings(deadline=None)  # a busy machine must not refute a property
 
 
 def by_model(rows: Iterable[Row]) -> dict[str, Rating]:
@@ -96,21 +95,18 @@ def surpluses(rows: list[Row]) -> dict[str, float]:
     return surplus
 
 
-@patient
 @given(any_rows)
 def test_each_rated_model_wins_as_often_as_its_rating_expects(rows: list[Row]) -> None:
     """Over the battles between rated models."""
     assert all(abs(surplus) < 1e-8 for surplus in surpluses(rows).values())
 
 
-@patient
 @given(any_rows)
 def test_the_mean_of_the_ratings_is_1000(rows: list[Row]) -> None:
     ratings = centres(rows)
     assert sum(ratings.values()) == pytest.approx(1000.0 * len(ratings))
 
 
-@patient
 @given(any_rows)
 def test_two_ties_rate_as_a_win_and_a_loss(rows: list[Row]) -> None:
     doubled = [(a, b, winner, 2 * count) for a, b, winner, count in rows]
@@ -121,7 +117,6 @@ def test_two_ties_rate_as_a_win_and_a_loss(rows: list[Row]) -> None:
     assert centres(split) == close(centres(doubled))
 
 
-@patient
 @given(any_rows)
 def test_both_bad_rates_as_a_tie(rows: list[Row]) -> None:
     words = {"both_bad": "tie"}
@@ -131,28 +126,24 @@ def test_both_bad_rates_as_a_tie(rows: list[Row]) -> None:
 # What must not matter
 
 
-@patient
 @given(any_rows, st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing(rows: list[Row], rng: random.Random) -> None:
     shuffled = rng.sample(rows, len(rows))
     assert bradley_terry(shuffled) == bradley_terry(rows)
 
 
-@patient
 @given(any_rows, st.randoms(use_true_random=False))
 def test_the_sides_change_nothing(rows: list[Row], rng: random.Random) -> None:
     turned = [(b, a, MIRRORED[winner], n) if rng.random() < 0.5 else (a, b, winner, n) for a, b, winner, n in rows]
     assert bradley_terry(turned) == bradley_terry(rows)
 
 
-@patient
 @given(any_rows)
 def test_rows_may_be_votes_or_sums_of_votes(rows: list[Row]) -> None:
     parted = [(a, b, winner, part) for a, b, winner, n in rows for part in (n // 2, n - n // 2) if part]
     assert bradley_terry(parted) == bradley_terry(rows)
 
 
-@patient
 @given(any_rows, st.permutations(MODELS))
 def test_names_change_nothing_but_the_choice_between_equal_groups(rows: list[Row], names: list[str]) -> None:
     rows = rows + [(a, b, "tie", 1) for a, b in pairwise(MODELS)]  # one group
@@ -179,7 +170,6 @@ def test_models_that_only_ever_tie_are_certainly_equal() -> None:
     assert rated([("ada", "bo", "tie", 3)]) == {"ada": (1000.0, 1000.0, 1000.0), "bo": (1000.0, 1000.0, 1000.0)}
 
 
-@patient
 @given(any_rows)
 def test_twice_the_same_votes_keep_the_ratings_and_narrow_the_intervals_by_the_root_of_two(rows: list[Row]) -> None:
     assert centres(rows + rows) == close(centres(rows))
@@ -214,7 +204,6 @@ def test_the_interval_is_as_wide_as_a_bootstrap_says() -> None:
 # Ranks and order
 
 
-@patient
 @given(any_rows)
 def test_rank_is_one_more_than_the_models_certainly_above(rows: list[Row]) -> None:
     bounds, ratings = rated(rows), by_model(rows)
@@ -228,7 +217,6 @@ def test_models_with_overlapping_intervals_share_a_rank() -> None:
     assert [(rating.model, rating.rank) for rating in bradley_terry(rows)] == [("ada", 1), ("bo", 1), ("cy", 3)]
 
 
-@patient
 @given(any_rows)
 def test_the_best_come_first_and_the_unrated_last(rows: list[Row]) -> None:
     ratings = bradley_terry(rows)
@@ -249,7 +237,6 @@ def linked(rows: list[Row]) -> set[tuple[str, str]]:
     return beats
 
 
-@patient
 @given(any_rows)
 def test_exactly_one_largest_group_of_mutually_beaten_models_is_rated(rows: list[Row]) -> None:
     beats = linked([row for row in rows if row[0] != row[1]])
@@ -378,7 +365,6 @@ def test_a_rating_is_preliminary_under_30_battles(battles: int, preliminary: boo
     assert {rating.preliminary for rating in bradley_terry([("ada", "bo", "tie", battles)])} == {preliminary}
 
 
-@patient
 @given(any_rows)
 def test_every_battle_is_counted_once_for_each_of_its_models(rows: list[Row]) -> None:
     ratings = bradley_terry(rows)
@@ -412,13 +398,11 @@ def test_elo_begins_where_it_is_told_and_leaves_that_alone() -> None:
     assert start == {"ada": 1200.0, "cy": 900.0}
 
 
-@patient
 @given(st.lists(any_row.map(lambda row: row[:3])), st.integers(0, 20))
 def test_elo_goes_on_from_where_it_stopped(votes: list[tuple[str, str, str]], cut: int) -> None:
     assert elo(votes[cut:], elo(votes[:cut])) == elo(votes)
 
 
-@patient
 @given(st.lists(any_row.map(lambda row: row[:3])))
 def test_elo_takes_from_one_what_it_gives_to_the_other(votes: list[tuple[str, str, str]]) -> None:
     ratings = elo(votes)

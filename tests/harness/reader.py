@@ -68,8 +68,11 @@ class Reader(ABC):
     async def replies_ended(self, count: int = 1, within: float = 20.0) -> None:
         """Wait until it knows the endings of `count` replies, told or found in a snapshot: who joins late gets that."""
         seen = self.view.messages
-        over = lambda: sum(each.role == "assistant" and each.over for each in seen.values())  # noqa: E731
-        await self.until(lambda: over() >= count, within, f"{count} replies ended")
+
+        def ended() -> bool:
+            return sum(each.role == "assistant" and each.over for each in seen.values()) >= count
+
+        await self.until(ended, within, f"{count} replies ended")
 
     @property
     def told(self) -> int:

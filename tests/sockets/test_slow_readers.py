@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -18,7 +17,7 @@ from tests.harness import until
 from tests.harness.api import call, post_turn
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
-from tests.harness.proxy import Proxy
+from tests.harness.proxy import Narrow
 from tests.harness.service import Service
 
 from . import BATTLE, ENVIRONMENT, UVICORN, callers, counted, home, offer
@@ -51,14 +50,6 @@ def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 ADMIN = "an-admin-token-of-more-than-32-characters"
-
-
-class Narrow(Proxy):
-    """A proxy whose server believes in a thin line: the kernel keeps kilobytes for it, not megabytes."""
-
-    def _shrink(self, end: socket.socket) -> None:
-        super()._shrink(end)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
 
 
 async def test_a_slow_reader_gets_fewer_frames_and_all_the_text(fast: Service, journal: Journal) -> None:
