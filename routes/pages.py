@@ -51,8 +51,9 @@ class File:
 @functools.lru_cache(maxsize=64)
 def _read(path: Path, *changed: int) -> File:
     """The file, with the style in a page, as it was then (nanoseconds): who works on it sees it after a reload."""
-    plain, style, policy = path.read_bytes(), STYLE.read_bytes(), {}
+    plain, policy = path.read_bytes(), {}
     if path.suffix == ".html":
+        style = STYLE.read_bytes()
         plain = plain.replace(LINK.encode(), b"<style>%s</style>" % style)
         policy["Content-Security-Policy"] = POLICY.format(base64.b64encode(hashlib.sha256(style).digest()).decode())
     media = f"{TYPES[path.suffix]}; charset=utf-8"

@@ -209,9 +209,10 @@ class RedisBus(BroadcastBackend):
         return future
 
     def append(self, key: str, text: bytes, answered: Answered) -> None:
-        """Append to a text. `answered` is called once, perhaps before this returns.
+        """Append to a text.
 
-        It is given the length in bytes that the text has now, or `RelayUnavailable`, of which `RelayRefused` is one.
+        `answered` is called once, perhaps before this returns, with the length in bytes that the text has now, or with
+        `RelayUnavailable`, of which `RelayRefused` is one.
         """
         self._ask(answered, ("APPEND", key, text))
 
