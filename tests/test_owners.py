@@ -28,8 +28,9 @@ from chat.store.database import StorageUnavailable, new_id
 from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask, Terms
-from tests.conftest import CLOSED
+from tests.conftest import CLOSED, store
 from tests.harness import until
+from tests.harness.scene import counted
 
 QUIET = {"PARLEY_LEASE": "7200", "PARLEY_LEASE_RENEW": "3600", "PARLEY_SWEEP_EVERY": "3600", "PARLEY_STORE_FOR": "0.1"}
 
@@ -76,7 +77,10 @@ class Owner:
 
 
 @pytest.fixture
-async def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Owner]:
+async def owner(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Owner]:
+    """On SQLite, or on the storage that the test names."""
     made: list[Leases] = []
     begin = Leases.__init__
 
@@ -85,7 +89,7 @@ async def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         made.append(self)
 
     monkeypatch.setattr(leases.Leases, "__init__", remembered)
-    environment = CLOSED | QUIET | {"DATABASE_URL": f"sqlite:///{tmp_path / 'parley.db'}"}
+    environment = CLOSED | QUIET | store(getattr(request, "param", "sqlite"), request, tmp_path)
     async with AsyncExitStack() as stack:
         state = await open_state(read_settings(environ=environment), stack)
         yield Owner(state, made[0], await accounts.insert_guest(state.database, None))
@@ -135,6 +139,26 @@ async def test_an_inherited_ending_that_storage_refused_is_stored_later(
     await owner.leases._renew()
     assert await owner.over(turn_id) == {"a": ("failed", "storage_unavailable", "")}
     assert (await owner.over(await owner.begin(session, "/echo next")))["a"][2] == "next"
+
+
+@pytest.mark.parametrize("owner", ["postgres+redis"], indirect=True)  # a writer of SQLite waits in the file's one line
+async def test_a_late_attempt_stores_the_ending_that_was_told(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt waits for the turn's row until readers have been told that it failed, and goes on then."""
+    import asyncpg
+
+    database, generation = owner.state.database, owner.state.generation
+    monkeypatch.setattr(database, "timeout", 0.2)
+    turn_id = await owner.begin(await owner.session(), "/count 10")
+    other = await asyncpg.connect(database.url)
+    try:
+        await other.execute("BEGIN")
+        await other.execute("SELECT * FROM turns WHERE id = $1 FOR UPDATE", turn_id)
+        await until(owner.idle, 5, "the ending to be given up")
+        assert [row["failure_reason"] for row in generation.turns[turn_id].unsaved] == ["storage_unavailable"]
+    finally:
+        await other.close()
+    await until(lambda: not database._running, 5, "the late attempts to end")
+    assert await owner.replies(turn_id) == {"a": ("failed", "storage_unavailable", counted(10))}
 
 
 @pytest.mark.parametrize("moment", ["storage away", "retry"])

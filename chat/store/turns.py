@@ -463,18 +463,20 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
     """Write the endings of replies, and with the `last` one the turn's, whole or not at all.
 
     False: another worker owns the turn now. Writing an ending twice is harmless: a first attempt may have been written
-    after this worker had given up waiting for it, and may have ended the turn. A transaction also for one reply: a
-    statement by itself, held up on its way to PostgreSQL, would be carried out after the ending that was told instead.
+    after this worker had given up waiting for it, and may have ended the turn.
+
+    A caller that gives up changes the rows to the ending that it tells instead. An attempt that storage held up reads
+    the rows once it has locked the turn, so a late attempt writes the ending that was told. A single statement would
+    carry the old ending on its way to PostgreSQL: a transaction also for one reply.
     """
     now = database.now()
     own = {"turn_id": rows[0]["turn_id"], "owner": owner, "last": int(last), "now": now}
-    endings = [{name: row[name] for name in ENDING} | {"now": now} for row in rows]
 
     async def work(query: Query) -> bool:
         if await query.fetch_one(UPDATE_OWN_TURN, own) is None:
             return False
-        for ending in endings:
-            await query.execute(UPDATE_REPLY, ending)
+        for row in rows:
+            await query.execute(UPDATE_REPLY, {name: row[name] for name in ENDING} | {"now": now})
         return True
 
     return await database.transaction(work)
