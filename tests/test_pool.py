@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
 
 from chat.store import database as door
+from chat.store.budgets import Refunds, Reservation
 from chat.store.database import Database, StorageUnavailable
-from chat.store.queries import Query
+from chat.store.queries import PostgresQuery, Query
 from tests.harness import until
+from tests.harness.proxy import Proxy
 from tests.harness.servers import Postgres
 
 POOL = 5
@@ -138,9 +141,76 @@ async def test_who_waits_to_the_end_gets_the_answer(postgres_server: Postgres) -
 
     with pytest.raises(StorageUnavailable) as refused:
         await database.transaction(work)
-    assert isinstance(refused.value.__cause__, TimeoutError)
+    assert isinstance(refused.value.__cause__, TimeoutError) and not refused.value.in_doubt
     assert await database.transaction(work, patience=None) == 7
     await database.disconnect()
+
+
+async def test_a_write_that_was_refused_is_not_carried_out_later(
+    database: Database, holder: asyncpg.Connection
+) -> None:
+    """Its caller has told an error, and perhaps made another change since."""
+    database.timeout = 0.2
+    with pytest.raises(StorageUnavailable) as refused:
+        await database.execute("UPDATE counts SET count = 7 WHERE name = 'row 0'")
+    assert not refused.value.in_doubt
+    await holder.execute("ROLLBACK")
+    await until(lambda: not database._running, what="the statement to end")
+    assert await counted(database, "row 0") == 0
+
+
+@pytest.fixture
+async def proxy(database: Database) -> AsyncIterator[Proxy]:
+    """A way to the database that can be stalled."""
+    async with Proxy.before(database.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def away(database: Database, proxy: Proxy) -> AsyncIterator[Database]:
+    """The database at the end of that way."""
+    away = Database(proxy.through(database.url), timeout=1.0)
+    await away.connect()
+    away.timeout = 0.2
+    yield away
+    proxy.ok()
+    await away.disconnect()
+
+
+async def test_a_commit_on_its_way_is_waited_for(database: Database, proxy: Proxy, away: Database) -> None:
+    async def work(query: Query) -> int:
+        await query.execute("UPDATE counts SET count = 7 WHERE name = 'row 0'")
+        proxy.stall("to_server")
+        asyncio.get_running_loop().call_later(0.5, proxy.ok)
+        return 7
+
+    assert await away.transaction(work) == 7
+    assert await counted(database, "row 0") == 7
+
+
+async def test_tokens_are_not_given_back_twice(
+    database: Database, proxy: Proxy, away: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is lost after COMMIT and before the answer: nobody knows whether they were given back."""
+    await database.execute("CREATE TABLE budgets (name TEXT, day TEXT, tokens BIGINT)")
+    await database.execute("INSERT INTO budgets (name, day, tokens) VALUES ('service', 'today', 100)")
+    refunds, execute_many = Refunds(away), PostgresQuery.execute_many
+    refunds.settle(Reservation("today", ("service",), 40), [])
+
+    async def before_the_cut(self: PostgresQuery, *given: Any) -> None:
+        await execute_many(self, *given)
+        proxy.stall("to_client")
+        asyncio.get_running_loop().call_later(0.3, proxy.rst)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresQuery, "execute_many", before_the_cut)
+        with pytest.raises(StorageUnavailable) as lost:
+            await refunds.give_back()
+    assert lost.value.in_doubt
+    proxy.ok()
+    away.timeout = 1.0
+    await refunds.give_back()
+    assert await database.fetch_all("SELECT tokens FROM budgets") == [{"tokens": 60}]
 
 
 async def test_a_table_that_is_missing_for_a_moment_is_storage_that_is_away(database: Database) -> None:

@@ -328,7 +328,7 @@ class Generation:
         rows, last = [*turn.unsaved, row], turn.open == {side}
         try:
             ours = await self._keep_trying(lambda: turns.update_endings(self.database, self.worker, rows, last=last))
-        except StorageUnavailable:  # the attempts share this dict: one that goes on writes the ending told from here on
+        except StorageUnavailable:
             row |= {"status": "failed", "failure_reason": "storage_unavailable"}
             turn.unsaved.append(row)
             return row

@@ -183,7 +183,7 @@ class Refunds:
     async def give_back(self) -> None:
         """Subtract the tokens from their budgets in the database. Raises `StorageUnavailable`.
 
-        The tokens are tried again later, unless the failed transaction may still be written.
+        The tokens are tried again later, unless the failed transaction may have been written.
         """
         tokens, self._tokens = self._tokens, Counter()
         # in the order `reserve` takes the rows: two transactions would wait for each other otherwise
@@ -198,7 +198,7 @@ class Refunds:
             if values:
                 await self._database.transaction(work)
         except StorageUnavailable as problem:
-            if not isinstance(problem.__cause__, TimeoutError):
+            if not problem.in_doubt:
                 for place in tokens:  # not `+=`, which forgets what is below nothing: a second call's cost
                     self._tokens[place] += tokens[place]
             raise

@@ -26,7 +26,7 @@ import databases
 
 from ..errors import ChatError, StartupError
 from .places import checked_url, place, private_file, take_lock
-from .queries import Connections, PostgresQuery, Query, Row, Values, is_locked
+from .queries import Call, Connections, PostgresQuery, Query, Row, Values, is_locked
 from .schema import Migration, schema_steps
 
 log = logging.getLogger("parley.database")
@@ -39,7 +39,9 @@ IN_LINE = 20.0  # seconds a call may wait behind others while the database answe
 PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
 LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
-IDLE_WAIT = 10  # seconds that a worker frozen in the middle of a transaction keeps its locks in PostgreSQL
+# Seconds that a worker frozen in the middle of a transaction keeps its locks in PostgreSQL. Not longer than
+# COMMAND_TIMEOUT: a COMMIT that arrives after its caller was told an error has to find no transaction.
+IDLE_WAIT = 10
 SERVER_SETTINGS = {
     "lock_timeout": f"{LOCK_WAIT}s",
     "idle_in_transaction_session_timeout": f"{IDLE_WAIT}s",
@@ -47,9 +49,13 @@ SERVER_SETTINGS = {
 
 
 class StorageUnavailable(ChatError):
-    """The database cannot be reached or does not answer in time; the same request may succeed later."""
+    """The database cannot be reached or does not answer in time; the same request may succeed later.
 
-    def __init__(self) -> None:
+    in_doubt: whether a write may be in the database all the same, because its COMMIT was not answered.
+    """
+
+    def __init__(self, in_doubt: bool = False) -> None:
+        self.in_doubt = in_doubt
         super().__init__("storage_unavailable", "Storage is not reachable right now. Please try again.", retry_after=2)
 
 
@@ -231,60 +237,66 @@ class Database:
         `work` may await only its statements, and on SQLite runs in a thread: no lock, no event, no task of ours.
 
         patience: seconds the caller waits for an answer, 0 for `self.timeout`, None until the transaction has ended
-        or failed. A caller that runs out of patience gets `StorageUnavailable`: caused by a `TimeoutError` when the
-        transaction may still be written later, by nothing when it was never begun.
+        or failed. A caller that runs out of patience gets `StorageUnavailable`, and the transaction is rolled back,
+        however late storage carries its statements out. Once COMMIT was sent, the caller waits for the answer: after
+        that time PostgreSQL has ended the transaction by itself. So nothing is written after the error was raised.
         line: the row that `work` writes to, say a session's id. Calls with the same line begin one at a time, in order:
         while somebody holds that row's lock, the others would wait for the lock in every connection.
         """
-        return await self._shielded(work, whole=True, patience=patience, line=line)
+        return await self._shielded(work, patience=patience, line=line)
 
-    def _begin(
-        self, work: Callable[[Query], Awaitable[T]], reading: bool, whole: bool, line: str | None
-    ) -> asyncio.Future[T]:
+    def _begin(self, call: Call, line: str | None) -> asyncio.Future[Any]:
         """Schedule the call. From here on no caller can cancel it."""
         if not self.postgres:
-            running = self._lines[reading].ask(work, whole)
-        elif reading:
-            running = asyncio.ensure_future(self._in_pool(work, whole=False))
+            running = self._lines[call.reading].ask(call)
+        elif call.reading:
+            running = asyncio.ensure_future(self._in_pool(call))
         else:
-            running = asyncio.ensure_future(self._in_line(work, whole, line))
+            running = asyncio.ensure_future(self._in_line(call, line))
             self._waiting.add(running)
         self._running.add(running)
         running.add_done_callback(self._finished)
         return running
 
-    async def _in_line(self, work: Callable[[Query], Awaitable[T]], whole: bool, line: str | None) -> T:
+    async def _in_line(self, call: Call, line: str | None) -> Any:
         """Run work that writes, after earlier work of the same `line` and once a writer's connection is free."""
         lock = contextlib.nullcontext() if line is None else self._keyed.setdefault(line, asyncio.Lock())
         async with lock, self._writers:
             self._waiting.discard(asyncio.current_task())
-            return await self._in_pool(work, whole or self._pooler)
+            return await self._in_pool(call)
 
-    async def _in_pool(self, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
+    async def _in_pool(self, call: Call) -> Any:
         async with self._database.connection() as connection:
-            return await self._on(connection, work, whole)
+            return await self._on(connection, call)
 
-    async def _on(self, connection: Any, work: Callable[[Query], Awaitable[T]], whole: bool) -> T:
-        if not whole:
-            return await work(PostgresQuery(connection))
+    async def _on(self, connection: Any, call: Call) -> Any:
+        """Run a call; one that writes is a transaction.
+
+        A statement by itself, held up on its way, would be carried out whenever it arrives.
+        """
+        if call.reading:
+            return await call.work(PostgresQuery(connection))
         async with connection.transaction():
             if self._pooler:  # a plain SET would stay behind on a connection that other clients use next
                 settings = "; ".join(f"SET LOCAL {name} = '{value}'" for name, value in SERVER_SETTINGS.items())
                 await connection.raw_connection.execute(settings)
-            return await work(PostgresQuery(connection))
+            answer = await call.work(PostgresQuery(connection))
+            if not call.decide("commit"):
+                raise TimeoutError
+            return answer
 
     async def _shielded(
         self,
         work: Callable[[Query], Awaitable[T]],
         *,
         reading: bool = False,
-        whole: bool = False,
         patience: float | None = 0.0,
         line: str | None = None,
     ) -> T:
-        """Start `work` and wait for it. A caller that is cancelled or waits no longer leaves, and the work goes on."""
+        """Start `work` and wait for it. The work of a caller that is cancelled goes on."""
+        call = Call(work, reading)
         try:
-            answer = await self.answer(self._begin(work, reading, whole, line), reading, patience)
+            answer: T = await self._outcome(call, self._begin(call, line), patience)
         except self._failures.unreachable as problem:
             if isinstance(problem, self._failures.taken):
                 raise ChatError("conflict", "This id is taken already.") from problem
@@ -292,11 +304,23 @@ class Database:
                 raise
             if not is_locked(problem):
                 self._note_away(problem)
-            raise StorageUnavailable from problem
+            raise StorageUnavailable(in_doubt=not call.decide("give up")) from problem
         if self._away_since:
             log.warning("storage answers again after %.1f s", time.monotonic() - self._away_since)
             self._away_since = 0.0
         return answer
+
+    async def _outcome(self, call: Call, running: asyncio.Future[Any], patience: float | None) -> Any:
+        """Wait for a call, until it is given up. A COMMIT on its way cannot be given up, so it is waited for."""
+        try:
+            try:
+                return await self.answer(running, call.reading, patience)
+            except TimeoutError:
+                if running.done() or call.decide("give up"):
+                    raise
+            return await self.answer(running, call.reading, COMMAND_TIMEOUT)
+        finally:
+            del running  # a cycle, as in `answer`
 
     def _note_away(self, problem: Exception) -> None:
         self.failed_at = time.monotonic()
@@ -348,7 +372,7 @@ class Database:
         options = self._postgres_options(max_size=1, command_timeout=None)  # an index may take an hour to build
         try:
             async with databases.Database(self.url, **options) as own, own.connection() as connection:
-                return await migration.run(lambda work: self._on(connection, work, whole=True))
+                return await migration.run(lambda work: self._on(connection, Call(work, reading=False)))
         except self._failures.unreachable as problem:
             raise StorageUnavailable from problem
 

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -90,24 +90,24 @@ def is_locked(problem: BaseException | None) -> bool:
 
 Work = Callable[[Query], Awaitable[Any]]
 Outcome = tuple[Any, BaseException | None]  # what came of a call: one or the other
+Fate = Literal["commit", "give up"]
 
 
 class Call:
-    """A unit of work for a connection; `whole`: in a transaction. `answer` has what came of it."""
+    """A unit of work for a connection.
 
-    def __init__(self, work: Work, whole: bool) -> None:
+    A call that writes is a transaction. The connection decides to commit it, or the caller to give it up, whoever is
+    first: a change that is written after the caller has told an error contradicts the error.
+    """
+
+    def __init__(self, work: Work, reading: bool) -> None:
         self.work = work
-        self.whole = whole
-        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.reading = reading
+        self._fate: dict[str, Fate] = {}
 
-    def tell(self, outcome: Outcome) -> None:
-        answer, problem = outcome
-        if self.answer.done():
-            return
-        if problem is None:
-            self.answer.set_result(answer)
-        else:
-            self.answer.set_exception(problem)
+    def decide(self, fate: Fate) -> bool:
+        """Decide the fate. False when the other one is decided. May be called in any thread: `setdefault` is atomic."""
+        return self._fate.setdefault("fate", fate) == fate
 
 
 class Connections:
@@ -118,18 +118,18 @@ class Connections:
         self._at_once = at_once
         self._connections = connections
         self._free = list(connections)
-        self._calls: deque[Call] = deque()
+        self._calls: deque[tuple[Call, asyncio.Future[Any]]] = deque()
         self._visits: set[asyncio.Task[None]] = set()
 
-    def ask(self, work: Callable[[Query], Awaitable[T]], whole: bool) -> asyncio.Future[T]:
-        """Have `work` done, in its turn, whether or not anyone still waits for the answer."""
-        call = Call(work, whole)
-        self._calls.append(call)
+    def ask(self, call: Call) -> asyncio.Future[Any]:
+        """Have the call done, in its turn."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls.append((call, answer))
         if self._free:
             visit = asyncio.create_task(self._visit(self._free.pop()))
             self._visits.add(visit)
             visit.add_done_callback(self._visits.discard)
-        return call.answer
+        return answer
 
     async def _visit(self, connection: Any) -> None:
         """Run the waiting calls, and those that arrive meanwhile."""
@@ -137,7 +137,7 @@ class Connections:
             # a share of them: what takes long must not hold up all that another connection could do
             share = max(1, min(self._at_once, len(self._calls) // len(self._connections)))
             calls = [self._calls.popleft() for _ in range(share)]
-            work = [(call.work, call.whole) for call in calls]
+            work = [call for call, _ in calls]
             try:
                 # aiosqlite's own way into its thread; its public calls go there for one statement each.
                 raw = connection.raw_connection
@@ -145,7 +145,7 @@ class Connections:
             except BaseException as problem:  # closed, or the worker ends: who waits must not wait for ever
                 outcomes = [(None, problem)] * len(calls)
             while outcomes:  # emptied, not gone through: a failure knows the frames that have these lists
-                calls.pop(0).tell(outcomes.pop(0))
+                _tell(calls.pop(0)[1], outcomes.pop(0))
             self._calls.extendleft(reversed(calls))
         self._free.append(connection)
 
@@ -154,13 +154,23 @@ class Connections:
         await asyncio.gather(*(each.__aexit__() for each in self._connections), return_exceptions=True)
 
 
-def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -> list[Outcome]:
+def _tell(waiting: asyncio.Future[Any], outcome: Outcome) -> None:
+    answer, problem = outcome
+    if waiting.done():
+        return
+    if problem is None:
+        waiting.set_result(answer)
+    else:
+        waiting.set_exception(problem)
+
+
+def _in_thread(connection: sqlite3.Connection, calls: list[Call]) -> list[Outcome]:
     """The results of the first of these calls, or of as many as fit in a short time: their callers wait no longer."""
     outcomes: list[Outcome] = []
     until = time.monotonic() + SHORT
-    for work, whole in calls:
+    for call in calls:
         try:
-            outcomes.append((_done(connection, work, whole), None))
+            outcomes.append((_done(connection, call), None))
         except Exception as problem:  # any: it is that caller's, and the others have theirs to do
             outcomes.append((None, problem))
         if time.monotonic() > until:
@@ -168,14 +178,16 @@ def _in_thread(connection: sqlite3.Connection, calls: list[tuple[Work, bool]]) -
     return outcomes
 
 
-def _done(connection: sqlite3.Connection, work: Work, whole: bool) -> Any:
+def _done(connection: sqlite3.Connection, call: Call) -> Any:
     """The result of a call. The write lock comes first: a read-then-write would fail beside another writer."""
-    if whole:
-        connection.execute("BEGIN IMMEDIATE")
+    if call.reading:
+        return _driven(call.work(SQLiteQuery(connection)))
+    connection.execute("BEGIN IMMEDIATE")
     try:
-        answer = _driven(work(SQLiteQuery(connection)))
-        if whole:
-            connection.execute("COMMIT")
+        answer = _driven(call.work(SQLiteQuery(connection)))
+        if not call.decide("commit"):
+            raise TimeoutError
+        connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # a full disk has ended it already
             connection.execute("ROLLBACK")

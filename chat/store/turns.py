@@ -463,11 +463,7 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
     """Write the endings of replies, and with the `last` one the turn's, whole or not at all.
 
     False: another worker owns the turn now. Writing an ending twice is harmless: a first attempt may have been written
-    after this worker had given up waiting for it, and may have ended the turn.
-
-    A caller that gives up changes the rows to the ending that it tells instead. An attempt that storage held up reads
-    the rows once it has locked the turn, so a late attempt writes the ending that was told. A single statement would
-    carry the old ending on its way to PostgreSQL: a transaction also for one reply.
+    without an answer to its COMMIT, and may have ended the turn.
     """
     now = database.now()
     own = {"turn_id": rows[0]["turn_id"], "owner": owner, "last": int(last), "now": now}
