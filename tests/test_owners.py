@@ -158,10 +158,10 @@ async def test_a_late_attempt_changes_nothing_that_was_told(owner: Owner, monkey
     finally:
         await other.close()
     await until(lambda: not database._running, 5, "the late attempts to end")
-    assert await owner.replies(turn_id) == {"a": ("failed", "storage_unavailable", counted(10))}
-
     assert (await owner.replies(turn_id))["a"][0] in ("pending", "streaming")
     await owner.leases._renew()
+    assert await owner.replies(turn_id) == {"a": ("failed", "storage_unavailable", counted(10))}
+
 
 @pytest.mark.parametrize("moment", ["storage away", "retry"])
 async def test_an_inherited_turn_is_never_answered_anew(
@@ -191,6 +191,34 @@ async def test_an_inherited_turn_is_never_answered_anew(
             await owner.leases._renew()
     await until(owner.idle, 5, "the turn's end")
     assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "")}
+
+
+async def test_a_turn_taken_over_without_an_answer_is_not_answered_anew(owner: Owner) -> None:
+    """The database was away when it had done so: the new owner finds a turn of its own that it never heard of."""
+    turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}))
+    assert await turns.take_over(owner.state.database, owner.leases.worker, 60_000)
+    for _ in range(2):
+        await owner.leases._renew()
+    await until(owner.idle, 5, "the turn's end")
+    assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "")}
+
+
+async def test_a_reply_made_again_without_an_answer_is_answered(owner: Owner) -> None:
+    """One side of a battle was to be made again, and its caller was refused: the other side's text says nothing of it."""
+    session = await owner.session("compare")
+    before = await owner.over(await owner.begin(session, "/echo hello"))
+    row = await turns.select_latest_turn(owner.state.database, session.id)
+    assert row is not None
+    replies = [each for each in await turns.select_turn_messages(owner.state.database, row["id"]) if each["participant"]]
+    terms = Terms(owner.leases.worker, 60_000, 0, budgets_of(owner.someone.id, [], (0, 0, 0)), 0, 10, "")
+    again = new_id()
+    await turns.insert_regeneration(
+        owner.state.database, session, owner.someone.id, replies[0]["id"], terms, again
+    )
+    for _ in range(2):
+        await owner.leases._renew()
+    await until(owner.idle, 5, "the turn's end")
+    assert await owner.over(again) == before
 
 
 async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(

@@ -43,7 +43,6 @@ class Leases:
         self._slept = False  # this process was frozen until after its lease: its turns may be another worker's
         self._asking: asyncio.Task[None] | None = None  # asks the database, after a freeze, which turns are still ours
         self._strangers: set[str] = set()  # turns of ours in the database that `turns` lacked at the last renewal
-        self._orphans: set[str] = set()  # turns taken over whose ending is not stored: they may have some text already
         generation.surely_owned = self.surely_owned
         generation.adopt = self.adopt
 
@@ -114,7 +113,6 @@ class Leases:
         for turn_id in strangers & self._strangers:
             self.tasks.spawn(self.adopt(owned[turn_id]))
         self._strangers = strangers
-        self._orphans &= owned.keys()
 
     async def _save(self, turn: Turn) -> None:
         """Write endings that were published while the database was unavailable."""
@@ -124,13 +122,13 @@ class Leases:
 
     async def adopt(self, row: Row) -> None:
         """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
-        if row["id"] in self._orphans:
+        if row["ended_at"] is not None:  # taken over: readers may have seen text that no checkpoint has
             await self._take_over(row)
             return
         turn = await self._from_row(row)
         if turn is None or turn.stored is None:
             return
-        if row["stop_requested"] or any(each["content"] for each in turn.replies.values()):
+        if row["stop_requested"] or any(each["status"] == "streaming" for each in turn.replies.values()):
             turn.early = "stopped" if row["stop_requested"] else "interrupted"
         self.generation.launch(turn, turn.stored, Limits(self.settings.max_tokens))
 
@@ -159,10 +157,9 @@ class Leases:
         if self.generation.draining or (away_at and time.monotonic() - away_at < self.settings.lease):
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
-            if row["id"] not in self.turns:  # else the turn is our own, not renewed in time, and is renewed now
+            if row["ended_at"] is not None:  # else the turn is our own, not renewed in time, and is renewed now
                 self.relay.count("taken_over")
                 log.warning("turn %s: its worker is gone, ending the turn", row["id"])
-                self._orphans.add(row["id"])
                 self.tasks.spawn(self._take_over(row))
         await accounts.delete_expired(self.database)
         await budgets.delete_old_budgets(self.database)

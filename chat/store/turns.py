@@ -379,7 +379,7 @@ async def select_first_message(database: Database, session_id: str) -> str | Non
     return None if row is None else str(row["content"])
 
 
-TURN = """t.id, t.session_id, t.account_id, t.position, t.status, t.owner, t.stop_requested, t.resumable,
+TURN = """t.id, t.session_id, t.account_id, t.position, t.status, t.owner, t.stop_requested, t.resumable, t.ended_at,
           (SELECT p.id FROM turns p WHERE p.session_id = t.session_id AND p.position < t.position
             ORDER BY p.position DESC LIMIT 1) AS previous"""
 
@@ -412,13 +412,14 @@ async def select_turn_messages(database: Database, turn_id: str) -> list[Row]:
 # -- the owner's statements: each matches only while the turn is this worker's
 
 OWNED = "EXISTS (SELECT 1 FROM turns t WHERE t.id = :turn_id AND t.owner = :owner AND t.status = 'running')"
+OWN = "id, session_id, account_id, position, stop_requested, ended_at"
 
 
 async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, Row]:
     """Prolong the leases of all this worker's turns and return the turns by id. lease: milliseconds."""
     rows = await database.fetch_all(
-        """UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
-           RETURNING id, session_id, account_id, position, stop_requested""",
+        f"""UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
+           RETURNING {OWN}""",
         {"owner": owner, "until": database.now() + lease},
     )
     return {row["id"]: row for row in rows}
@@ -494,11 +495,15 @@ async def request_stop(database: Database, session_id: str, account_id: str) -> 
 
 
 async def take_over(database: Database, owner: str, lease: int) -> list[Row]:
-    """Take the turns whose lease has run out and return them: this worker owns them from now on."""
+    """Take the turns whose lease has run out and return them: this worker owns them from now on.
+
+    A turn of another worker gets its `ended_at`, although it runs until its endings are stored: nobody may ask the
+    models again, not even a worker that never got the answer to this statement. A worker's own turns go on.
+    """
     now = database.now()
     return await database.fetch_all(
-        """UPDATE turns SET owner = :owner, lease_until = :until
-            WHERE status = 'running' AND lease_until < :now
-           RETURNING id, session_id, account_id, position, stop_requested""",
+        f"""UPDATE turns SET ended_at = CASE WHEN owner = :owner THEN ended_at ELSE CAST(:now AS BIGINT) END,
+                   owner = :owner, lease_until = :until
+             WHERE status = 'running' AND lease_until < :now RETURNING {OWN}""",
         {"owner": owner, "until": now + lease, "now": now},
     )
