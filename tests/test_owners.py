@@ -193,6 +193,15 @@ async def test_an_inherited_turn_is_never_answered_anew(
     assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "")}
 
 
+async def test_leases_are_renewed_as_soon_as_storage_answers(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the pause of a beat they would have run out: the beats come an hour apart here."""
+    turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}), owner.leases.worker, 1000)
+    monkeypatch.setattr(turns, "renew_leases", away_for(1, turns.renew_leases))
+    await owner.leases._keep()
+    assert not await turns.take_over(owner.state.database, "another", -1000)
+    assert turn_id in await turns.renew_leases(owner.state.database, owner.leases.worker, 0)
+
+
 async def test_a_turn_taken_over_without_an_answer_is_not_answered_anew(owner: Owner) -> None:
     """The database was away when it had done so: the new owner finds a turn of its own that it never heard of."""
     turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}))

@@ -25,6 +25,7 @@ from .turn import Result, Turn
 
 log = logging.getLogger("parley.generation")
 
+RETRY = 0.5  # seconds until leases that storage did not renew are tried again
 LOOK_FOR_STOPS = 0.5  # seconds between two looks for stops that Redis did not carry
 
 
@@ -48,7 +49,7 @@ class Leases:
 
     def start(self) -> None:
         beat = self.tasks.beat
-        beat(self._renew, self.settings.lease_renew)
+        beat(self._keep, self.settings.lease_renew)
         beat(self._sweep, self.settings.sweep_every)
         beat(self._watch, self.settings.lease_renew / 2)
         if self.relay.bus is not None:
@@ -88,6 +89,17 @@ class Leases:
         self._slept = self._slept or (frozen and now - self._renewed_at > self.settings.lease)
         self._awake_at = now
         return not self._slept
+
+    async def _keep(self) -> None:
+        """Renew the leases, again and again while storage is away.
+
+        Leases would run out in a longer pause, and a worker that did not notice the outage would take the turns.
+        """
+        while True:
+            try:
+                return await self._renew()
+            except StorageUnavailable:
+                await asyncio.sleep(RETRY)
 
     async def _renew(self) -> None:
         """Renew the leases of this worker's turns, and learn which of them it lost."""
