@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -228,6 +230,28 @@ async def test_a_reply_made_again_without_an_answer_is_answered(owner: Owner) ->
         await owner.leases._renew()
     await until(owner.idle, 5, "the turn's end")
     assert await owner.over(again) == before
+
+
+async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owner) -> None:
+    """Somebody has the file's lock, ends the turn and begins the next one, before the stop is carried out."""
+    session, database = await owner.session(), owner.state.database
+    first = await owner.orphan(session, Ask(new_id(), "one", {}), "other", 60_000)
+    await until(lambda: database._lines[False]._free, what="the writer")
+    columns = "session_id, account_id, user_message_id, owner, lease_until, stop_requested, created_at"
+    with sqlite3.connect(urlsplit(database.url).path[1:], isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        stopping = asyncio.create_task(owner.state.generation.stop(session, owner.someone.id))
+        await until(lambda: not database._lines[False]._free, what="the stop to wait")
+        other.execute("UPDATE turns SET status = 'ended' WHERE id = ?", (first,))
+        other.execute(
+            f"""INSERT INTO turns (id, position, status, {columns})
+                SELECT 'next', 9, 'running', {columns} FROM turns WHERE id = ?""",
+            (first,),
+        )
+        other.execute("COMMIT")
+    assert not await stopping
+    rows = await database.fetch_all("SELECT id, stop_requested FROM turns ORDER BY position")
+    assert rows == [{"id": first, "stop_requested": 0}, {"id": "next", "stop_requested": 0}]
 
 
 async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(

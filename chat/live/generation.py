@@ -363,7 +363,8 @@ class Generation:
             for turn in own:
                 turn.end_early("stopped")
         try:
-            row = await turns.request_stop(self.database, session.id, account_id)
+            turn_id = own[0].id if own else await turns.select_running_turn(self.database, session.id)
+            row = await turns.request_stop(self.database, turn_id, account_id)
         except StorageUnavailable:
             if not own:
                 raise

@@ -482,15 +482,26 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
 # -- statements of any worker
 
 
-async def request_stop(database: Database, session_id: str, account_id: str) -> Row | None:
-    """Ask the owner of the session's running turn to end the turn. Returns the turn, or None when none runs."""
+async def select_running_turn(database: Database, session_id: str) -> str:
+    """Return the id of the session's running turn, "" when none runs."""
+    row = await database.fetch_one(
+        "SELECT id FROM turns WHERE session_id = :id AND status = 'running'", {"id": session_id}
+    )
+    return "" if row is None else str(row["id"])
+
+
+async def request_stop(database: Database, turn_id: str, account_id: str) -> Row | None:
+    """Ask the owner of a running turn to end the turn. Returns the turn, or None when the turn does not run.
+
+    The stop names its turn: the session's next turn may have begun before storage carries the statement out.
+    """
     return await database.fetch_one(
         """UPDATE turns SET stop_requested = 1
-            WHERE session_id = :session_id AND status = 'running'
+            WHERE id = :id AND status = 'running'
               AND EXISTS (SELECT 1 FROM sessions s
                            WHERE s.id = turns.session_id AND (s.account_id = :account_id OR s.is_open = 1))
            RETURNING id, owner""",
-        {"session_id": session_id, "account_id": account_id},
+        {"id": turn_id, "account_id": account_id},
     )
 
 
