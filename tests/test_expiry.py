@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from chat.store.database import Database
 from chat.store.sessions import insert_session
 from chat.store.turns import INSERT_MESSAGE, NAMES
 from tests.conftest import STORES, store
+from tests.harness import until
 
 DAY = 86_400_000  # milliseconds
 TURN = """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
@@ -98,6 +100,28 @@ async def test_who_was_active_or_renewed_lives_on(database: Database) -> None:
         active.id: 20,
         renewed.id: 30,
     }
+
+
+@pytest.mark.parametrize("database", ["postgres+redis"], indirect=True)
+async def test_who_comes_back_while_the_sweep_runs_lives_on(database: Database) -> None:
+    """The sweep has found the account and waits for its row, which a refresh renews."""
+    import asyncpg
+
+    account = await guest(database, -1)
+    other = await asyncpg.connect(database.url)
+    try:
+        await other.execute("BEGIN")
+        then = database.now() + DAY
+        await other.execute("UPDATE accounts SET expires_at = $2 WHERE id = $1", account.id, then)
+        sweeping = asyncio.create_task(accounts.delete_expired(database))
+        waiting = "SELECT COUNT(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
+        waiting += "WHERE NOT l.granted AND a.datname = current_database()"
+        await until(lambda: other.fetchval(waiting), what="the sweep to wait")
+        await other.execute("COMMIT")
+        await sweeping
+    finally:
+        await other.close()
+    assert await database.fetch_all("SELECT id, expires_at FROM accounts") == [{"id": account.id, "expires_at": then}]
 
 
 async def test_an_account_half_deleted_lets_nobody_in_and_is_deleted_later(database: Database) -> None:

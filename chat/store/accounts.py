@@ -207,12 +207,14 @@ async def delete_expired(database: Database) -> None:
            RETURNING id""",
         {"then": now - 3_600_000},
     )
-    # A guest whose sessions changed since lives on from then; a message does not write this down each time.
+    # A guest whose sessions changed since lives on from then; a message does not write this down each time. The outer
+    # condition is the one that PostgreSQL evaluates again for an account that is renewed at the same moment.
     await database.execute(
         """UPDATE accounts SET expires_at = COALESCE(
                   (SELECT MAX(s.updated_at) + :lifetime FROM sessions s
                     WHERE s.account_id = accounts.id AND s.updated_at > :since), 0)
-            WHERE id IN (SELECT id FROM accounts WHERE expires_at > 0 AND expires_at < :now
+            WHERE expires_at > 0 AND expires_at < :now
+              AND id IN (SELECT id FROM accounts WHERE expires_at > 0 AND expires_at < :now
                           ORDER BY expires_at LIMIT :at_once)""",
         {"lifetime": GUEST_LIFETIME, "since": now - GUEST_LIFETIME, "now": now, "at_once": AT_ONCE},
     )
