@@ -66,8 +66,10 @@ async def revoke(request: Request) -> Response:
     """End every token of the account, the one shown included; its sockets and streams close."""
     chat = inputs.state(request)
     account = await inputs.account(request)
-    await accounts.revoke_tokens(chat.database, account.id)
-    chat.relay.check_account(account.id)
+    try:
+        await accounts.revoke_tokens(chat.database, account.id)
+    finally:  # storage may have revoked them without an answer
+        chat.relay.check_account(account.id)
     return Response(status_code=204)
 
 
@@ -77,8 +79,10 @@ async def delete_me(request: Request) -> Response:
     account = await inputs.account(request)
     for session in await sessions.select_running(chat.database, account.id):
         await chat.generation.stop(session, account.id)
-    await accounts.delete_account(chat.database, account.id)
-    chat.relay.check_account(account.id)
+    try:
+        await accounts.delete_account(chat.database, account.id)
+    finally:  # the tokens end first: storage may have gone away in the middle of the rest
+        chat.relay.check_account(account.id)
     return Response(status_code=204)
 
 

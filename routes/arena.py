@@ -63,9 +63,11 @@ async def _vote(chat: State, account: Account, said: Feedback) -> dict[str, Any]
         raise invalid("preference", f"expected one of {', '.join(votes.PREFERENCES)}")
     session = await sessions.select_session(chat.database, said.session_id, account.id)
     known = {model.id: model for model in chat.settings.models}
-    vote = await votes.insert_vote(chat.database, session, account.id, said.message_id, said.preference, known)
     was_blind = session.blind
-    session = await sessions.select_session(chat.database, session.id, account.id)
+    with chat.relay.doubtful(session):
+        vote, session = await votes.insert_vote(
+            chat.database, session, account.id, said.message_id, said.preference, known
+        )
     chat.relay.count("votes")
     chat.relay.tell_update(session, "revealed" if was_blind else "voted")
     return {

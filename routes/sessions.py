@@ -151,7 +151,8 @@ async def delete(request: Request) -> Response:
     session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
     if await chat.generation.stop(session, account.id):
         await wait_for_end(chat, session.id)
-    await sessions.delete_session(chat.database, session.id, account.id)
+    with chat.relay.doubtful(session):
+        await sessions.delete_session(chat.database, session.id, account.id)
     chat.relay.tell_deleted(session)
     return Response(status_code=204)
 

@@ -254,6 +254,15 @@ async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owne
     assert rows == [{"id": first, "stop_requested": 0}, {"id": "next", "stop_requested": 0}]
 
 
+async def test_readers_learn_of_a_deletion_without_an_answer(owner: Owner) -> None:
+    session, relay = await owner.session(), owner.state.relay
+    follower = await relay.join(Right(owner.state.database, session, owner.someone), socket_dialect)
+    with pytest.raises(StorageUnavailable), relay.doubtful(session):
+        await sessions.delete_session(owner.state.database, session.id, owner.someone.id)
+        raise StorageUnavailable(in_doubt=True)
+    await until(lambda: follower.ended, what="the reader to be sent away")
+
+
 async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,8 +513,11 @@ async def test_a_turn_that_comes_with_the_drain_is_refused(owner: Owner, monkeyp
     assert not generation.turns
 
 
-async def test_rights_are_checked_when_storage_is_back(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gap while storage is away: a right that had ended ends when storage answers, without another gap."""
+@pytest.mark.parametrize("news", ["gap", "revoked"])
+async def test_rights_are_checked_when_storage_is_back(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, news: str
+) -> None:
+    """Storage is away when they have to be: a right that had ended ends when storage answers, without more news."""
     session = await owner.session()
     follower = await owner.state.relay.join(Right(owner.state.database, session, owner.someone), socket_dialect)
     await accounts.revoke_tokens(owner.state.database, owner.someone.id)
@@ -525,7 +537,10 @@ async def test_rights_are_checked_when_storage_is_back(owner: Owner, monkeypatch
 
     monkeypatch.setattr(sessions, "select_unchecked", unreachable)
     monkeypatch.setattr(Right, "check", checked)
-    follower.room.hear(GAP)
+    if news == "gap":
+        follower.room.hear(GAP)
+    else:
+        owner.state.relay.check_account(owner.someone.id)
     for _ in range(20):
         await asyncio.sleep(0)
     away = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +19,7 @@ from ..errors import ChatError, RelayUnavailable, not_found
 from ..formats.tellings import Dialect
 from ..settings import Settings
 from ..store import sessions, turns
-from ..store.database import Database
+from ..store.database import Database, StorageUnavailable
 from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
@@ -339,6 +339,16 @@ class Relay:
     def look_again(self, session: Session) -> None:
         """Have all rooms of the session learn from the database again: something was written there and not told."""
         self._send(session, lambda room: room.learn_again(), LearnAgain())
+
+    @contextlib.contextmanager
+    def doubtful(self, session: Session) -> Iterator[None]:
+        """Have all rooms learn again when storage leaves open whether it wrote what they have to be told about."""
+        try:
+            yield
+        except StorageUnavailable as problem:
+            if problem.in_doubt:
+                self.look_again(session)
+            raise
 
     def _send(self, session: Session, here: Callable[[Room], None], message: BusMessage) -> None:
         """Do something with the session's room of this worker, and have the rooms elsewhere do the same."""

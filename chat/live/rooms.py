@@ -481,7 +481,17 @@ class Room:
             if account_id in ("", follower.right.account_id):
                 groups.setdefault(follower.right.grounds, []).append(follower)
         for group in groups.values():
-            self._source.tasks.spawn(_check(group))
+            self._source.tasks.spawn(self._check(group))
+
+    async def _check(self, group: list[Follower]) -> None:
+        """Run one admission for followers that were admitted by the same right."""
+        try:
+            await group[0].right.check()
+        except StorageUnavailable:
+            self._take(LearnAgain())  # nobody can be admitted now: the check is due once storage answers
+        except ChatError as problem:
+            for follower in group:
+                follower.send_away(problem)
 
     def send_away(self, problem: ChatError) -> None:
         for follower in list(self.followers):
@@ -492,17 +502,6 @@ class Room:
         for follower in self.followers:
             if follower.right.expires_at and now > follower.right.expires_at:
                 follower.send_away(ChatError("token_expired", "The token of this connection has expired."))
-
-
-async def _check(group: list[Follower]) -> None:
-    """Run one admission for followers that were admitted by the same right."""
-    try:
-        await group[0].right.check()
-    except StorageUnavailable:
-        return  # nobody can be admitted at the moment; the next gap or change checks again
-    except ChatError as problem:
-        for follower in group:
-            follower.send_away(problem)
 
 
 def latest_cursor(answer: Answer | None) -> Cursor:

@@ -224,7 +224,8 @@ async def update_session(
 
     A session that is made private loses its share link, too.
     """
-    row = await database.fetch_one(
+    return await _update(
+        database,
         """UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
                   is_pinned = COALESCE(CAST(:is_pinned AS INTEGER), is_pinned),
                   is_public = COALESCE(CAST(:is_public AS INTEGER), is_public),
@@ -241,22 +242,28 @@ async def update_session(
             "now": database.now(),
         },
     )
-    if row is None:
-        raise not_found("session")
-    return await select_session(database, id, account_id)
 
 
 async def update_share(database: Database, id: str, account_id: str, share: bool) -> Session:
     """Give the session a share token (the one it has, if any) or take it away. Only the owner may."""
-    row = await database.fetch_one(
+    return await _update(
+        database,
         """UPDATE sessions SET share_token = CASE WHEN :share = 1 THEN COALESCE(share_token, :token) END,
                   version = version + 1
             WHERE id = :id AND account_id = :account_id RETURNING id""",
         {"id": id, "account_id": account_id, "share": int(share), "token": secrets.token_urlsafe(16)},
     )
-    if row is None:
-        raise not_found("session")
-    return await select_session(database, id, account_id)
+
+
+async def _update(database: Database, sql: str, values: Values) -> Session:
+    """Change a session of this account and return it, both or neither: the caller has readers to tell."""
+
+    async def work(query: Query) -> Session:
+        if await query.fetch_one(sql, values) is None:
+            raise not_found("session")
+        return await select_session(query, values["id"], values["account_id"])
+
+    return await database.transaction(work)
 
 
 async def delete_session(database: Database, id: str, account_id: str) -> None:

@@ -20,7 +20,7 @@ from ..errors import ChatError, not_found
 from ..settings import Model
 from .database import Database, new_id
 from .queries import Query, Row
-from .sessions import Session
+from .sessions import Session, select_session
 
 PREFERENCES = ("model_a", "model_b", "tie", "both_bad")
 PERIODS = {"all_time": None, "monthly": 30, "weekly": 7, "daily": 1}  # days
@@ -63,13 +63,14 @@ class Details:
 
 async def insert_vote(
     database: Database, session: Session, account_id: str, message_id: str, preference: str, models: Mapping[str, Model]
-) -> Vote:
+) -> tuple[Vote, Session]:
     """Cast the one vote of a turn. Raises `not_found`, `conflict` while a side is not whole, `already_voted`.
 
-    message_id: the turn's user message or one of its replies. The session's first vote reveals it.
+    message_id: the turn's user message or one of its replies. The session's first vote reveals it. Returns the session
+    with the vote.
     """
 
-    async def work(query: Query) -> Vote:
+    async def work(query: Query) -> tuple[Vote, Session]:
         locked = await query.fetch_one(
             "UPDATE sessions SET version = version WHERE id = :id AND account_id = :account_id RETURNING voted_at",
             {"id": session.id, "account_id": account_id},
@@ -101,7 +102,8 @@ async def insert_vote(
                 WHERE id = :id""",
             {"id": session.id, "now": now},
         )
-        return Vote(row["id"], turn[0]["turn_id"], preference, reason is None, reason, now)
+        vote = Vote(row["id"], turn[0]["turn_id"], preference, reason is None, reason, now)
+        return vote, await select_session(query, session.id, account_id)
 
     return await database.transaction(work, line=session.id)
 
