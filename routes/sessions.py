@@ -152,7 +152,7 @@ async def delete(request: Request) -> Response:
     if await chat.generation.stop(session, account.id):
         await wait_for_end(chat, session.id)
     with chat.relay.doubtful(session):
-        await sessions.delete_session(chat.database, session.id, account.id)
+        await sessions.delete_session(chat.database, session, account.id)
     chat.relay.tell_deleted(session)
     return Response(status_code=204)
 

@@ -254,11 +254,26 @@ async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owne
     assert rows == [{"id": first, "stop_requested": 0}, {"id": "next", "stop_requested": 0}]
 
 
+async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) -> None:
+    """A deletion and a message wait while the session is deleted and its id is used again."""
+    database, someone = owner.state.database, owner.someone
+    session = await owner.session()
+    await sessions.delete_session(database, session, someone.id)
+    await database.set_clock()
+    await until(lambda: database.now() > session.created_at, what="another millisecond")
+    assert await sessions.insert_session(database, someone.id, "direct", ("demo-poet", None), id=session.id)
+    for late in (sessions.delete_session(database, session, someone.id), owner.begin(session, "/echo hello")):
+        with pytest.raises(ChatError) as refused:
+            await late
+        assert refused.value.code == "not_found"
+    assert (await sessions.select_unchecked(database, session.id)).message_count == 0
+
+
 async def test_readers_learn_of_a_deletion_without_an_answer(owner: Owner) -> None:
     session, relay = await owner.session(), owner.state.relay
     follower = await relay.join(Right(owner.state.database, session, owner.someone), socket_dialect)
     with pytest.raises(StorageUnavailable), relay.doubtful(session):
-        await sessions.delete_session(owner.state.database, session.id, owner.someone.id)
+        await sessions.delete_session(owner.state.database, session, owner.someone.id)
         raise StorageUnavailable(in_doubt=True)
     await until(lambda: follower.ended, what="the reader to be sent away")
 

@@ -67,6 +67,11 @@ class Session:
         return f"{self.id}:{self.created_at}:{self.account_id[-12:]}"
 
     @property
+    def life(self) -> Values:
+        """The values that a write names, so that it never falls on a later session of the same id."""
+        return {"id": self.id, "created_at": self.created_at}
+
+    @property
     def sides(self) -> tuple[str, ...]:
         return SIDES[:1] if self.mode == "direct" else SIDES
 
@@ -266,11 +271,12 @@ async def _update(database: Database, sql: str, values: Values) -> Session:
     return await database.transaction(work)
 
 
-async def delete_session(database: Database, id: str, account_id: str) -> None:
+async def delete_session(database: Database, session: Session, account_id: str) -> None:
     """Delete the session with all of its messages. The votes stay: they are facts about models."""
     row = await database.fetch_one(
-        "DELETE FROM sessions WHERE id = :id AND account_id = :account_id RETURNING id",
-        {"id": id, "account_id": account_id},
+        """DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
+           RETURNING id""",
+        session.life | {"account_id": account_id},
     )
     if row is None:
         raise not_found("session")

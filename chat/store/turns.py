@@ -231,8 +231,9 @@ async def _allot_positions(
     row = await query.fetch_one(
         """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
                   last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
-            WHERE id = :id AND (account_id = :account_id OR is_open = 1) RETURNING next_position, operator""",
-        {"id": session.id, "account_id": account_id, "places": places, "now": now, "title": title},
+            WHERE id = :id AND created_at = :created_at AND (account_id = :account_id OR is_open = 1)
+           RETURNING next_position, operator""",
+        session.life | {"account_id": account_id, "places": places, "now": now, "title": title},
     )
     if row is None:
         raise not_found("session")
