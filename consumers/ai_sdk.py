@@ -40,7 +40,7 @@ class Requests:
     address: str
     send: Callable[[bytes], Awaitable[None]]
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    running: dict[str, tuple[str, asyncio.Task[None]]] = field(default_factory=dict)  # the turn, and its telling
     made: int = 0  # requests so far
 
     async def take(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
@@ -63,7 +63,7 @@ class Requests:
         if turn_id is None:
             await self._say("no-active", request_id)
         else:
-            self.running[request_id] = self.spawn(self._tell(request_id, turn_id))
+            self.running[request_id] = turn_id, self.spawn(self._tell(request_id, turn_id))
 
     async def _begun(self, frame: frames.Send, session: Session) -> str:
         """Return the turn that a message began, now or before."""
@@ -106,16 +106,16 @@ class Requests:
 
     async def _abort(self, request_id: str) -> None:
         """Stop the turn, unless the client only has second thoughts about which request shows it."""
-        telling = self.running.get(request_id)
-        if telling is not None:
+        if request_id in self.running:
+            turn_id, telling = self.running[request_id]
             telling.cancel()
-            self.spawn(self._stop(self.made))
+            self.spawn(self._stop(turn_id, self.made))
 
-    async def _stop(self, made: int) -> None:
+    async def _stop(self, turn_id: str, made: int) -> None:
         await asyncio.sleep(SECOND_THOUGHTS)
         if made == self.made and self.right.account is not None:
             with contextlib.suppress(ChatError):  # a session that is gone has no turn to stop
-                await self.chat.generation.stop(await self.right.select(), self.right.account.id)
+                await self.chat.generation.stop(await self.right.select(), self.right.account.id, turn_id)
 
     async def _say(self, kind: str, request_id: str, **fields: str) -> None:
         await self.send(encode({"type": kind, "requestId": request_id} | fields))

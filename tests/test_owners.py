@@ -254,6 +254,16 @@ async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owne
     assert rows == [{"id": first, "stop_requested": 0}, {"id": "next", "stop_requested": 0}]
 
 
+async def test_an_abort_of_one_turn_does_not_stop_another(owner: Owner) -> None:
+    """The abort of a request takes effect after a moment, in which the turn may have ended and the next begun."""
+    session, generation = await owner.session(), owner.state.generation
+    turn_id = await owner.begin(session, "/slow 60 one two three")
+    assert not await generation.stop(session, owner.someone.id, "another")
+    assert generation.turns[turn_id].early is None
+    assert await generation.stop(session, owner.someone.id, turn_id)
+    assert (await owner.over(turn_id))["a"][0] == "stopped"
+
+
 async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) -> None:
     """A deletion and a message wait while the session is deleted and its id is used again."""
     database, someone = owner.state.database, owner.someone

@@ -356,14 +356,16 @@ class Generation:
 
     # -- ending early
 
-    async def stop(self, session: Session, account_id: str) -> bool:
-        """End the session's running turn, on whichever worker it runs. False when none runs."""
-        own = [turn for turn in self.turns.values() if turn.session.key == session.key and turn.runs]
+    async def stop(self, session: Session, account_id: str, turn_id: str = "") -> bool:
+        """End the session's running turn, on whichever worker it runs. False when none runs, or not the one named."""
+        here = [turn for turn in self.turns.values() if turn.session.key == session.key and turn.runs]
+        own = [turn for turn in here if turn_id in ("", turn.id)]
         if session.is_open or session.account_id == account_id:
             for turn in own:
                 turn.end_early("stopped")
         try:
-            turn_id = own[0].id if own else await turns.select_running_turn(self.database, session.id)
+            if not turn_id:
+                turn_id = own[0].id if own else await turns.select_running_turn(self.database, session.id)
             row = await turns.request_stop(self.database, turn_id, account_id)
         except StorageUnavailable:
             if not own:
