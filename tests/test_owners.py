@@ -279,6 +279,23 @@ async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) ->
     assert (await sessions.select_unchecked(database, session.id)).message_count == 0
 
 
+async def test_a_delayed_edit_deletes_no_later_message(owner: Owner) -> None:
+    """An edited message deletes those behind it, but not one that was sent after the edit was."""
+    session, id = await owner.session(), new_id()
+    await owner.over(await owner.begin(session, "/echo one", id))
+    seen = await sessions.select_unchecked(owner.state.database, session.id)
+    await owner.over(await owner.begin(seen, "/echo two"))
+    edit = Ask(id, "/echo three", {}, replaces=True)
+    with pytest.raises(ChatError) as refused:
+        await owner.state.generation.begin(seen, owner.someone, edit)
+    assert refused.value.code == "conflict"
+    seen = await sessions.select_unchecked(owner.state.database, session.id)
+    assert seen.message_count == 4
+    stored = await owner.state.generation.begin(seen, owner.someone, edit)
+    assert (await owner.over(stored.id))["a"][2] == "three"
+    assert (await sessions.select_unchecked(owner.state.database, session.id)).message_count == 2
+
+
 async def test_readers_learn_of_a_deletion_without_an_answer(owner: Owner) -> None:
     session, relay = await owner.session(), owner.state.relay
     follower = await relay.join(Right(owner.state.database, session, owner.someone), socket_dialect)

@@ -54,6 +54,7 @@ class Session:
     share_token: str | None
     metadata: str
     message_count: int
+    next_position: int  # of the messages that did not exist when the session was read
     version: int
     voted_at: int | None
     last_message_at: int | None
@@ -88,8 +89,8 @@ class Session:
 # -- statements. A session is its owner's; an open one (local start only) is everybody's; a public one may be read.
 
 COLUMNS = """s.id, s.account_id, a.display_name, s.mode, s.title, s.session_type, s.model_a, s.model_b, s.is_public,
-             s.is_open, s.is_pinned, s.share_token, s.metadata, s.version, s.voted_at, s.last_message_at,
-             s.created_at, s.updated_at, s.operator,
+             s.is_open, s.is_pinned, s.share_token, s.metadata, s.next_position, s.version, s.voted_at,
+             s.last_message_at, s.created_at, s.updated_at, s.operator,
              (SELECT COUNT(*) FROM messages m WHERE m.session_id = s.id) AS message_count"""
 FROM = "FROM sessions s JOIN accounts a ON a.id = s.account_id"
 

@@ -102,7 +102,7 @@ async def insert_turn(
         now = database.now()
         places = 1 + len(session.sides)
         position, person = await _allot_positions(query, session, account_id, now, places, first_words(ask.content))
-        old = await _replaced(query, session.id, ask) if ask.replaces else []
+        old = await _replaced(query, session, ask) if ask.replaces else []
         await _check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
         if old:
             await _delete_from(query, session.id, old[0]["position"])
@@ -131,8 +131,11 @@ class _Known(Exception):
     """The session has a message of this id: nothing must be written."""
 
 
-async def _replaced(query: Query, session_id: str, ask: Ask) -> list[Row]:
-    """Return the turns that `ask` replaces, oldest first; none when the same request began the last turn."""
+async def _replaced(query: Query, session: Session, ask: Ask) -> list[Row]:
+    """Return the turns that `ask` replaces, oldest first; none when the same request began the last turn.
+
+    A turn that began after the session was read is replaced by no request: its client has not seen that turn.
+    """
     old = await query.fetch_all(
         """SELECT t.id, t.position, v.id AS vote_id,
                   (SELECT COUNT(*) FROM messages m WHERE m.turn_id = t.id AND m.model LIKE :person) AS by_person
@@ -140,11 +143,13 @@ async def _replaced(query: Query, session_id: str, ask: Ask) -> list[Row]:
             WHERE t.session_id = :session_id AND t.position >=
                   (SELECT position FROM turns WHERE session_id = :session_id AND user_message_id = :message_id)
             ORDER BY t.position""",
-        {"session_id": session_id, "message_id": ask.message_id, "person": PERSON + "%"},
+        {"session_id": session.id, "message_id": ask.message_id, "person": PERSON + "%"},
     )
-    rows = await _select_turn_rows(query, session_id, old[0]["id"]) if len(old) == 1 else []
+    rows = await _select_turn_rows(query, session.id, old[0]["id"]) if len(old) == 1 else []
     if rows and rows[0]["content"] == ask.content and set(ask.reply_ids.values()) <= {row["id"] for row in rows}:
         return []
+    if old and old[-1]["position"] >= session.next_position:
+        raise ChatError("conflict", "The conversation has gone on meanwhile. Please look at it again.")
     if any(turn["vote_id"] is not None for turn in old):
         raise _voted()
     if any(turn["by_person"] for turn in old):
