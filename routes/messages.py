@@ -31,7 +31,7 @@ from chat.store.database import new_id
 from chat.store.mask import audience
 from chat.store.rights import Right
 from chat.store.sessions import Session
-from chat.store.tickets import give_back, open_stream
+from chat.store.tickets import give_back, note_told, open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
@@ -278,6 +278,8 @@ async def session_stream(request: Request) -> Response:
 
     right = Right(chat.database, session, account, member=False)
     ticket = (inputs.credential(request) is None and request.query_params.get("ticket")) or None
+    if ticket is not None:
+        await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
     return await follow(request, right, cursor, spoken=EventStream, ticket=ticket)
 
 

@@ -109,6 +109,20 @@ async def test_a_ticket_comes_back_to_its_own_stream_alone(service: Service) -> 
     assert (await read(service.urls[-1], path, text, cursor)).json()["error"] == "token_invalid"
 
 
+async def test_a_ticket_comes_back_after_its_answer_was_made_again(service: Service) -> None:
+    """The turn of its cursor is gone. As with an access token, it is told the new turn from its start."""
+    someone, session_id, path = await spoken(service)
+    text = await ticket(service.url, someone.access)
+    cursor = cursors(await read(service.url, path, text))[1]
+    reply = (await messages(service.url, someone.access, session_id))[1]["id"]
+    new = await call(service.url, "POST", f"/api/messages/{reply}/regenerate/?format=sse", someone.access)
+    for base in (service.url, service.urls[-1]):
+        again = await read(base, path, text, cursor)
+        assert (again.status_code, again.headers["X-Turn-Id"]) == (200, new.headers["X-Turn-Id"])
+        assert (again.headers["X-Cursor"], cursors(again)[-1]) == ("earliest", cursors(new)[-1])
+    assert (await read(service.url, path, text, cursor.replace("0", "1"))).json()["error"] == "token_invalid"
+
+
 async def test_a_ticket_opens_no_other_route(service: Service) -> None:
     someone, session_id, path = await spoken(service)
     text = await ticket(service.url, someone.access)

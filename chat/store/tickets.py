@@ -1,8 +1,9 @@
 """Tickets: each opens one socket or stream, once. Tickets stand in URLs, which proxies and servers log.
 
 An EventSource reconnects to the same URL by itself. The ticket opens that session's stream again if the client
-sends a cursor of the session, which only the stream has given out, and was not disconnected for long. A client that was
-cut off before it had a cursor finds its ticket as it was: good for the rest of its 30 s.
+sends a cursor of a turn that it was told with this ticket, though the turn may have been made again meanwhile, and was
+not disconnected for long. A client that was cut off before it had a cursor finds its ticket as it was: good for the
+rest of its 30 s.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ async def open_stream(database: Database, tokens: Tokens, text: str, session_id:
     turn_id: of the cursor the reader comes back with, "" without one. Raises `token_invalid` or `token_expired`.
     """
     token = tokens.read(text, "ticket")
-    if turn_id and await _again(database, f"{token.jti} {session_id}", session_id, turn_id):
+    if turn_id and await _again(database, f"{token.jti} {session_id} {turn_id}"):
         await database.execute(USED, {"id": token.jti, "until": token.exp * 1000})
     else:
         await insert_used_token(database, token.jti, tokens.fresh(token).exp)
-        await database.execute(USED, {"id": f"{token.jti} {session_id}", "until": database.now() + AWAY})
+        if turn_id:
+            await note_told(database, tokens, text, session_id, turn_id)
     return await select_account(database, token.id, token.tv)
 
 
@@ -32,23 +34,20 @@ USED = """INSERT INTO used_tokens (id, expires_at) VALUES (:id, :until)
           ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at"""
 
 
+async def note_told(database: Database, tokens: Tokens, text: str, session_id: str, turn_id: str) -> None:
+    """Note that a reader with this ticket is told this turn, whose cursors will open the session's stream again."""
+    id = f"{tokens.read(text, 'ticket').jti} {session_id} {turn_id}"
+    await database.execute(USED, {"id": id, "until": database.now() + AWAY})
+
+
 async def give_back(database: Database, tokens: Tokens, text: str) -> None:
     """Take a ticket for unused again: its stream was cut before its end, perhaps before the client had a cursor."""
     await database.execute("DELETE FROM used_tokens WHERE id = :id", {"id": tokens.read(text, "ticket").jti})
 
 
-async def _again(database: Database, id: str, session_id: str, turn_id: str) -> bool:
+async def _again(database: Database, id: str) -> bool:
     row = await database.fetch_one(
-        """UPDATE used_tokens SET expires_at = :until
-            WHERE id = :id AND expires_at > :now
-              AND EXISTS (SELECT 1 FROM turns WHERE id = :turn_id AND session_id = :session_id)
-           RETURNING id""",
-        {
-            "id": id,
-            "turn_id": turn_id,
-            "session_id": session_id,
-            "now": database.now(),
-            "until": database.now() + AWAY,
-        },
+        "UPDATE used_tokens SET expires_at = :until WHERE id = :id AND expires_at > :now RETURNING id",
+        {"id": id, "now": database.now(), "until": database.now() + AWAY},
     )
     return row is not None
