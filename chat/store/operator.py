@@ -5,6 +5,7 @@ Only a session with one model is taken over: in a battle a person's words would 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ..errors import ChatError, not_found
@@ -13,7 +14,7 @@ from .accounts import iso
 from .database import Database, new_id
 from .queries import Query, Row
 from .sessions import Session
-from .turns import INSERT_MESSAGE, NAMES, insert_turn_row, person_says
+from .turns import INSERT_MESSAGE, NAMES, Known, insert_turn_row, person_says
 
 LISTED = 50  # sessions on the operator's page
 
@@ -67,7 +68,7 @@ async def insert_words(database: Database, session: Session, message_id: str, co
         if known is not None and (known["role"], known["content"]) != ("assistant", content):
             raise ChatError("conflict", "Another message has this id. Give the new one a new id.")
         if known is not None:
-            return
+            raise Known  # and the session stays as it was: its readers would be told of a change otherwise
         running = await query.fetch_one(
             "SELECT id FROM turns WHERE session_id = :session_id AND status = 'running'", {"session_id": session.id}
         )
@@ -82,4 +83,5 @@ async def insert_words(database: Database, session: Session, message_id: str, co
         reply |= {"role": "assistant", "participant": "a", "position": position, "parent_ids": "[]"}
         await query.execute(INSERT_MESSAGE, reply | person_says(row["operator"], content))
 
-    await database.transaction(work, line=session.id)
+    with contextlib.suppress(Known):
+        await database.transaction(work, line=session.id)

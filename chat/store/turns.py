@@ -120,14 +120,14 @@ async def insert_turn(
 
     try:
         return await database.transaction(work, patience=None, line=account_id)
-    except _Known:
+    except Known:
         existing = await select_turn_of_message(database, session, ask.message_id)
         if existing is None:
             raise ChatError("conflict", "This message was deleted meanwhile.") from None
         return existing
 
 
-class _Known(Exception):
+class Known(Exception):
     """The session has a message of this id: nothing must be written."""
 
 
@@ -256,7 +256,7 @@ async def _check_free(
     )
     assert row is not None
     if row["known"]:
-        raise _Known
+        raise Known
     if row["here"]:
         raise ChatError("busy", "An answer is still being written in this session.", retry_after=1)
     if row["running"] >= turns_per_account:

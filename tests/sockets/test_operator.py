@@ -71,11 +71,14 @@ async def test_a_person_speaks_and_the_model_is_silent(service: Service, journal
         for n, words in enumerate(("Yes, I am.", "How can I help?")):
             await person.say(words, f"words-{n}")
             await visitor.until(lambda words=words: visitor.view.texts()[-1] == words, 5, words)
+        path = f"/api/sessions/{id}/"
+        before = (await call(service.url, "GET", path, someone.access)).json()["session"]
         await person.say("How can I help?", "words-1")  # sent again by a client in doubt: nothing new
         for n, taken in enumerate(("words-1", "question")):  # other words are not lost without a word
             await person.say("Are you there?", taken)
             refused = await person.event("error", after=n)
             assert (refused["code"], refused["message_id"]) == ("conflict", taken)
+        assert (await call(service.url, "GET", path, someone.access)).json()["session"] == before
         await visitor.say("/count 500")
         await visitor.until(lambda: visitor.view.texts() == [WAIT, "Yes, I am.", "How can I help?", WAIT], 5, "all")
         assert visitor.view.texts() == (await person.until(lambda: person.view.texts()[3:] and person.view.texts(), 5, "all"))
