@@ -6,11 +6,12 @@ environment alone. Everything wrong is one `StartupError` line that names the se
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import SplitResult, urlsplit
@@ -207,6 +208,7 @@ PLATFORMS = {"DYNO": 1, "RENDER": 1, "FLY_APP_NAME": 1, "RAILWAY_ENVIRONMENT_ID"
 HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 WEB = re.compile(r"https?://[^/\s]")
+IN_HEADER = re.compile(r"[!-~]*")  # what clients can send behind `Bearer`
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "secret_keys"}
 
@@ -258,11 +260,14 @@ def _from_file(path: Path) -> dict[str, Any]:
             values["models"] = content
         elif not isinstance(content, dict):
             raise StartupError(f"settings: {path.name}: `{section}` stands outside every section")
+        elif twice := values.keys() & content.keys():
+            raise StartupError(f"settings: {path.name} has `{min(twice)}` twice, in two sections")
         else:
             values |= content
     for name in values:
         if name not in Settings.__struct_fields__:
-            raise StartupError(f"settings: {path.name} has an unknown setting `{name}`")
+            perhaps = _perhaps(name, Settings.__struct_fields__)
+            raise StartupError(f"settings: {path.name} has an unknown setting `{name}`{perhaps}")
         if name in ENVIRONMENT_ONLY:
             raise StartupError(f"settings: `{name}` is a secret: set it in the environment, not in {path.name}")
     return values
@@ -275,9 +280,18 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if field is None or (text == "" and name in ENVIRONMENT):
             continue
         if field not in Settings.__struct_fields__:
-            raise StartupError(f"settings: the environment has an unknown setting {name}")
+            perhaps = _perhaps(name, [f"PARLEY_{each.upper()}" for each in Settings.__struct_fields__])
+            raise StartupError(f"settings: the environment has an unknown setting {name}{perhaps}")
+        if text.encode(errors="ignore").decode() != text:  # neither a key nor an answer could be made of it
+            raise StartupError(f"settings: {name} is not UTF-8")
         values[field] = _parsed(field, text)
     return values
+
+
+def _perhaps(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence about an unknown name: the known one that is nearest, if one is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f": is {near[0]} meant?" if near else ""
 
 
 def _parsed(field: str, text: str) -> Any:
@@ -348,6 +362,11 @@ def _checked(settings: Settings) -> Settings:
             "SECRET_KEY is not set: set it to 32 or more random characters, e.g. the output of "
             "`python -c 'import secrets; print(secrets.token_urlsafe(48))'`, and keep it the same on every worker."
         )
+    for variable, tokens in (("ADMIN_TOKEN", (settings.admin_token,)), ("API_KEYS", settings.api_keys)):
+        if not all(IN_HEADER.fullmatch(token) for token in tokens):
+            raise StartupError(f"{variable} must be visible ASCII characters: no client could send any other")
+    if set("{}") & set(settings.person_reads.replace("{name}", "")):
+        raise StartupError("settings: person_reads can have {name} in it, and no other braces")
     if settings.demo_models not in ("auto", "always"):
         raise StartupError("settings: demo_models must be auto or always")
     if settings.log_level not in LOG_LEVELS:

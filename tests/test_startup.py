@@ -86,6 +86,25 @@ def test_a_value_that_would_do_harm_later_is_refused_at_once(tmp_path: Path, lin
     assert name in str(refused.value).lower() and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("PARLEY_PROMT_MAX", "1", "unknown setting PARLEY_PROMT_MAX: is PARLEY_PROMPT_MAX meant?"),
+        ("PARLEY_PERSON_READS", "{names} is here.", "person_reads can have {name} in it, and no other braces"),
+        ("ADMIN_TOKEN", f"{CANARY}\N{SNOWMAN}", "ADMIN_TOKEN must be"),
+        ("ADMIN_TOKEN", f"{CANARY} {CANARY}", "ADMIN_TOKEN must be"),
+        ("API_KEYS", f"{SECRET},{CANARY}\N{SNOWMAN}", "API_KEYS must be"),
+        ("SECRET_KEY", f"{CANARY * 4}\udcff", "SECRET_KEY is not UTF-8"),
+    ],
+)
+def test_a_variable_that_could_not_work_is_refused_at_once(name: str, text: str, words: str) -> None:
+    """A name that nothing reads, a word that visitors would see, a token that no header carries."""
+    with pytest.raises(StartupError) as refused:
+        read_settings(environ={"SECRET_KEY": SECRET} | {name: text})
+    said = str(refused.value)
+    assert words in said and CANARY not in said and "\n" not in said
+
+
 ODD = ["{0}/{0}", "{0}#{0}", "{0}?{0}", "[{0}", "{0}]", "12#{0}", "12/{0}", "{0}\u2100", "{0}\udcff", "{0}:{0}", "{0}@{0}"]
 
 
@@ -128,6 +147,8 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
         ("[service\n", "is not valid TOML"),
         ("\udcff", "is not valid TOML"),
         ("[service]\nno_such = 1\n", "unknown setting `no_such`"),
+        ("[limits]\nprompt_mix = 1\n", "unknown setting `prompt_mix`: is prompt_max meant?"),
+        ("[limits]\nport = 1\n[service]\nport = 2\n", "has `port` twice"),
         (f'[service]\nadmin_token = "{CANARY}"\n', "is a secret"),
         ("port = 1\n", "stands outside every section"),
     ):
