@@ -612,13 +612,13 @@ class Discreet(logging.Filter):
     """A server's log of its clients, without secrets and text that clients can inject.
 
     Some clients can put their token only into the URL, which is in the request line. For each text that is not UTF-8
-    uvicorn would print a traceback; such a text closes its socket with 1007 and is no fault of ours.
+    uvicorn would print a traceback, and for each handshake that we refuse an error; neither is a fault of ours.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
         frames = record.levelno < logging.INFO and "websockets" in record.pathname
-        if frames or text.startswith("Invalid UTF-8 sequence"):
+        if frames or text.startswith(("Invalid UTF-8 sequence", "ASGI callable returned without completing")):
             return False
         if "?" not in text:
             return True

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin
 
 from chat.callers import address
 from chat.errors import ChatError
@@ -77,8 +80,11 @@ async def test_a_refused_page_is_named_with_the_setting(tmp_path: Path) -> None:
         pages = ["https://evil.example", "https://evil.example", *[f"https://{n}.example" for n in range(150)]]
         for page in pages:
             assert (await call(running.url, "GET", "/api/models/", headers={"Origin": page})).status_code == 403
+        with pytest.raises(InvalidStatus):
+            await connect(f"ws://127.0.0.1:{running.ports[0]}/ws/chat/session/x/", origin=Origin(pages[0]), proxy=None)
         log = running.log()
         assert log.count("'https://evil.example'") == 1 and log.count("ALLOWED_ORIGINS") == 100
+        assert "ERROR" not in log, log[-2000:]
 
 
 async def test_one_address_behind_a_proxy_has_so_many_requests_under_way(tmp_path: Path) -> None:
