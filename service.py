@@ -41,6 +41,7 @@ class Service(Starlette):
             exception_handlers={ChatError: _chat_error, HTTPException: _http_error, Exception: _any_error},
         )
         self.router.redirect_slashes = False
+        self.router.default = _nothing_here
         self.settings = settings
         # Outermost: Starlette's own answers pass the gate, too. Starlette's middleware does nothing for a socket and
         # would stay on its stack as long as it lives.
@@ -112,10 +113,17 @@ async def _chat_error(connection: Any, problem: Exception) -> Response:
     return error_answer(problem, connection.scope["path"])
 
 
+async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer where no route is. Starlette refuses a socket there with 403, as a page that may not call is refused."""
+    problem = ChatError("not_found", "There is nothing here.")
+    if scope["type"] == "http" and any(route.path_regex.match(scope["path"]) for route in consumers.table):
+        problem = ChatError("bad_request", "This is the address of a WebSocket, and the Upgrade header is missing.")
+    await refuse(problem, scope, receive, send)
+
+
 async def _http_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
     sentences = {
-        404: ("not_found", "There is nothing here."),
         405: ("method_not_allowed", "This method is not allowed here."),
         413: ("too_large", "The body is too large."),
     }

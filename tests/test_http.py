@@ -21,6 +21,8 @@ import asyncpg
 import httpx
 import pytest
 from itsdangerous import URLSafeSerializer
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 import routes
 from chat.errors import STATUS
@@ -336,6 +338,15 @@ async def test_a_method_that_is_not_served_names_those_that_are(service: Service
 @pytest.mark.parametrize("path", ["/nothing", "/api/nothing/", "/api/sessions/x/nothing/", "/api/health/x", "/%2e%2e/"])
 async def test_an_unknown_path_is_not_found(service: Service, path: str) -> None:
     refused(await call(service.url, "GET", path), "not_found")
+
+
+async def test_a_socket_s_address_says_what_it_is(service: Service) -> None:
+    """To a client whose proxy drops the Upgrade header; and to a socket, an address without a route is 404, not 403."""
+    said = refused(await call(service.url, "GET", "/ws/chat/session/any/"), "bad_request")
+    assert "Upgrade" in said["message"]
+    with pytest.raises(InvalidStatus) as missing:
+        await connect(f"{service.url.replace('http', 'ws')}/ws/chat/any/", proxy=None)
+    assert (missing.value.response.status_code, json.loads(missing.value.response.body)["error"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("body", [b"{", b"nonsense", b'{"title": }', b'{"title": "a" "b"}', b"\x00"])
