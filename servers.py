@@ -432,7 +432,8 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
         if not (answering or self.pipeline):
             body = encode({"error": code, "message": sentence, "detail": sentence})
             head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
-            head += f"Retry-After: 5\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head += "Retry-After: 5\r\n" if status == 429 else ""  # the others would fail again
+            head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
             self.transport.write(head.encode() + body)
         self.transport.close()
 
