@@ -141,7 +141,9 @@ async def body(request: Request, kind: type[T]) -> T:
         raw = await request.body()
     except ClientDisconnect:
         raise ChatError("bad_request", "The body broke off.") from None
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ChatError("unsupported_media_type", f"Send the body as it is, without Content-Encoding: {coding}.")
+    content_type = (request.headers.get("content-type") or "application/json").partition(";")[0].strip().lower()
     if raw and content_type not in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
         raise ChatError("unsupported_media_type", f"Send JSON (application/json), not {content_type}.")
     return decode(raw or b"{}", kind)

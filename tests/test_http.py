@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 import secrets
@@ -469,8 +470,17 @@ async def test_a_body_of_another_type_is_refused(service: Service, ann: Owner, t
     refused(response, "unsupported_media_type")
 
 
+async def test_a_compressed_body_is_refused_as_one(service: Service, ann: Owner) -> None:
+    """And not as broken JSON: nothing is unpacked here."""
+    coded = gzip.compress(b'{"title": "Rivers"}')
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    response = await call(service.url, "POST", "/api/sessions/", ann.access, content=coded, headers=headers)
+    assert "Content-Encoding" in refused(response, "unsupported_media_type")["message"]
+
+
 @pytest.mark.parametrize(
-    "type", ["application/json", "Application/JSON; charset=utf-8", "text/plain", "application/x-www-form-urlencoded"]
+    "type",
+    ["application/json", "Application/JSON; charset=utf-8", "text/plain", "application/x-www-form-urlencoded", ""],
 )
 async def test_json_is_read_as_clients_label_it(service: Service, ann: Owner, type: str) -> None:
     """`curl -d` says it sends a form, and a page that wants no preflight says it sends text."""
