@@ -43,8 +43,15 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object"] = "text"
+
+
 class CompletionRequest(msgspec.Struct):
-    """A request for a completion. Clients send many more fields than these, and mean them as hints."""
+    """A request for a completion. Clients send many more fields than these, and mean them as hints.
+
+    A tool that must be called, or a schema that the text must follow, is no hint: the client could not read the answer.
+    """
 
     model: str
     messages: Annotated[list[Entry], Meta(min_length=1, max_length=500)]
@@ -55,6 +62,8 @@ class CompletionRequest(msgspec.Struct):
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
     n: Annotated[int, Meta(ge=1, le=1)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    response_format: ResponseFormat | None = None
 
 
 async def models(request: Request) -> Response:

@@ -128,6 +128,7 @@ async def test_what_clients_send_besides_is_tolerated(client: AsyncOpenAI) -> No
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     hints: dict[str, Any] = {"tools": [tool], "user": "someone", "seed": 7, "top_p": 0.5, "logprobs": False, "n": 1}
     hints |= {"frequency_penalty": 0.1, "presence_penalty": 0.1, "metadata": {"a": "b"}, "max_tokens": 1_000_000}
+    hints |= {"tool_choice": "auto", "response_format": {"type": "text"}}
     text, _ = await streamed(client, extra_body={"unheard_of": {"of": 1}}, **hints)
     assert text == COUNTED
 
@@ -164,6 +165,12 @@ async def test_refusals_are_errors_of_theirs(service: Service, client: AsyncOpen
     with pytest.raises(openai.BadRequestError) as refused:
         await ask(model="demo", messages=[HELLO], n=2)
     assert refused.value.param == "n" and refused.value.code == "invalid"
+    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {}}}
+    forms: list[Any] = [{"response_format": schema}, {"tool_choice": "required"}, {"tool_choice": {"type": "function"}}]
+    for form in forms:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await ask(model="demo", messages=[HELLO], **form)
+        assert refused.value.param is not None and refused.value.param.startswith(next(iter(form)))
     for nothing in ([], [{"role": "user", "content": " "}], [{"role": "oracle", "content": "x"}]):
         with pytest.raises(openai.BadRequestError):
             await ask(model="demo", messages=nothing)
