@@ -31,7 +31,7 @@ table = [
     Route("/api/users/update_preferences",            accounts.change_me,         methods=["PATCH"]),
 
     Route("/api/models",                              operations.models),
-    Route("/api/models/{model_id}",                   operations.model),
+    Route("/api/models/{model_id:path}",              operations.model),
 
     Route("/api/sessions",                            sessions.create,            methods=["POST"]),
     Route("/api/sessions",                            sessions.listing),
@@ -61,7 +61,7 @@ table = [
     Route("/api/ag-ui",                               ag_ui.join),
 
     Route("/v1/models",                               openai.models),
-    Route("/v1/models/{model_id}",                    openai.model),
+    Route("/v1/models/{model_id:path}",               openai.model),
     Route("/v1/chat/completions",                     openai.completions,         methods=["POST"]),
 
     Route("/",                                        pages.index),

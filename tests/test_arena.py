@@ -256,7 +256,7 @@ async def test_sides_are_shuffled(arena: Service) -> None:
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32}")
 CLOCK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 PUBLIC = re.compile(r"^/api/(leaderboard|arena/votes\.jsonl)")  # what earlier, counted votes have revealed
-OTHER = {"{token}": "none", "{model_id}": "none"}
+OTHER = {"{token}": "none", "{model_id:path}": "none"}
 
 
 async def everything(arena: Service, content: str) -> tuple[list[str], dict[str, str], list[str]]:

@@ -130,7 +130,7 @@ CASES = {
     "DELETE /api/users/me": Case(),
     "PATCH /api/users/update_preferences": Case(),
     "GET /api/models": Case(200),
-    "GET /api/models/{model_id}": Case(200),
+    "GET /api/models/{model_id:path}": Case(200),
     "POST /api/sessions": Case(),
     "GET /api/sessions": Case(),
     "GET /api/sessions/{session_id}": Case(404, owned=True),  # a public one may be read: this one does not exist
@@ -157,7 +157,7 @@ CASES = {
     "POST /api/ag-ui": Case(body=AG_UI_RUN),
     "GET /api/ag-ui": Case(owned=True, query="?runId={message_id}&offset=-1"),
     "GET /v1/models": Case(),
-    "GET /v1/models/{model_id}": Case(),
+    "GET /v1/models/{model_id:path}": Case(),
     "POST /v1/chat/completions": Case(body={"model": "demo-scholar", "messages": [SAID], "max_tokens": 2}),
 }
 PRIVATE = [name for name, case in CASES.items() if case.without == 401 or case.owned]
@@ -215,7 +215,7 @@ async def ask(base: str, name: str, owner: Owner, token: str | None, slash: str 
         "{session_id}": owner.session_id,
         "{chat_id}": owner.session_id,
         "{message_id}": owner.message_id,
-        "{model_id}": "demo-scholar",
+        "{model_id:path}": "demo-scholar",
         "{token}": "nobodys-share-token",
         "{name}": "nobodys-file.js",
     }

@@ -37,7 +37,7 @@ def service(
     request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     demo = {"id": "demo", "provider": "demo", "vendor": "Parley", "personality": "scholar", "pace": 0.001}
-    offered = json.dumps([demo | {"system": "Be brief."}, *models(vendors)])
+    offered = json.dumps([demo | {"system": "Be brief."}, *models(vendors), demo | {"id": "lab/demo"}])
     environment = CLOSED | store(request.param, request, tmp_path_factory.mktemp("service"))
     environment |= {"PARLEY_MODELS": offered, "VENDOR_KEY": KEY, "API_KEYS": OPERATOR, "PARLEY_SSE_PING": "0.3"}
     with Service(environment, workers=1 if request.param == "sqlite" else 2) as running:
@@ -84,8 +84,9 @@ async def test_a_completion_is_the_same_whole_and_streamed(client: AsyncOpenAI) 
 async def test_the_models_on_offer_are_listed(client: AsyncOpenAI) -> None:
     import openai
 
-    assert [model.id async for model in client.models.list()] == ["alpha", "beta", "demo"]
-    assert (await client.models.retrieve("demo")).owned_by == "Parley"
+    assert [model.id async for model in client.models.list()] == ["alpha", "beta", "demo", "lab/demo"]
+    for name in ("demo", "lab/demo"):
+        assert (await client.models.retrieve(name)).id == name
     with pytest.raises(openai.NotFoundError, match="no model 'none'"):
         await client.models.retrieve("none")
 
