@@ -222,7 +222,11 @@ class ReleasedResponse(StreamingResponse):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             async with aclosing(self._pieces):
-                await super().__call__(scope, receive, send)
+                if scope["method"] == "HEAD":  # the client's next request would wait for the end of the stream
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send({"type": "http.response.body"})
+                else:
+                    await super().__call__(scope, receive, send)
         finally:
             self._release()
 

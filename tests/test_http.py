@@ -1115,6 +1115,19 @@ def text_of(found: list[dict[str, Any]], side: str = "a") -> str:
     return "".join(each["chunk"] for each in chunks)
 
 
+async def test_the_head_of_a_stream_ends_at_once(service: Service) -> None:
+    """The connection is free for the next request while the turn goes on."""
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    async with running(service.url, someone.access, session["id"]) as following:
+        async with http(service.url, someone.access) as client:
+            head = await client.head(f"/api/sessions/{session['id']}/stream/")
+            assert head.headers["X-Turn-Id"] == following.response.headers["X-Turn-Id"]
+            assert "Content-Length" not in head.headers and head.headers["content-type"].startswith("text/event-stream")
+            assert (await client.get("/livez", timeout=2)).status_code == 200
+        assert await following.stopped(service.url)
+
+
 TEXTS = [
     "plain words, one after another",
     "back\\slash, two \\\\ and \\n that is no line end",
