@@ -69,9 +69,9 @@ class Post(Wish, kw_only=True):
 
 async def stream(request: Request) -> Response:
     """Start the turn a message asks for, and follow it."""
-    known = await speaker(request)
+    known, spoken = await speaker(request), chosen_format(request)
     post = inputs.with_query(request, await inputs.body(request, Post))
-    return await start(request, known, post, read_ask(post))
+    return await start(request, known, post, read_ask(post), spoken)
 
 
 async def start(
@@ -79,13 +79,13 @@ async def start(
     known: Account | None,
     wish: Wish,
     ask: Ask,
+    spoken: type[Format],
     *,
     makes: bool = False,
-    spoken: type[Format] | None = None,
 ) -> Response:
     """Start a turn, in a new session where none is named, and follow it.
 
-    makes: the client chooses the ids of new sessions; spoken: the response's format, by default as the request asks.
+    spoken: the response's format; makes: the client chooses the ids of new sessions.
     """
     chat = inputs.state(request)
     turns.checked_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
@@ -107,7 +107,7 @@ async def start(
     if guest:
         headers["X-Anonymous-Token"] = chat.tokens.make("anonymous", account.id, account.token_version)
     right = Right(chat.database, session, account)
-    return await follow(request, right, start_of(turn.id), spoken=spoken, headers=headers)
+    return await follow(request, right, start_of(turn.id), spoken, headers=headers)
 
 
 async def speaker(request: Request) -> Account | None:
@@ -162,21 +162,24 @@ FORMATS: dict[str, tuple[str, type[Format]]] = {  # in the query, in `Accept`
     "text": ("text/plain;format=text", BareText),
     "sse": ("text/event-stream", EventStream),
     "ndjson": ("application/x-ndjson", JsonLines),
+    "lines": ("", ArenaLines),  # whatever else is accepted
 }
 
 
 def chosen_format(request: Request) -> type[Format]:
+    """Return the format that the query names, or else `Accept`. Raises `invalid`."""
+    if named := inputs.choice(request, "format", tuple(FORMATS)):
+        return FORMATS[named][1]
     accept = request.headers.get("accept", "").replace(" ", "").lower()
-    named = request.query_params.get("format")
-    return next((spoken for name, (kind, spoken) in FORMATS.items() if named == name or kind in accept), ArenaLines)
+    return next(spoken for kind, spoken in FORMATS.values() if kind in accept)
 
 
 async def follow(
     request: Request,
     right: Right,
     cursor: Cursor,
+    spoken: type[Format],
     *,
-    spoken: type[Format] | None = None,
     headers: dict[str, str] | None = None,
     ticket: str | None = None,
 ) -> Response:
@@ -185,7 +188,6 @@ async def follow(
     ticket: the one that opened the stream, if one did; the ticket of a stream that is cut is given back.
     """
     chat = inputs.state(request)
-    spoken = spoken or chosen_format(request)
     places = await inputs.stream_places(request, right.account)
     with ExitStack() as leaving:
         leaving.callback(chat.limits.leave, places)
@@ -284,7 +286,7 @@ async def session_stream(request: Request) -> Response:
     ticket = (inputs.credential(request) is None and request.query_params.get("ticket")) or None
     if ticket is not None:
         await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
-    return await follow(request, right, cursor, spoken=EventStream, ticket=ticket)
+    return await follow(request, right, cursor, EventStream, ticket=ticket)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
@@ -326,13 +328,13 @@ async def stop(request: Request) -> Response:
 
 async def regenerate(request: Request) -> Response:
     """Answer again: one reply under its own id, or all replies. The stream tells these replies alone."""
-    chat = inputs.state(request)
+    chat, spoken = inputs.state(request), chosen_format(request)
     account = await inputs.account(request)
     message_id = request.path_params["message_id"]
     session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
     session = await sessions.select_session(chat.database, session_id, account.id)
     turn = await chat.generation.again(session, account, message_id, address=inputs.address(request))
-    return await follow(request, Right(chat.database, session, account), _again(turn))
+    return await follow(request, Right(chat.database, session, account), _again(turn), spoken)
 
 
 def _again(turn: StoredTurn) -> Cursor:

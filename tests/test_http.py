@@ -430,6 +430,7 @@ WRONG = [  # method, path, body, the path of the field that is wrong
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}", "content": "x", "max_tokens": 0}, "max_tokens"),
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}", "content": "x", "max_tokens": 8001}, "max_tokens"),
     ("POST", "/api/messages/stream/", {"session_id": "{session_id}", "content": "x", "max_tokens": 1.5}, "max_tokens"),
+    ("POST", "/api/messages/stream/?format=pdf", {"content": "x"}, "format"),
     ("POST", "/api/messages/stream/", {"content": "x", "mode": "compare"}, "model_a_id"),
     ("POST", "/api/messages/stream/", {"content": "x", "model_a_id": "nobody"}, "model_a_id"),
 ]  # fmt: skip
