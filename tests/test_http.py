@@ -737,6 +737,17 @@ async def test_a_session_without_a_wish_is_direct_with_the_first_model(service: 
     assert (session["mode"], session["model_a"]["id"]) == ("direct", "demo-scholar")
 
 
+@pytest.mark.parametrize("field", ["model", "modelId", "model_id", "model_a_id"])
+async def test_a_model_is_obeyed_however_it_is_named(service: Service, ann: Owner, field: str) -> None:
+    """In the body or the query, of a session or of a message: nobody gets another model's answer without a word."""
+    made = await call(service.url, "POST", "/api/sessions/", ann.access, json={field: "demo-poet"})
+    assert made.json()["model_a"]["id"] == "demo-poet"
+    said = await post(service.url, ann.access, {"content": "/echo x"}, f"?{field}=demo-poet")
+    path = f"/api/sessions/{said.headers['X-Session-Id']}/"
+    assert (await call(service.url, "GET", path, ann.access)).json()["session"]["model_a"]["id"] == "demo-poet"
+    assert (await post(service.url, ann.access, {"content": "/echo x", field: "nobody"})).status_code == 400
+
+
 @pytest.mark.parametrize(
     ("wish", "field"),
     [

@@ -19,12 +19,17 @@ Mode = Literal["direct", "compare", "random"]
 
 
 class Choice(msgspec.Struct, kw_only=True):
-    """A client's choice. `model` is the one model of direct mode, as other people's clients name it."""
+    """A client's choice. `model` is the one model of direct mode, by every name that other clients have for it."""
 
     mode: Mode | None = None
     model: str | None = None
+    modelId: str | None = None
+    model_id: str | None = None
     model_a_id: str | None = None
     model_b_id: str | None = None
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.modelId or self.model_id
 
 
 def chosen(query: Mapping[str, str]) -> Choice:
