@@ -203,12 +203,13 @@ def chat(options: argparse.Namespace) -> int:
 
     Ctrl-C stops an answer, Ctrl-D ends the chat; in an arena /vote a, b, tie or bad.
     """
+    url = options.url if "://" in options.url else f"http://{options.url}"
     try:
-        return _chat(Talk(options.url.rstrip("/")), options.model, options.arena)
+        return _chat(Talk(url.rstrip("/")), options.model, options.arena)
     except urllib.error.HTTPError as refusal:
         sys.stderr.write(f"parley: {_sentence(refusal)}\n")
     except OSError as problem:
-        sys.stderr.write(f"parley: nothing answers at {options.url} ({problem}); scripts/serve starts a service\n")
+        sys.stderr.write(f"parley: nothing answers at {url} ({problem}); scripts/serve starts a service\n")
     return 1
 
 
@@ -265,8 +266,9 @@ def _chat(talk: Talk, model: str | None, arena: bool) -> int:
         while True:
             said = input("> ").strip()
             try:
-                if said.startswith("/vote "):
-                    print(talk.vote(VOTES.get(said.removeprefix("/vote ").strip(), "?")))
+                if said.startswith("/vote"):
+                    preference = VOTES.get(said.removeprefix("/vote").strip())
+                    print(talk.vote(preference) if preference else "Vote a, b, tie or bad.")
                 elif said:
                     talk.say(said)
             except urllib.error.HTTPError as refusal:

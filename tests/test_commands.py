@@ -102,7 +102,9 @@ async def chatted(url: str, *lines: str, options: tuple[str, ...] = ()) -> tuple
 
 
 async def test_chat_talks_to_a_running_service(service: Service) -> None:
-    code, said = await chatted(service.url, "/count 5", "", "/count 2", options=("--model", "demo-scholar"))
+    """Whose address may be typed as it is in a browser, without http://."""
+    bare = service.url.removeprefix("http://")
+    code, said = await chatted(bare, "/count 5", "", "/count 2", options=("--model", "demo-scholar"))
     assert code == 0
     assert "⟨0⟩ ⟨1⟩ ⟨2⟩ ⟨3⟩ ⟨4⟩\n" in said and said.rstrip("> \n").endswith("⟨0⟩ ⟨1⟩")
 
@@ -110,7 +112,7 @@ async def test_chat_talks_to_a_running_service(service: Service) -> None:
 async def test_chat_votes_in_an_arena(service: Service) -> None:
     code, said = await chatted(service.url, "/count 3", "/vote nobody", "/vote tie", options=("--arena",))
     assert code == 0 and said.count("⟨0⟩ ⟨1⟩ ⟨2⟩") == 2
-    assert "preference" in said, "what cannot be voted is refused in words"
+    assert "Vote a, b, tie or bad." in said, "what cannot be voted is refused in words"
     pairs = [("demo-poet", "demo-scholar"), ("demo-scholar", "demo-poet")]
     assert [f"a: {one}  b: {other}" in said for one, other in pairs].count(True) == 1, "the vote reveals the names"
 
