@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import random
 import re
 import threading
@@ -136,6 +137,13 @@ async def write_the_script(reply: Reply) -> None:
     await reply.end()
 
 
+@mode("gzipped")
+async def write_the_script_compressed(reply: Reply) -> None:
+    await reply.head(content_encoding="gzip")
+    await reply.chunk(gzip.compress(b"".join(SCRIPT)))
+    await reply.end()
+
+
 @pytest.fixture(scope="module")
 def vendors() -> Iterator[Vendors]:
     with Vendors() as running:
@@ -242,6 +250,11 @@ async def test_lines_may_end_as_they_like(end: bytes, api: str, providers: Provi
 async def test_a_byte_at_a_time_is_as_good_as_all_at_once(api: str, providers: Providers) -> None:
     SCRIPT[:] = [bytes([byte]) for byte in written(api, ["€ ", "😀"])]
     assert (await ask(providers, "m", "hello")).text == "€ 😀"
+
+
+async def test_a_compressed_answer_is_read(api: str, providers: Providers) -> None:
+    SCRIPT[:] = [written(api, ["one ", "two"])]
+    assert (await ask(providers, "m", "hello [[mode:gzipped]]")).text == "one two"
 
 
 async def test_an_event_without_end_is_refused(api: str, providers: Providers) -> None:

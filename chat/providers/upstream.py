@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, ClassVar
 
+import httpx2
 import msgspec
 
 from ..settings import Model
@@ -78,7 +79,7 @@ class Upstream(ABC):
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Thought | Finish, None]:
         answered, reason, failure, cleaner = False, None, None, Cleaner()
-        counts: list[int | None] = [None, None]
+        input_tokens, output_tokens = None, None
         try:
             with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:  # pings reset those of the SDKs
                 with clock:
@@ -95,7 +96,10 @@ class Upstream(ABC):
                             break
                         piece = self.read(event)
                         reason = piece.reason or reason
-                        counts = [_latest(piece.input_tokens, counts[0]), _latest(piece.output_tokens, counts[1])]
+                        if piece.input_tokens is not None:
+                            input_tokens = piece.input_tokens
+                        if piece.output_tokens is not None:
+                            output_tokens = piece.output_tokens
                         if piece.thinking:
                             yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
                         if piece.text and (text := cleaner.feed(piece.text)):
@@ -111,7 +115,7 @@ class Upstream(ABC):
                 failure = self._failed(model, problem, answered)
         if failure is not None:
             raise failure  # outside the `except`, or the vendor's text would travel along as its context
-        finish = Finish(self._finished(model, reason), *counts)
+        finish = Finish(self._finished(model, reason), input_tokens, output_tokens)
         if text := cleaner.end():
             yield Delta(text)
         yield finish
@@ -119,10 +123,7 @@ class Upstream(ABC):
     async def post(self, client: Any, path: str, body: dict[str, Any], **options: Any) -> Events:
         """Send one request. OpenAI's `chat.completions.create` would compare each field with its types for 0.3 ms."""
         options["timeout"] = self.sdk.Timeout(None, connect=CONNECT, pool=CONNECT)  # a clock times the rest
-        stream = await client.post(
-            path, body=body, options=options, cast_to=object, stream=True, stream_cls=self.sdk.AsyncStream[object]
-        )
-        return Events(stream.response)
+        return Events(await client.post(path, body=body, options=options, cast_to=httpx2.Response, stream=True))
 
     def _client(self, model: Model) -> Any:
         place = (model.base_url or self.official, self._key(model))
@@ -204,7 +205,3 @@ class Clock:
             self._expired = False
             if task.uncancel() <= self._cancels and isinstance(problem, asyncio.CancelledError):
                 raise TimeoutError from problem
-
-
-def _latest(new: int | None, old: int | None) -> int | None:
-    return old if new is None else new
