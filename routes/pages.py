@@ -118,6 +118,8 @@ ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".svg
 
 
 WORDS: dict[str, Any] = REPLY_SENTENCES | {
+    "connecting": "Connecting",
+    "syncing": "Catching up",
     "greeting": "Ask me anything",
     "battle": "Two models answer, and you judge",
     "log": "Conversation",
@@ -152,6 +154,9 @@ async def widget_settings(request: Request) -> Response:
     The widget asks when it is first opened.
     """
     settings = inputs.state(request).settings
-    wishes = WORDS | {"title": settings.name, "suggestions": settings.suggestions}
+    # A script counts UTF-16 units, of at most three bytes; the rest of a frame is for what JSON escapes.
+    longest = min(settings.prompt_max, settings.frame_max // 4)
+    wishes = WORDS | {"title": settings.name, "suggestions": settings.suggestions, "longest": longest}
+    wishes["too_large"] = f"A message has at most {longest} characters."
     wishes |= {"greeting": settings.greeting} if settings.greeting else {}
     return inputs.answer(wishes, headers={"Cache-Control": "max-age=60"})

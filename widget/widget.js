@@ -1,9 +1,10 @@
 (() => {
+if (customElements.get('parley-chat')) return
 const SCRIPT = document.currentScript, STRINGS = JSON.parse(SCRIPT.dataset.strings || '{}')
-// The words of the first moment; the service adds the rest.
+// The service adds more.
 const words = {
 	title: 'Chat', open: 'Open chat', close: 'Close', write: 'Write a message', send: 'Send', again: 'Try again',
-	connecting: 'Connecting', syncing: 'Catching up', offline: 'Offline', over: 'This chat cannot be reached.', ...STRINGS,
+	offline: 'Offline', lost: 'This chat cannot be reached.', ...STRINGS,
 }
 const ICONS = {
 	open: 'M3 5h18v11H11l-5 4v-4H3z', close: 'M6 6l12 12M18 6 6 18', reset: 'M12 5v14M5 12h14',
@@ -12,6 +13,7 @@ const ICONS = {
 }
 ICONS.dislike = ICONS.like
 ICONS.latest = ICONS.send
+ICONS.unread = ICONS.open
 
 // -- trees
 
@@ -23,9 +25,10 @@ const h = (what, set, ...kids) => {
 const icon = (name) => h('svg', {viewBox: '0 0 24 24'}, h('path', {d: ICONS[name]}))
 const button = (name, onclick, look = 'icon', text, more) => h(`button.${look}`, {title: words[name], onclick, ...more}, text || icon(name))
 const plain = (name, onclick) => button(name, onclick, 'plain', words[name])
-const copying = (text) => button('copy', ({target}) => navigator.clipboard?.writeText(text).then(() => target.closest('button').className += ' on'))
+const copying = (text) => navigator.clipboard && button('copy', (event, node) => navigator.clipboard.writeText(text)
+	.then(() => node.textContent = '✓', () => node.textContent = '✗'))
 
-/** Make `parent`, from `node` on, look like `trees`. */
+// Make `parent`, from `node` on, `trees`.
 const show = (parent, trees, node = parent.firstChild) => {
 	const skip = () => {
 		const gone = node
@@ -46,7 +49,7 @@ const show = (parent, trees, node = parent.firstChild) => {
 			for (const name in {...fit.set, ...set}) {
 				const value = set[name]
 				if (value === fit.set?.[name]) continue
-				if (/^on/.test(name)) fit[name] = (event) => void value(event) // false would prevent the default
+				if (/^on/.test(name)) fit[name] = (event) => void value(event, fit) // false would prevent the default
 				else value == null ? fit.removeAttribute(name) : fit.setAttribute(name, value)
 				if (name === 'class') fit.part = value || ''
 			}
@@ -58,7 +61,7 @@ const show = (parent, trees, node = parent.firstChild) => {
 	while (node) skip()
 }
 
-// -- Markdown that grows → trees
+// -- Markdown → trees
 
 const SPAN = /\\([^\w\s])|(`+)([^]{0,999}?[^`])\2(?!`)|!?\[([^\]]*)\]\(\s*([^\s)]*)[^)]*\)|(\*\*|__|~~|\*|(?<!\w)_)(?=\S)([^]{0,999}?[^\s\\])\6(?![*\w])|(https?:\/\/[^\s<>"'`)\]]*[^\s<>"'`)\].,;:!?*_])/g
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +(.*)$/, FENCE = /^ *(```+|~~~+) *([^`]*)$/, RULE = /^ *([-*_])( *\1){2,} *$/
@@ -81,11 +84,11 @@ const spans = (text) => {
 	return [...out, text.slice(from)]
 }
 
-/** Close what is open, hide half a link. */
+// Close what is open, hide half a link.
 const mend = (text) => ['`', '**'].reduce((all, mark) => all.split(mark).length % 2 ? all : all.endsWith(mark) ? all.slice(0, -mark.length) : all + mark,
 	text.replace(/!?\[([^\]\n]*)(\](\([^)\n]*)?)?$/, '$1'))
 
-/** Lines → `[first line, tree]`s. `live`: the last line may go on. */
+// `live`: the last line may go on.
 const blocks = (lines, live) => {
 	const out = [], end = lines.length
 	let i = 0
@@ -95,7 +98,7 @@ const blocks = (lines, live) => {
 		return lines.slice(from, i)
 	}
 	const inline = (text) => spans(live && i >= end ? mend(text) : text)
-	const inside = (part, last = true) => blocks(part, last && live && i >= end).map((each) => each[1])
+	const inside = (part, last = true) => blocks(part, last && live && i >= end)
 	const block = (line, at) => {
 		let found = FENCE.exec(line)
 		if (found) {
@@ -125,14 +128,14 @@ const blocks = (lines, live) => {
 			}))
 		}
 		if (line.includes('|') && (i < end ? DASHES.test(lines[i]) : live && line[0] === '|')) {
-			const sides = cells(lines[i++] || '').map((each) => each.endsWith(':') && each[0] !== ':' ? '.end' : '')
+			const sides = cells(lines[i++] || '').map((each) => /^-+:$/.test(each) ? '.end' : '')
 			const row = (tag, text) => h('tr', {}, cells(text).map((each, k) => h(tag + (sides[k] || ''), {}, inline(each))))
 			return h('div.scroll', {tabindex: 0}, h('table', {}, h('thead', {}, row('th', line)), h('tbody', {}, take((each) => each.includes('|')).map((each) => row('td', each)))))
 		}
 		take((each) => each.trim() && !starts(each) && !(each.includes('|') && DASHES.test(lines[i + 1])))
 		return h('p', {}, inline(lines.slice(at, i).join('\n')))
 	}
-	while (i < end) if (lines[i++].trim()) out.push([i - 1, block(lines[i - 1], i - 1)])
+	while (i < end) if (lines[i++].trim()) out.push({at: i - 1, ...block(lines[i - 1], i - 1)})
 	return out
 }
 
@@ -143,10 +146,10 @@ const prose = (root) => {
 		known = text
 		top = /^#+(?= )/m.exec(text)?.[0].length
 		const lines = text.slice(from).split('\n'), found = blocks(lines, live)
-		show(root, found.map((each) => each[1]), root.childNodes[kept] ?? null)
-		const open = found.findLastIndex(([at]) => at < lines.length - 1)
+		show(root, found, root.childNodes[kept] ?? null)
+		const open = found.findLastIndex(({at}) => at < lines.length - 1)
 		if (open > 0) {
-			from += lines.slice(0, found[open][0]).join('\n').length + 1
+			from += lines.slice(0, found[open].at).join('\n').length + 1
 			kept += open
 		}
 	}
@@ -157,7 +160,7 @@ sheet.replaceSync(`
 :host{all:initial!important;display:contents!important}
 :host([hidden]){display:none!important}
 *{box-sizing:border-box;margin:0;padding:0}
-section{--a:var(--parley-accent,light-dark(#0b5d63,#6ad0c7));--on:var(--parley-on-accent,light-dark(#fff,#04201f));--bg:var(--parley-surface,light-dark(#fffdf9,#15181b));--fg:var(--parley-text,light-dark(#1c1f22,#e9e6e0));--r:var(--parley-radius,14px);--b:light-dark(#a63d17,#f3a581);--mute:color-mix(in oklab,var(--fg) 70%,var(--bg));--tint:color-mix(in oklab,var(--fg) 5%,var(--bg));--edge:1px solid color-mix(in oklab,var(--fg) 16%,var(--bg));color-scheme:var(--parley-scheme,light dark);color:var(--fg);font:1em/1.55 var(--parley-font,system-ui,sans-serif)}
+section{--a:var(--parley-accent,light-dark(#0b5d63,#6ad0c7));--on:var(--parley-on-accent,var(--bg));--bg:var(--parley-surface,light-dark(#fffdf9,#15181b));--fg:var(--parley-text,light-dark(#1c1f22,#e9e6e0));--r:var(--parley-radius,14px);--b:light-dark(#a63d17,#f3a581);--mute:color-mix(in oklab,var(--fg) 70%,var(--bg));--tint:color-mix(in oklab,var(--fg) 5%,var(--bg));--edge:1px solid color-mix(in oklab,var(--fg) 16%,var(--bg));color-scheme:var(--parley-scheme,light dark);color:var(--fg);font:1em/1.55 var(--parley-font,system-ui,sans-serif);overflow-wrap:anywhere}
 .bubble,dialog.panel{position:fixed;z-index:2147483647;inset:auto;inset-block-end:20px;inset-inline-end:20px}
 button,textarea{font:inherit;color:inherit;background:none;border:1px solid #0000;border-radius:9px}
 button{cursor:pointer;min-width:28px;min-height:28px}
@@ -178,9 +181,9 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .state,.note,.by,.vote,.code div,.plain,table{font-size:.9em}
 .state,.note,.by,.vote,.code div,.icon,.pending,::placeholder{color:var(--mute)}
 .bad,.alert{color:var(--b)}
-.state{animation:blink .3s .4s backwards}
+.state:not(:empty){animation:blink .3s .4s backwards}
 .pending{animation:blink 1.5s infinite}
-.unread::after{content:'';position:absolute;inset:0 0 auto auto;border:7px solid var(--b);border-radius:50%}
+.unread{border:6px solid var(--b)}
 .icon:hover,.plain:hover,.on{color:var(--a);background:var(--tint)}
 .log{display:flex;flex-direction:column;flex:1;overflow:auto;overscroll-behavior:contain;padding:18px 16px 8px;gap:14px}
 .log,pre,.composer:focus-within{outline-offset:-2px}
@@ -188,11 +191,10 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .plain{border:var(--edge);padding:6px 12px;color:var(--fg)}
 .you,.log>.note{align-self:end}
 .you{max-width:85%;padding:8px 14px;border:1px solid #0000;border-radius:var(--r);border-end-end-radius:4px;background:color-mix(in oklab,var(--a) 16%,var(--bg))}
-.you,.prose{overflow-wrap:anywhere}
 .you,.prose p{white-space:pre-line}
 .pair,.votes{display:grid;gap:8px;grid-template-columns:repeat(auto-fit,minmax(var(--min,250px),1fr))}
 .votes{--min:120px}
-.pair article{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
+.pair .reply{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
 .b{border-block-start-color:var(--b)}
 .by{font-weight:600}
 textarea,.prose *{unicode-bidi:plaintext}
@@ -207,7 +209,7 @@ th,code,.code div{background:var(--tint)}
 pre{overflow:auto;padding:10px 12px;direction:ltr}
 pre code{background:none}
 h5,h6{font-size:1em}
-table{border-collapse:collapse;width:100%;overflow-wrap:normal}
+table{border-collapse:collapse;width:100%;overflow-wrap:normal;color:inherit}
 th,td{padding:6px 12px;text-align:start}
 td{border-block-start:var(--edge)}
 .end{text-align:end}
@@ -218,14 +220,15 @@ td{border-block-start:var(--edge)}
 .latest{position:absolute;inset:auto 0 76px;margin:auto}
 .composer{display:flex;align-items:end;gap:4px;margin:10px 12px 12px;padding:5px;padding-inline-start:14px;border:1px solid var(--mute);border-radius:23px}
 textarea{flex:1;min-width:0;border:0;outline:0;resize:none;padding:5px 0;max-height:9em;field-sizing:content}
-.sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.sr{position:absolute;clip-path:inset(50%)}
 @keyframes blink{from,to{opacity:.2}}
 @media(max-width:480px){dialog.panel{inset:var(--top,0) 0 auto;width:100%;height:var(--high,100dvh);border:0;border-radius:0}}
+@media print{.bubble{display:none}}
 @media(prefers-reduced-motion){*{animation:none!important}}`)
-// Of a phone's keyboard only the visual viewport knows.
+// what a phone's keyboard leaves
 const fit = () => screen.replaceSync(`section{--high:${visualViewport.height}px;--top:${visualViewport.offsetTop}px}`)
 
-const sentence = ({code, message, retry_after: wait}) => (words[code] || code && message || words.over) + (wait ? ` ${Math.ceil(wait)} s` : '')
+const sentence = ({code, message, retry_after}) => (words[code] || code && message || words.lost) + (retry_after ? ` ${retry_after} s` : '')
 const isRunning = ({status}) => /pending|streaming/.test(status)
 
 customElements.define('parley-chat', class extends HTMLElement {
@@ -234,7 +237,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 	}
 
 	connectedCallback() {
-		if (this.root) return
+		if (this.root) return this.begun && this.connect()
 		this.root = this.attachShadow({mode: 'open'})
 		this.root.adoptedStyleSheets = [sheet, screen]
 		this.mode = this.option('mode') || 'direct'
@@ -251,13 +254,17 @@ customElements.define('parley-chat', class extends HTMLElement {
 		else if (this.option('open') != null) this.toggle()
 	}
 
-	/** Nothing is asked, read or kept before. */
+	disconnectedCallback() {
+		this.drop()
+	}
+
+	// Before, nothing is asked or kept.
 	async begin() {
 		if (this.begun) return
 		this.begun = true
 		addEventListener('online', () => this.check())
 		addEventListener('offline', () => this.drop(1006))
-		addEventListener('storage', ({key}) => key === this.base && this.id !== this.session?.id && !this.making && this.connect(this.clear()))
+		addEventListener('storage', ({key}) => key === this.base && this.id !== this.session && !this.making && this.connect(this.clear()))
 		addEventListener('visibilitychange', () => this.check())
 		visualViewport.onresize = visualViewport.onscroll = fit
 		fit()
@@ -280,7 +287,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return this.root.querySelector(selector)
 	}
 
-	// -- what a page may call
+	// -- for a page
 
 	toggle(open = !this.$('dialog')?.open) {
 		const panel = this.$('dialog')
@@ -295,6 +302,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 
 	send(text) {
 		text = text.trim()
+		if (text.length > words.longest) return this.refuse(0, {code: 'too_large'})
 		if (!text || this.running || !this.emit('send', {text})) return false
 		this.follows = true
 		this.say(text)
@@ -327,7 +335,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.changed()
 	}
 
-	/** Drawing takes a third of the time. */
+	// draws a third of the time
 	changed() {
 		this.frame ||= setTimeout(() => requestAnimationFrame(() => this.draw()), this.cost * 2)
 	}
@@ -340,17 +348,18 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return this.list.some(isRunning)
 	}
 
-	get waiting() {
-		return this.list.find(({status}) => status === 'sending')
-	}
-
-	/** Guest and session, never what was said. */
+	// Never what was said.
 	get keys() {
 		return JSON.parse(this.place[this.base] || '{}')
 	}
 
 	keep(change) {
-		this.place[this.base] = JSON.stringify({...this.keys, ...change})
+		const kept = {[this.base]: JSON.stringify({...this.keys, ...change})}
+		try {
+			Object.assign(this.place, kept)
+		} catch {
+			this.place = kept // full
+		}
 	}
 
 	get id() {
@@ -384,8 +393,8 @@ customElements.define('parley-chat', class extends HTMLElement {
 
 	connect() {
 		clearTimeout(this.timer)
-		if (this.socket || this.state === 'over' || !this.id) return
-		const socket = this.socket = new WebSocket(`${this.base.replace('http', 'ws')}/ws/chat/session/${this.id}/?cursor=${this.cursor || ''}&share_token=${this.shared || ''}`,
+		if (this.socket || this.state === 'over' || !this.id || !this.isConnected) return
+		const socket = this.socket = new WebSocket(`${this.base}/ws/chat/session/${this.id}/?cursor=${this.cursor || ''}&share_token=${this.shared || ''}`,
 			this.shared ? 'parley.v1' : ['parley.v1', `t.${this.keys.guest}`])
 		socket.onopen = () => this.become('syncing')
 		socket.onmessage = ({data}) => {
@@ -405,14 +414,14 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.become('offline')
 	}
 
-	/** After sleep a socket may be dead. */
+	// After sleep a socket may be dead.
 	check() {
 		const {socket} = this
 		this.tries = 0
 		if (!socket) return this.timer && this.connect()
 		this.heard = false
 		this.tell('ping')
-		setTimeout(() => socket === this.socket && !this.heard && this.drop(1006), 5000)
+		setTimeout(() => socket === this.socket && !this.heard && this.drop(1006), 5e3)
 	}
 
 	drop(code) {
@@ -428,7 +437,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.become('over')
 	}
 
-	/** `size` in code points, as offsets are. */
+	// `size`: code points, as offsets
 	put(message, text = message.content, size = [...text].length) {
 		this.messages.set(message.id, {...this.messages.get(message.id), ...message, text, size})
 	}
@@ -439,7 +448,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			const [first] = event.messages, joined = this.messages.has(first?.id)
 			this.list.forEach(({id, position, status}) => status === 'sending' || joined && position < first.position || this.messages.delete(id))
 			event.messages.forEach((each) => this.put(each))
-			this.session = event.session
+			this.session = event.session.id
 			this.cursor = event.turn?.cursor
 		}
 		if (/session_state|resumed/.test(type)) {
@@ -480,16 +489,16 @@ customElements.define('parley-chat', class extends HTMLElement {
 		if (this.socket?.readyState === 1) this.socket.send(JSON.stringify({type, ...more}))
 	}
 
-	/** The same id twice is one message. */
+	// The same id twice is one message.
 	flush() {
-		const {waiting} = this
+		const waiting = this.list.find(({status}) => status === 'sending')
 		if (waiting && this.state === 'live' && !this.running) this.tell('message', {content: waiting.text, id: waiting.id})
 	}
 
-	async say(text, id = `${Date.now()}-${Math.random() * 1e9 | 0}`) {
+	async say(text, id = `${Math.random()}`.slice(2)) {
 		if (this.state === 'over') this.clear()
 		this.put({id, role: 'user', status: 'sending', position: 1e9, problem: null}, text)
-		this.problem = null
+		this.problem = this.said = null
 		this.changed()
 		try {
 			await (this.making ||= this.make().finally(() => this.making = null))
@@ -507,7 +516,6 @@ customElements.define('parley-chat', class extends HTMLElement {
 		this.follows = false
 		this.draw()
 		log.scrollTop = log.scrollHeight - rest
-		log.focus()
 	}
 
 	async vote(message_id, preference, feedback_type = 'preference') {
@@ -517,11 +525,11 @@ customElements.define('parley-chat', class extends HTMLElement {
 	// -- how it looks
 
 	draw() {
-		const start = performance.now(), {state, problem, inline, shared} = this, opened = !!this.$('dialog')?.open, title = this.option('title') || words.title
+		const start = performance.now(), {state, problem, inline, shared} = this, opened = !!this.$('dialog')?.open, focused = this.root.activeElement, title = this.option('title') || words.title
 		this.frame = 0
 		if (opened) this.unread = false
 		const kids = [
-			h('header', {}, h('div', {}, h('h2', {}, title), /new|live|over/.test(state) || h('div.state', {role: 'status'}, words[state])),
+			h('header', {}, h('div', {}, h('h2', {}, title), h('div.state', {role: 'status'}, words[state])),
 				this.messages.size > 0 && !shared && button('reset', () => this.reset()), inline || button('close', () => this.toggle())),
 			this.log(),
 			this.follows || button('latest', () => this.down(this.follows = true), 'latest'),
@@ -530,13 +538,13 @@ customElements.define('parley-chat', class extends HTMLElement {
 			h('div.sr', {role: 'status'}, this.said),
 		]
 		show(this.root, [h(`section.${inline ? 'inline' : 'bubble'}.${this.arena && 'arena'}`, {'aria-label': title, lang: this.option('lang')}, inline ? h('div.panel', {}, kids) : [
-			h(`button.launcher.${this.unread && !opened && 'unread'}`, {'aria-expanded': opened, onclick: () => this.toggle(), 'aria-label': words[opened ? 'close' : this.unread ? 'unread' : 'open']},
-				icon(opened ? 'close' : 'open')),
-			h('dialog.panel', {'aria-label': title, onkeydown: ({key, isComposing}) => key === 'Escape' && !isComposing && this.toggle(false), onclose: () => {
+			button(opened ? 'close' : this.unread ? 'unread' : 'open', () => this.toggle(), `launcher.${this.unread && 'unread'}`, null, {'aria-expanded': opened}),
+			h('dialog.panel', {'aria-label': title, onkeydown: ({keyCode}) => keyCode === 27 && this.toggle(false), onclose: () => {
 				this.draw()
 				this.$('.launcher').focus()
 			}}, kids),
 		])])
+		if (focused && !this.root.activeElement) this.$('.log').focus() // its button is gone
 		if (this.follows) this.down()
 		this.cost = performance.now() - start
 	}
@@ -559,8 +567,8 @@ customElements.define('parley-chat', class extends HTMLElement {
 	turn(turn, last) {
 		const [user] = turn, {id, text, status, problem} = user, replies = turn.filter(({role}) => role !== 'user'), pair = replies.length > 1
 		return [
-			user === replies[0] || h(`div.you.${status}`, {key: id, role: 'article', 'aria-label': words.you, dir: 'auto'}, text),
-			status === 'sending' && /offline|connecting/.test(this.state) && h('div.note', {}, words.sending),
+			user === replies[0] || h('article.you', {key: id, 'aria-label': words.you, dir: 'auto'}, text),
+			status === 'sending' && this.state !== 'live' && h('div.note', {}, words.sending),
 			problem && h('div.note.bad', {role: 'alert'}, sentence(problem), plain('again', () => this.say(text, id))),
 			replies[0] && h(pair ? 'div.pair' : 'div', {key: id + '+'}, replies.map((reply) => this.reply(reply, user, pair, last))),
 			pair && !this.shared && replies.every((reply) => reply.status === 'success') && h('div.vote', {}, user.feedback ? words.voted : [words.which,
@@ -577,7 +585,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			running && !text && h('div.pending', {}, words.pending),
 			h('div.prose', {dir: 'auto', onshow: (node) => (node.write ||= prose(node))(text, running)}),
 			running || h('div.acts', {},
-				good || h('span.note.bad', {}, words[reply.failure_reason] || words[status]),
+				good || h('span.note.bad', {}, words[reply.failure_reason || status]),
 				text && copying(text),
 				last && !this.shared && !person && [
 					status === 'interrupted' && !pair && plain('more', () => this.send(words.more)),
@@ -593,8 +601,9 @@ customElements.define('parley-chat', class extends HTMLElement {
 			if (this.send(box.value)) box.value = ''
 		}
 		return h('div.composer', {key: 'composer'},
-			h('textarea', {rows: 1, maxlength: 16e3, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
-				onkeydown: (event) => event.key === 'Enter' && !event.shiftKey && !event.isComposing && submit(event)}),
+			h('textarea', {rows: 1, enterkeyhint: 'send', placeholder: words.write, 'aria-label': words.write,
+				// 229 is an input method's Enter.
+				onkeydown: (event) => event.keyCode === 13 && !event.shiftKey && submit(event)}),
 			button(running ? 'stop' : 'send', running ? () => this.stop() : submit, 'send'))
 	}
 })
