@@ -53,12 +53,15 @@ class Pages:
         self.hostile = False
         self.doctype = "<!doctype html>"
         self.head = ""
+        self.images = ""
 
     def answer(self, path: str) -> tuple[dict[str, str], str]:
         policy = POLICY.format(base=self.base, socket=self.base.replace("http", "ws"))
         style = "<style>*, *::before { all: unset !important; color: red !important } parley-chat { display: none !important }</style>"
         if self.hostile:
             policy += "; style-src 'unsafe-inline'"
+        if self.images:
+            policy += f"; img-src {self.images}"
         script = f'<script src="{self.base}/widget.js" async {self.attributes}></script>'
         head = f'<meta name="viewport" content="width=device-width"><title>Shop</title>{style * self.hostile}{self.head}'
         html = f"{self.doctype}<html {self.language}><head>{head}{script}</head><body><main>{self.body}</main></body></html>"
@@ -787,6 +790,29 @@ async def test_no_image_is_asked_for(visit: Any) -> None:
     shop = await (await visit()).there()
     html = (await grown(shop, "![a](https://evil.example/?d=secret) ![](http://evil.example/b.png)", [5]))[0]
     assert "<img" not in html and html.count("<a ") == 2 and ">a</a>" in html
+
+
+async def test_images_come_from_allowed_hosts_alone(visit: Any, pages: Pages) -> None:
+    pages.attributes, pages.images = 'data-open data-images="pics.example,cdn.example:444"', "https://pics.example"
+    shop = await visit()
+    asked: list[Any] = []
+
+    async def picture(route: Any) -> None:
+        asked.append(route.request.headers)
+        svg = '<svg xmlns="http://www.w3.org/2000/svg" width="3000" height="90"/>'
+        await route.fulfill(body=svg, content_type="image/svg+xml", headers={"Cross-Origin-Resource-Policy": "cross-origin"})
+
+    await shop.tab.route("https://pics.example/*", picture)
+    await shop.there()
+    others = ("http://pics.example/", "https://pics.example.evil.example/", "https://pics.example@evil.example/", "https:///evil.example/",
+              "https://pics.example:8/", "//pics.example/", "https://cdn.example/", r"https:/\evil.example/", "data:image/svg+xml,")  # fmt: skip
+    html = (await grown(shop, " ".join(f"![no]({other}b.png)" for other in others), [7]))[0]
+    assert "<img" not in html and html.count("no") >= len(others)
+    html = (await grown(shop, "![a *b*](https://pics.example/c.svg?d=e)", [7]))[0]
+    assert html == '<p><img alt="a *b*" loading="lazy" referrerpolicy="no-referrer" src="https://pics.example/c.svg?d=e"></p>'
+    await shop.see("$('img').naturalWidth === 3000")
+    assert await shop.ask("return $('img').width <= $('.prose').clientWidth")
+    assert asked and not any("referer" in headers for headers in asked)
 
 
 # -- everybody

@@ -71,6 +71,8 @@ const starts = (line) => [ITEM, FENCE, RULE, HEADING, QUOTE].some((each) => each
 const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/ *(?<!\\)\| */).map((each) => each.replace(/\\\|/g, '|'))
 const link = (url, kids) => /^(https?:\/\/|mailto:)/i.test(url) ? h('a', {href: url, target: '_blank', rel: 'noopener nofollow'}, kids) : kids
 
+const shown = (url) => SCRIPT.dataset.images?.split(',').includes(/^https:\/\/([^/]+)\//.exec(url)?.[1])
+
 const spans = (text) => {
 	const out = []
 	let from = 0
@@ -78,7 +80,7 @@ const spans = (text) => {
 		const [all, escaped, , code, label, url, mark, inner, bare] = found
 		out.push(text.slice(from, found.index), escaped || (code ? h('code', {}, code)
 			: bare ? link(bare, bare) : mark ? h(mark === '~~' ? 'del' : mark[1] ? 'strong' : 'em', {}, spans(inner))
-			: link(url, all[0] === '!' ? label || url : spans(label))))
+			: all[0] !== '!' ? link(url, spans(label)) : shown(url) ? h('img', {alt: label, loading: 'lazy', referrerpolicy: 'no-referrer', src: url}) : link(url, label || url)))
 		from = found.index + all.length
 	}
 	return [...out, text.slice(from)]
@@ -210,6 +212,7 @@ pre{overflow:auto;padding:10px 12px;direction:ltr}
 pre code{background:none}
 h5,h6{font-size:1em}
 table{border-collapse:collapse;width:100%;overflow-wrap:normal;color:inherit}
+img{max-width:100%}
 th,td{padding:6px 12px;text-align:start}
 td{border-block-start:var(--edge)}
 .end{text-align:end}
