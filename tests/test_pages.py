@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -16,8 +17,9 @@ from tests.browser import chromium
 from tests.conftest import CLOSED, store
 from tests.harness.api import call, guest, messages, new_session, post_turn
 from tests.harness.service import ROOT, Service
-from tests.test_widget import Visit, counted
+from tests.test_widget import Visit, accessibility, axe, counted
 
+__all__ = ["accessibility"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="module")]
 
 MODELS = [
@@ -59,6 +61,13 @@ async def visit(browser: Any, service: Service) -> AsyncIterator[Any]:
     await context.close()
     assert [problem for each in made for problem in each.problems] == []
     assert [url for each in made for url in each.requests if not re.match(rf"(http|ws)://[^/]*:{service.ports[0]}/", url)] == []
+
+
+async def clean(page: Visit) -> None:
+    """axe-core finds nothing, light and dark."""
+    for scheme in ("light", "dark"):
+        await page.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        assert await axe(page) == [], scheme
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -109,7 +118,7 @@ async def test_the_first_page_answers_at_once(visit: Any, service: Service) -> N
     assert await home.answered() == counted(20)
 
 
-async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Service) -> None:
+async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Service, accessibility: None) -> None:
     someone = await guest(service.url)
     session = await new_session(service.url, someone.access)
     await post_turn(service.url, someone.access, session["id"], "/count 5")
@@ -118,16 +127,21 @@ async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Ser
     await reader.see("talk.list.length === 2 && !chat.frame")
     assert await reader.shown() == counted(5)
     assert await reader.ask("return [...chat.root.querySelectorAll('textarea, .alert, [title=\"Try again\"]')].length") == 0
-    await post_turn(service.url, someone.access, session["id"], "/count 30")
-    await reader.see("$('.log').textContent.includes(given)", given=counted(30))
+    await clean(reader)
+    turn = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 300"))
+    await reader.see("talk.running && $('.prose')?.textContent")
+    await clean(reader)
+    await turn
+    await reader.see("$('.log').textContent.includes(given)", given=counted(300))
     lost = await (await visit("/shared/nothing")).there()
     await lost.see("$('.alert')?.textContent.includes('There is no such shared session.')")
 
 
-async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service) -> None:
+async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service, accessibility: None) -> None:
     """The table, the picture and the matrix are of the votes that count; what did not count is there with its reason."""
     empty = await visit("/leaderboard")
     await empty.see("document.getElementById('state').textContent.includes('No vote')")
+    await clean(empty)
     someone = await guest(service.url)
     for n in range(8):
         session = await new_session(service.url, someone.access, mode="random")
@@ -141,6 +155,7 @@ async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service
     assert details["left_out"] == [{"reason": "revealed", "votes": 1}]
     board = await visit("/leaderboard")
     await board.see("!document.getElementById('board').hidden")
+    await clean(board)
     listed = (await call(service.url, "GET", "/api/leaderboard/")).json()
     assert await board.ask("return [...document.querySelectorAll('#rows th')].map((each) => each.firstChild.data)") == [line["name"] for line in listed]
     rated = [line for line in listed if line["elo_rating"] is not None and line["ci_lower"] is not None]
@@ -150,19 +165,20 @@ async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service
     assert "revealed" in await board.ask("return document.getElementById('left').textContent")
 
 
-async def test_a_developer_sees_every_event_and_its_cursor(visit: Any) -> None:
+async def test_a_developer_sees_every_event_and_its_cursor(visit: Any, accessibility: None) -> None:
     page = await visit("/debug")
     await page.tab.get_by_role("button", name="Send").click()
     await page.see("[...document.querySelectorAll('.message_chunk')].length > 5")
     await page.tab.get_by_role("button", name="Cut the socket").click()
     await page.see("document.querySelector('tr.turn_complete')")
+    await clean(page)
     said = await page.ask("""
         return [...document.querySelectorAll('tr.message_chunk .json')].map((each) => JSON.parse(each.textContent).chunk).join('');
     """)
     assert said == counted(40)
 
 
-async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Service) -> None:
+async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Service, accessibility: None) -> None:
     """From the list of sessions to the visitor's tab, which shows the words under a name, now and after a reload."""
     shop = await (await visit("/")).there()
     await shop.say("Is anybody there?")
@@ -178,6 +194,7 @@ async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Ser
     await desk.see("$('.you')?.textContent === 'Is anybody there?'")
     await desk.say("Yes!")
     await desk.see("$('.note.bad')?.textContent.includes('Take this session over')")
+    await clean(desk)
     await desk.button("Take over").click()
     await desk.see("document.getElementById('who').textContent.startsWith('Anna answers')")
     await desk.button("Try again").click()
@@ -189,6 +206,8 @@ async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Ser
     await desk.say("*Ask* me.")
     await shop.see("[...chat.root.querySelectorAll('.prose')].at(-1)?.textContent === 'Ask me.'")
     assert await shop.ask("return chat.root.querySelectorAll('.note').length") == 0  # the question is answered
+    for page in (shop, desk):
+        await clean(page)
     await shop.reload()
     await shop.see("[...chat.root.querySelectorAll('.by')].map((each) => each.textContent).join() === 'Anna,Anna'")
     await desk.button("Hand back to the model").click()
