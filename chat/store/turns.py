@@ -223,6 +223,10 @@ async def insert_regeneration(
     return await database.transaction(work, patience=None, line=account_id)
 
 
+# PostgreSQL evaluates this once, before the scan of the sessions: the condition names none of their columns.
+LOCK_ACCOUNT = "AND EXISTS (SELECT 1 FROM accounts WHERE id = :account_id FOR NO KEY UPDATE)"
+
+
 async def _allot_positions(
     query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
 ) -> tuple[int, str | None]:
@@ -231,12 +235,11 @@ async def _allot_positions(
     The transaction locks the account's row, then the session's: turns of one session, and of one account, start one at
     a time.
     """
-    if not query.one_at_a_time:
-        await query.execute("SELECT id FROM accounts WHERE id = :id FOR NO KEY UPDATE", {"id": account_id})
     row = await query.fetch_one(
-        """UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
+        f"""UPDATE sessions SET next_position = next_position + :places, version = version + 1, updated_at = :now,
                   last_message_at = :now, title = COALESCE(title, CAST(:title AS TEXT))
             WHERE id = :id AND created_at = :created_at AND (account_id = :account_id OR is_open = 1)
+                  {"" if query.one_at_a_time else LOCK_ACCOUNT}
            RETURNING next_position, operator""",
         session.life | {"account_id": account_id, "places": places, "now": now, "title": title},
     )
