@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvicorn
 
@@ -598,8 +599,10 @@ async def test_waiting_for_a_processor_is_noise_and_a_stall_is_none(tmp_path: Pa
     try:
         os.sched_setaffinity(burner.pid, {min(own)})
         os.sched_setaffinity(0, {min(own)})
+        burnt = psutil.Process(burner.pid)
+        await until(lambda: burnt.cpu_times().user > 0.05, what="a burner that burns")
         async with Noise() as noise:
-            computed, waited = await _spent(noise, lambda: sum(range(5_000_000)))
+            computed, waited = await _spent(noise, lambda: sum(range(20_000_000)))
             os.sched_setaffinity(0, own)
             stalled, idled = await _spent(noise, lambda: time.sleep(0.3))
     finally:
