@@ -51,23 +51,25 @@ def vendors() -> Iterator[Vendors]:
 def service(
     request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
+    """Its models are of one API: to import another SDK takes a second in each worker."""
+    alpha = models(vendors)[0]
+    offered = json.dumps([alpha, alpha | {"id": "beta", "model_code": "fake-beta", "display_name": "Beta", "vendor": "B"}])
     environment = CLOSED | store(request.param, request, tmp_path_factory.mktemp("service"))
-    environment |= {"PARLEY_MODELS": json.dumps(models(vendors)), "VENDOR_KEY": KEY}
+    environment |= {"PARLEY_MODELS": offered, "VENDOR_KEY": KEY}
     with Service(environment, workers=1 if request.param == "sqlite" else 2) as running:
         yield running
         log = running.log()
     assert "Traceback" not in log, log[-6000:]
 
 
-NODES: dict[str, Node] = {}  # a process for each of the clients that has been asked for
+NODES: dict[str, Node] = {}  # the process that each client's tabs are in: all versions of `ai` share one
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", autouse=True)
 async def nodes(vendors: Vendors) -> AsyncIterator[None]:
     """vendors: with them the packages are there, without which a process ends at once."""
-    async with contextlib.AsyncExitStack() as stack:
-        for name in CHATS:
-            NODES[name] = await stack.enter_async_context(node_of(name))
+    async with node_of("ai") as sdks, node_of("tanstack") as tanstack, node_of("agui") as agui:
+        NODES.update(dict.fromkeys(SDKS, sdks) | {"tanstack": tanstack, "agui": agui})
         yield
 
 

@@ -226,7 +226,7 @@ async def test_limits_and_budgets_apply(
     request: pytest.FixtureRequest, vendors: Vendors, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     environment = CLOSED | store("sqlite", request, tmp_path_factory.mktemp("limited"))
-    environment |= {"PARLEY_MODELS": json.dumps(models(vendors)), "VENDOR_KEY": KEY}
+    environment |= {"PARLEY_MODELS": json.dumps(models(vendors)[:1]), "VENDOR_KEY": KEY}
     environment |= {"PARLEY_DAILY_TOKENS_ACCOUNT": "1000", "PARLEY_MESSAGES_PER_MINUTE": "4", "API_KEYS": OPERATOR}
     environment |= {"PARLEY_TURNS_PER_ACCOUNT": "1"}
     wish = {"model": "alpha", "messages": [{"role": "user", "content": "[[tokens:20]]"}], "max_tokens": 900}
