@@ -100,6 +100,12 @@ MUTATIONS = (
         ("tests/test_database.py", f"{RELAY}::test_six_hundred_tabs_close_during_writes"),
     ),
     Mutation(
+        "given up",
+        "a write that its caller has given up is carried out all the same",
+        (("chat/store/database.py", 'if not call.decide("commit"):', "if False:"),),
+        ("tests/test_pool.py",),
+    ),
+    Mutation(
         "deadline",
         "a reader that takes nothing is never cut",
         (("consumers/session.py", "patience = self.chat.settings.send_timeout", "patience = 86400.0"),),
