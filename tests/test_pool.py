@@ -188,6 +188,15 @@ async def test_a_commit_on_its_way_is_waited_for(database: Database, proxy: Prox
     assert await counted(database, "row 0") == 7
 
 
+async def test_the_clock_is_right_after_a_stall(database: Database, proxy: Proxy, away: Database) -> None:
+    """The answer was held up on its way: the time in it is long past."""
+    away.timeout = 5.0
+    proxy.stall("to_client")
+    asyncio.get_running_loop().call_later(1.0, proxy.ok)
+    await away.set_clock()
+    assert abs(away.now() - database.now()) < 250
+
+
 async def test_tokens_are_not_given_back_twice(
     database: Database, proxy: Proxy, away: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
