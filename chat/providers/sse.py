@@ -24,7 +24,7 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # a number of tokens
 
 EVENT_MAX = 3_000_000  # characters: the longest answer that is kept fits into one event, each character written as \u…
-DATA = re.compile(r"^data(?:: ?(.*))?$", re.MULTILINE)
+DATA = re.compile(r"^data(?:: ?(.*))?$", re.MULTILINE)  # a line of an event's data
 DRAIN = 0.1  # seconds for the body's end after [DONE]: only a connection whose answer was read whole is used again
 
 
@@ -62,11 +62,7 @@ class Splitter:
             return []
         *blocks, rest = "".join(self._parts).split("\n\n")
         self._parts, self._size = [rest], len(rest)
-        return [event for block in blocks if (event := _data(block))]
-
-
-def _data(block: str) -> str:
-    return "\n".join(DATA.findall(block))
+        return [event for block in blocks if (event := "\n".join(DATA.findall(block)))]
 
 
 class Events:
@@ -74,7 +70,7 @@ class Events:
 
     def __init__(self, response: Any) -> None:
         self._response = response
-        # Both iterators of httpx that undo gzip and its like cost a token of a plain stream 3 µs for nothing.
+        # The iterators that undo gzip and its like would cost each token of a plain stream 3 µs for nothing.
         encoded = "content-encoding" in response.headers
         self._bytes: AsyncGenerator[bytes, None] = response.aiter_bytes() if encoded else aiter(response.stream)
         self._splitter = Splitter()
