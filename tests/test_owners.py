@@ -204,6 +204,24 @@ async def test_leases_are_renewed_as_soon_as_storage_answers(owner: Owner, monke
     assert turn_id in await turns.renew_leases(owner.state.database, owner.leases.worker, 0)
 
 
+async def test_a_renewal_that_had_to_wait_gives_a_whole_lease(owner: Owner) -> None:
+    """Somebody has the file's lock when the leases are renewed."""
+    database, worker = owner.state.database, owner.leases.worker
+    await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}), worker, 1000)
+    await until(lambda: database._lines[False]._free, what="the writer")
+    with sqlite3.connect(urlsplit(database.url).path[1:], isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        asked = database.now()
+        renewing = asyncio.create_task(turns.renew_leases(database, worker, 60_000))
+        await until(lambda: not database._lines[False]._free, what="the renewal to wait")
+        await until(lambda: database.now() > asked + 20, what="some time")
+        released = database.now()
+        other.execute("ROLLBACK")
+    await renewing
+    rows = await database.fetch_all("SELECT lease_until FROM turns")
+    assert rows[0]["lease_until"] >= released + 60_000
+
+
 async def test_a_turn_taken_over_without_an_answer_is_not_answered_anew(owner: Owner) -> None:
     """The database was away when it had done so: the new owner finds a turn of its own that it never heard of."""
     turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}))

@@ -425,13 +425,20 @@ OWN = "id, session_id, account_id, position, stop_requested, ended_at"
 
 
 async def renew_leases(database: Database, owner: str, lease: int) -> dict[str, Row]:
-    """Prolong the leases of all this worker's turns and return the turns by id. lease: milliseconds."""
-    rows = await database.fetch_all(
-        f"""UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
-           RETURNING {OWN}""",
-        {"owner": owner, "until": database.now() + lease},
-    )
-    return {row["id"]: row for row in rows}
+    """Prolong the leases of all this worker's turns and return the turns by id. lease: milliseconds.
+
+    The lease counts from the beginning of the transaction: one that had to wait would write a lease that has run out.
+    """
+
+    async def work(query: Query) -> dict[str, Row]:
+        rows = await query.fetch_all(
+            f"""UPDATE turns SET lease_until = :until WHERE owner = :owner AND status = 'running'
+               RETURNING {OWN}""",
+            {"owner": owner, "until": database.now() + lease},
+        )
+        return {row["id"]: row for row in rows}
+
+    return await database.transaction(work)
 
 
 async def select_stops(database: Database, owner: str) -> list[str]:
