@@ -63,13 +63,6 @@ async def visit(browser: Any, service: Service) -> AsyncIterator[Any]:
     assert [url for each in made for url in each.requests if not re.match(rf"(http|ws)://[^/]*:{service.ports[0]}/", url)] == []
 
 
-async def clean(page: Visit) -> None:
-    """axe-core finds nothing, light and dark."""
-    for scheme in ("light", "dark"):
-        await page.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        assert await axe(page) == [], scheme
-
-
 @pytest.mark.parametrize("path", PAGES)
 async def test_a_page_lets_nothing_run_but_its_own(service: Service, path: str) -> None:
     answer = await call(service.url, "GET", path)
@@ -127,10 +120,10 @@ async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Ser
     await reader.see("talk.list.length === 2 && !chat.frame")
     assert await reader.shown() == counted(5)
     assert await reader.ask("return [...chat.root.querySelectorAll('textarea, .alert, [title=\"Try again\"]')].length") == 0
-    await clean(reader)
+    assert await axe(reader) == []
     turn = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 300"))
     await reader.see("talk.running && $('.prose')?.textContent")
-    await clean(reader)
+    assert await axe(reader) == []
     await turn
     await reader.see("$('.log').textContent.includes(given)", given=counted(300))
     lost = await (await visit("/shared/nothing")).there()
@@ -141,7 +134,7 @@ async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service
     """The table, the picture and the matrix are of the votes that count; what did not count is there with its reason."""
     empty = await visit("/leaderboard")
     await empty.see("document.getElementById('state').textContent.includes('No vote')")
-    await clean(empty)
+    assert await axe(empty) == []
     someone = await guest(service.url)
     for n in range(8):
         session = await new_session(service.url, someone.access, mode="random")
@@ -155,7 +148,7 @@ async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service
     assert details["left_out"] == [{"reason": "revealed", "votes": 1}]
     board = await visit("/leaderboard")
     await board.see("!document.getElementById('board').hidden")
-    await clean(board)
+    assert await axe(board) == []
     listed = (await call(service.url, "GET", "/api/leaderboard/")).json()
     assert await board.ask("return [...document.querySelectorAll('#rows th')].map((each) => each.firstChild.data)") == [line["name"] for line in listed]
     rated = [line for line in listed if line["elo_rating"] is not None and line["ci_lower"] is not None]
@@ -171,7 +164,7 @@ async def test_a_developer_sees_every_event_and_its_cursor(visit: Any, accessibi
     await page.see("[...document.querySelectorAll('.message_chunk')].length > 5")
     await page.tab.get_by_role("button", name="Cut the socket").click()
     await page.see("document.querySelector('tr.turn_complete')")
-    await clean(page)
+    assert await axe(page) == []
     said = await page.ask("""
         return [...document.querySelectorAll('tr.message_chunk .json')].map((each) => JSON.parse(each.textContent).chunk).join('');
     """)
@@ -194,7 +187,7 @@ async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Ser
     await desk.see("$('.you')?.textContent === 'Is anybody there?'")
     await desk.say("Yes!")
     await desk.see("$('.note.bad')?.textContent.includes('Take this session over')")
-    await clean(desk)
+    assert await axe(desk) == []
     await desk.button("Take over").click()
     await desk.see("document.getElementById('who').textContent.startsWith('Anna answers')")
     await desk.button("Try again").click()
@@ -207,7 +200,7 @@ async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Ser
     await shop.see("[...chat.root.querySelectorAll('.prose')].at(-1)?.textContent === 'Ask me.'")
     assert await shop.ask("return chat.root.querySelectorAll('.note').length") == 0  # the question is answered
     for page in (shop, desk):
-        await clean(page)
+        assert await axe(page) == []
     await shop.reload()
     await shop.see("[...chat.root.querySelectorAll('.by')].map((each) => each.textContent).join() === 'Anna,Anna'")
     await desk.button("Hand back to the model").click()

@@ -819,10 +819,14 @@ async def test_images_come_from_allowed_hosts_alone(visit: Any, pages: Pages) ->
 
 
 async def axe(shop: Visit) -> list[str]:
-    """What axe-core finds wrong, as `rule: element`."""
+    """What axe-core finds wrong, light and dark, as `rule: element`."""
     await shop.tab.evaluate(AXE.read_text())
-    found = await shop.tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    return [f"{each['id']}: {node['html'][:150]}" for each in found["violations"] for node in each["nodes"]]
+    wrong = []
+    for scheme in ("light", "dark"):
+        await shop.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        found = await shop.tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        wrong += [f"{each['id']}: {node['html'][:150]}" for each in found["violations"] for node in each["nodes"]]
+    return wrong
 
 
 AXE = ROOT / "tests" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
@@ -841,10 +845,8 @@ def accessibility() -> None:
         absent(f"npm could not install axe-core: {done.stderr.strip()[-300:]}")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_axe_finds_nothing_in_any_state(visit: Any, context: Any, pages: Pages, accessibility: None, scheme: str) -> None:
+async def test_axe_finds_nothing_in_any_state(visit: Any, context: Any, accessibility: None) -> None:
     shop = await (await visit()).there()
-    await shop.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     assert await axe(shop) == [], "closed"
     await shop.open()
     await shop.see("$('.empty button')")
@@ -872,23 +874,19 @@ async def test_axe_finds_nothing_in_any_state(visit: Any, context: Any, pages: P
     await context.set_offline(False)
 
 
-async def test_axe_finds_nothing_on_any_page(visit: Any, context: Any, accessibility: None) -> None:
-    for scheme in ("light", "dark"):
-        arena = await visit("/arena")
-        await arena.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        await (await arena.there()).ask("chat.reset()")
-        assert await axe(arena) == []
-        await arena.say("Which of you is right?")
-        await arena.answered(2)
-        assert await axe(arena) == [], "before the vote"
-        await arena.button("Tie").click()
-        await arena.see("!$('.votes')")
-        assert await axe(arena) == [], "after it"
-        for path in ("/", "/leaderboard", "/debug", "/shared/nothing", "/admin"):
-            page = await visit(path)
-            await page.tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-            await page.tab.wait_for_load_state("networkidle")
-            assert await axe(page) == [], path
+async def test_axe_finds_nothing_on_any_page(visit: Any, accessibility: None) -> None:
+    arena = await (await visit("/arena")).there()
+    assert await axe(arena) == []
+    await arena.say("Which of you is right?")
+    await arena.answered(2)
+    assert await axe(arena) == [], "before the vote"
+    await arena.button("Tie").click()
+    await arena.see("!$('.votes')")
+    assert await axe(arena) == [], "after it"
+    for path in ("/", "/leaderboard", "/debug", "/shared/nothing", "/admin"):
+        page = await visit(path)
+        await page.tab.wait_for_load_state("networkidle")
+        assert await axe(page) == [], path
 
 
 async def test_the_keyboard_does_everything(visit: Any) -> None:
