@@ -126,6 +126,9 @@ async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Ser
     assert await axe(reader) == []
     await turn
     await reader.see("$('.log').textContent.includes(given)", given=counted(300))
+    await reader.tab.set_viewport_size({"width": 500, "height": 300})
+    await reader.tab.emulate_media(media="print")
+    assert await reader.ask("return $('.log').clientHeight === $('.log').scrollHeight && document.body.clientHeight > innerHeight"), "all is printed"
     lost = await (await visit("/shared/nothing")).there()
     await lost.see("$('.alert')?.textContent.includes('There is no such shared session.')")
 
