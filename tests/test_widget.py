@@ -417,6 +417,8 @@ async def test_a_battle_is_voted_on_once_and_revealed(visit: Any, pages: Pages) 
     await other.answered(2)
     names = "return [...chat.root.querySelectorAll('.by')].map((each) => each.firstChild.data)"
     assert await one.ask(names) == ["Model A", "Model B"]
+    edges = await one.ask("return [...chat.root.querySelectorAll('.reply')].map((each) => getComputedStyle(each).borderTopColor)")
+    assert edges[0] != edges[1], "the sides have colours"
     assert not re.search(r"\b(owl|fox|calm|wild)\b", await one.ask("return $('section').textContent"), re.IGNORECASE)
     await other.ask("talk.hear = () => {}")  # its news are late
     votes = await one.ask("chat.votes = []; chat.addEventListener('chat:vote', ({detail}) => chat.votes.push(detail.preference))")

@@ -196,7 +196,7 @@ h2,.hello{font:600 1.1em/1.3 var(--parley-font,Georgia,serif)}
 .you,.prose p{white-space:pre-line}
 .pair,.votes{display:grid;gap:8px;grid-template-columns:repeat(auto-fit,minmax(var(--min,250px),1fr))}
 .votes{--min:120px}
-.pair .reply{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
+.pair>*{border:var(--edge);border-radius:var(--r);border-block-start:3px solid var(--a);padding:12px 16px;min-width:0}
 .b{border-block-start-color:var(--b)}
 .by{font-weight:600}
 textarea,.prose *{unicode-bidi:plaintext}
