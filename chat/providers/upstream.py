@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Any, ClassVar
 
-import httpx2
 import msgspec
 
 from ..settings import Model
@@ -123,7 +122,10 @@ class Upstream(ABC):
     async def post(self, client: Any, path: str, body: dict[str, Any], **options: Any) -> Events:
         """Send one request. OpenAI's `chat.completions.create` would compare each field with its types for 0.3 ms."""
         options["timeout"] = self.sdk.Timeout(None, connect=CONNECT, pool=CONNECT)  # a clock times the rest
-        return Events(await client.post(path, body=body, options=options, cast_to=httpx2.Response, stream=True))
+        stream = await client.post(
+            path, body=body, options=options, cast_to=object, stream=True, stream_cls=self.sdk.AsyncStream[object]
+        )
+        return Events(stream.response)
 
     def _client(self, model: Model) -> Any:
         place = (model.base_url or self.official, self._key(model))
