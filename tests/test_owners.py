@@ -204,6 +204,19 @@ async def test_leases_are_renewed_as_soon_as_storage_answers(owner: Owner, monke
     assert turn_id in await turns.renew_leases(owner.state.database, owner.leases.worker, 0)
 
 
+async def test_a_thawed_worker_is_silent_while_storage_is_away(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its turn may have been taken while it was frozen, before storage went away."""
+    turn_id = await owner.begin(await owner.session(), "/slow 60 one two three")
+    turn = owner.state.generation.turns[turn_id]
+    monkeypatch.setattr(turns, "renew_leases", away_for(1, turns.renew_leases))
+    owner.leases._slept = True
+    assert not owner.leases.surely_owned(turn)
+    renewed = owner.leases._renewed_at
+    await until(lambda: owner.leases.surely_owned(turn), what="the lease to be confirmed")
+    assert owner.leases._renewed_at > renewed, "nobody has confirmed it"
+    turn.end_early("stopped")
+
+
 async def test_a_renewal_that_had_to_wait_gives_a_whole_lease(owner: Owner) -> None:
     """Somebody has the file's lock when the leases are renewed."""
     database, worker = owner.state.database, owner.leases.worker

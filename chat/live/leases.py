@@ -68,11 +68,8 @@ class Leases:
     async def _make_sure(self) -> None:
         """Confirm all leases with one query, however many texts wait; then let the turns that are ours go on."""
         try:
-            while self._slept:
-                try:
-                    await self._renew()
-                except StorageUnavailable:  # then no other worker can have taken a turn either
-                    self._slept = False
+            while self._slept:  # also while storage is away: a turn may have been taken before that
+                await self._keep()
         finally:
             self._asking = None
         for turn in self.turns.values():
