@@ -196,8 +196,12 @@ async def test_an_inherited_turn_is_never_answered_anew(
 
 
 async def test_leases_are_renewed_as_soon_as_storage_answers(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the pause of a beat they would have run out: the beats come an hour apart here."""
-    turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}), owner.leases.worker, 1000)
+    """With the pause of a beat they would have run out: the beats come an hour apart here.
+
+    The turn is long: the first beat may come late, and a turn that two renewals have found unknown is answered.
+    """
+    ask = Ask(new_id(), "/slow 60 one two three", {})
+    turn_id = await owner.orphan(await owner.session(), ask, owner.leases.worker, 1000)
     monkeypatch.setattr(turns, "renew_leases", away_for(1, turns.renew_leases))
     await owner.leases._keep()
     assert not await turns.take_over(owner.state.database, "another", -1000)
