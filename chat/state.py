@@ -127,8 +127,6 @@ def _metrics(relay: Relay, generation: Generation, bus: RedisBus | None) -> Metr
             "chat_turns_running": ("Turns this worker answers", lambda: len(generation.turns)),
             "chat_relay_lag_seconds": ("A message through the relay and back", lambda: relay.lag),
             "chat_bus_failures": ("Connections to Redis that were lost or refused", lambda: bus.failures if bus else 0),
-            "chat_bus_gaps": ("Times that messages of a channel may be missing", lambda: bus.inbox.gaps if bus else 0),
-            "chat_bus_dropped": ("Messages that rooms were too slow for", lambda: bus.inbox.dropped if bus else 0),
             "asyncio_tasks": ("Tasks of the event loop", lambda: len(asyncio.all_tasks())),
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),
         },

@@ -7,8 +7,8 @@ On the worker that owns the turn
     event loop            RedisBus._flush, Wire.write
 
 On every other worker that has a reader of the session
-    a callback            Wire.data_received, RedisBus._hear, Inbox.put
-    broadcaster's task    Inbox.take
+    a callback            Wire.data_received, RedisBus._read, RedisBus._hear
+    broadcaster's task    RedisBus.next_published
     the room's task       Room._listen, Room.hear, Room._words, Answer.learn_words, Room.notify, Answer.owed,
                           session.socket_frames (JSON and frame, once for all readers in step), DirectProtocol.write
 

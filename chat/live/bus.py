@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -32,7 +32,6 @@ GAP = "gap"  # the message a room gets when something may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
-INBOX = 10_000, 8_000_000  # messages and characters that wait for rooms; a room that is not given one learns again
 BURST = 4  # gathered runs one after the other before they are spread out
 
 Serve = Callable[[], Awaitable[None]]
@@ -78,47 +77,6 @@ class Gather:
             self.wake()
 
 
-class Inbox:
-    """Events that Redis sent and broadcaster has not taken yet, bounded: a gap marker stands for those left out."""
-
-    def __init__(self) -> None:
-        self.gaps = 0  # gap markers so far
-        self.dropped = 0  # messages left out so far
-        self._events: deque[Event] = deque()
-        self._size = 0  # characters
-        self._marked: set[str] = set()  # channels with a marker among the events
-        self._news = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        if len(self._events) >= INBOX[0] or self._size + len(event.message) > INBOX[1]:
-            self.dropped += 1
-            self.mark(event.channel)
-        else:
-            self._append(event)
-
-    def mark(self, channel: str) -> None:
-        """Have the room of this channel learn again. A marker stands for all losses until the room reads it."""
-        if channel not in self._marked:
-            self._marked.add(channel)
-            self.gaps += 1
-            self._append(Event(channel, GAP))
-
-    def _append(self, event: Event) -> None:
-        self._events.append(event)
-        self._size += len(event.message)
-        self._news.set()
-
-    async def take(self) -> Event:
-        while not self._events:
-            self._news.clear()
-            await self._news.wait()
-        event = self._events.popleft()
-        self._size -= len(event.message)
-        if event.message == GAP:
-            self._marked.discard(event.channel)
-        return event
-
-
 class RedisBus(BroadcastBackend):
     """Broadcaster's backend over Redis, and the commands the relay and the limits need."""
 
@@ -131,7 +89,7 @@ class RedisBus(BroadcastBackend):
         self.gather = Gather(every, self._flush)
         self.origin = origin  # messages that start with it are our own echo
         self._origin = origin.encode()
-        self.inbox = Inbox()
+        self._heard: asyncio.Queue[Event] = asyncio.Queue()  # broadcaster empties it before the loop reads again
         self.connected = False  # the command connection answers
         self._stopping = False
         self.failures = 0  # connections that were lost or could not be made
@@ -190,7 +148,7 @@ class RedisBus(BroadcastBackend):
         await self.command("PUBLISH", channel, message)
 
     async def next_published(self) -> Event:
-        return await self.inbox.take()
+        return await self._heard.get()
 
     # -- what the relay and the limits call
 
@@ -337,7 +295,7 @@ class RedisBus(BroadcastBackend):
         if self._origin and payload.startswith(self._origin):
             return
         # Broken text from others becomes U+FFFD here, and the room refuses the message.
-        self.inbox.put(Event(channel.decode(), payload.decode(errors="replace")))
+        self._heard.put_nowait(Event(channel.decode(), payload.decode(errors="replace")))
 
     def _confirm(self, channel: str) -> None:
         """Let the subscriber go on once the channel's last SUBSCRIBE is confirmed: an UNSUBSCRIBE may lie between two.
@@ -353,4 +311,4 @@ class RedisBus(BroadcastBackend):
         settle(self._confirmed.pop(channel, None), None)
         if channel in self._late:
             self._late.discard(channel)
-            self.inbox.mark(channel)
+            self._heard.put_nowait(Event(channel, GAP))
