@@ -416,7 +416,7 @@ async def test_a_snapshot_of_long_messages_has_fewer_of_them(owner: Owner) -> No
     relay, right = owner.state.relay, Right(database, session, owner.someone)
     follower = await relay.join(right, socket_dialect)
     shown = (await relay.snapshot(follower, session))["messages"]
-    await relay.part(follower)
+    relay.part(follower)
     assert 300_000 < sum(len(message["content"]) for message in shown) <= 500_000
     assert shown[-2]["content"] == "/echo 6"
 
@@ -545,20 +545,20 @@ async def test_who_joins_beside_a_reader_that_leaves_has_the_room_subscribed(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first reader leaves while its room subscribes: the second must not read before the room hears."""
-    session, opened, load, gate = await owner.session(), Room.open, Room.load, asyncio.Event()
+    session, relay, load, gate = await owner.session(), owner.state.relay, Room.load, asyncio.Event()
+    listen = relay._listen
     heard: list[bool] = []
 
-    async def slow(self: Room, broadcast: Any) -> None:
+    async def slow(*given: Any) -> None:
         await gate.wait()
-        await opened(self, broadcast)
+        await listen(*given)
 
     async def loaded(self: Room) -> None:
-        heard.append(self._listening is not None)
+        heard.append(self.subscribed.done())
         await load(self)
 
-    monkeypatch.setattr(Room, "open", slow)
+    monkeypatch.setattr(relay, "_listen", slow)
     monkeypatch.setattr(Room, "load", loaded)
-    relay = owner.state.relay
     first = asyncio.create_task(relay.join(Right(owner.state.database, session, owner.someone), socket_dialect))
     await until(lambda: _has(relay.rooms), 5, "the room")
     first.cancel()
@@ -568,7 +568,7 @@ async def test_who_joins_beside_a_reader_that_leaves_has_the_room_subscribed(
     gate.set()
     follower = await second
     assert heard == [True]
-    await relay.part(follower)
+    relay.part(follower)
     assert not relay.rooms
 
 

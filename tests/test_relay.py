@@ -75,8 +75,8 @@ async def house(postgres: Postgres, redis: Redis) -> AsyncIterator[House]:
 
 def deafen(follower: Follower) -> None:
     """Its room hears nothing from now on, as if its listener had been cut off."""
-    assert follower.room._listening is not None
-    follower.room._listening.cancel()
+    assert follower.room.listening is not None
+    follower.room.listening.cancel()
 
 
 async def told(follower: Follower, last: str) -> list[Event]:
@@ -113,7 +113,7 @@ async def test_gaps_while_a_room_opens_tell_no_old_turn(postgres_server: Postgre
         await stop(here.service.url, here.someone.access, here.session.id)
         events = await told(follower, running["id"])
         assert {event["turn_id"] for event in events} == {running["id"]}
-        await here.relay.part(follower)
+        here.relay.part(follower)
         await posting
 
 
@@ -129,7 +129,7 @@ async def test_a_turn_that_was_missed_comes_before_the_next(postgres_server: Pos
         begun = TurnBegun(last, answer.position, answer.previous, answer.messages)
         follower.room.hear(encode(begun).decode())
         assert turns_of(await told(follower, last)) == [missed, last]
-        await here.relay.part(follower)
+        here.relay.part(follower)
 
 
 async def test_a_cursor_in_a_missed_turn_leaves_nobody_behind(postgres_server: Postgres, redis_server: Redis) -> None:
@@ -147,7 +147,7 @@ async def test_a_cursor_in_a_missed_turn_leaves_nobody_behind(postgres_server: P
         waiting.room.hear(GAP)
         assert turns_of(await told(waiting, last)) == [missed, last]
         for follower in (waiting, coming):
-            await here.relay.part(follower)
+            here.relay.part(follower)
 
 
 async def test_an_older_cursor_tells_nobody_else_old_turns(postgres_server: Postgres, redis_server: Redis) -> None:
@@ -160,7 +160,7 @@ async def test_an_older_cursor_tells_nobody_else_old_turns(postgres_server: Post
         following = await here.turn()
         assert turns_of(await told(waiting, following)) == [following]
         for follower in (waiting, coming):
-            await here.relay.part(follower)
+            here.relay.part(follower)
 
 
 async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
@@ -195,7 +195,7 @@ async def test_a_turn_ends_and_the_next_begins_during_a_snapshot(
         snapshot = await reading
         replies = [each["status"] for each in snapshot["messages"] if each["role"] == "assistant"]
         assert replies == ["stopped", "success"]
-        await here.relay.part(follower)
+        here.relay.part(follower)
 
 
 async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
@@ -216,7 +216,7 @@ async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
             return follower.ended is not None
 
         await until(sent_away, 5, "the follower to be sent away")
-        await other.relay.part(follower)
+        other.relay.part(follower)
 
 
 def test_the_way_of_a_token_names_functions_that_exist() -> None:

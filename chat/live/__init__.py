@@ -9,7 +9,7 @@ On the worker that owns the turn
 On every other worker that has a reader of the session
     a callback            Wire.data_received, RedisBus._read, RedisBus._hear
     broadcaster's task    RedisBus.next_published
-    the room's task       Room._listen, Room.hear, Room._words, Answer.learn_words, Room.notify, Answer.owed,
+    the room's task       Relay._listen, Room.hear, Room._words, Answer.learn_words, Room.notify, Answer.owed,
                           session.socket_frames (JSON and frame, once for all readers in step), DirectProtocol.write
 
 The owner's own readers are told when Redis answers, without a task: Wire.data_received, Voice._answered, Voice._show,

@@ -2,8 +2,9 @@
 
 `RedisBus` is a backend for broadcaster. Broadcaster's own backend receives nothing more after one dropped connection.
 A connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
-A new listening connection subscribes to all channels again; once Redis confirms a channel, its room is given a gap
-marker and learns again. `next_published` never raises and `subscribe` never fails: a Redis that is away is a state.
+A new listening connection subscribes to all channels again. A gap marker follows each confirmation of a subscription,
+the first as well: later messages are received, and earlier ones may have been lost. `next_published` never raises, and
+`subscribe` never fails or waits: a Redis that is away is a state.
 
 Commands given in one turn of the loop leave in one write, and a batch of messages read together is queued together:
 one round trip and one wake-up carry many of them.
@@ -15,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -28,10 +28,9 @@ from .wire import ANSWER_TIMEOUT, Address, Answered, Wire, guarded, settle
 
 log = logging.getLogger("parley.bus")
 
-GAP = "gap"  # the message a room gets when something may have been lost
+GAP = "gap"  # the message a channel gets when Redis has confirmed its subscription: earlier ones may have been lost
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
-SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 BURST = 4  # gathered runs one after the other before they are spread out
 
 Serve = Callable[[], Awaitable[None]]
@@ -95,9 +94,6 @@ class RedisBus(BroadcastBackend):
         self.failures = 0  # connections that were lost or could not be made
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
         self._wanted: set[str] = set()
-        self._unconfirmed: Counter[str] = Counter()  # SUBSCRIBEs of a channel that Redis has not confirmed
-        self._confirmed: dict[str, asyncio.Future[None]] = {}
-        self._late: set[str] = set()  # channels whose subscriber did not wait: a gap marker follows the confirmation
         self._said: set[str] = set()  # problems logged since a connection last worked
         self._commands: list[bytes] = []  # gathered for the next write
         self._waiting: list[Answered] = []  # one callback for each gathered command
@@ -123,24 +119,13 @@ class RedisBus(BroadcastBackend):
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def subscribe(self, group: str) -> None:
-        """Subscribe to a channel. Returns on Redis' confirmation; after a timeout a gap marker follows later."""
+        """Subscribe to a channel. Never waits: a gap marker follows whenever Redis has confirmed the subscription."""
         self._wanted.add(group)
-        if self._listener is None:
-            return
-        confirmed = self._confirmed.setdefault(group, asyncio.get_running_loop().create_future())
-        self._ask_for(self._listener, group)
-        try:
-            async with asyncio.timeout(SUBSCRIBE_TIMEOUT):
-                await asyncio.shield(confirmed)
-        except TimeoutError:
-            self._late.add(group)
-        except asyncio.CancelledError:
-            await self.unsubscribe(group)  # broadcaster does not unsubscribe what was cancelled
-            raise
+        if self._listener is not None:
+            self._listener.send("SUBSCRIBE", group)
 
     async def unsubscribe(self, group: str) -> None:
         self._wanted.discard(group)
-        self._late.discard(group)
         if self._listener is not None:
             self._listener.send("UNSUBSCRIBE", group)
 
@@ -151,6 +136,11 @@ class RedisBus(BroadcastBackend):
         return await self._heard.get()
 
     # -- what the relay and the limits call
+
+    @property
+    def listening(self) -> bool:
+        """Whether there is a connection over which Redis can confirm a subscription."""
+        return self._listener is not None
 
     def name(self, *parts: str) -> str:
         """Return the channel or key of these parts, this deployment's own.
@@ -254,9 +244,8 @@ class RedisBus(BroadcastBackend):
         wire = await Wire.open(self.address, self._read)
         try:
             self._listener = wire
-            self._late |= self._wanted
             if self._wanted:
-                self._ask_for(wire, *self._wanted)
+                wire.send("SUBSCRIBE", *self._wanted)
             self._tried[self._listen].set()
             while True:
                 await wire.watch(IDLE_PING / 2)
@@ -268,14 +257,6 @@ class RedisBus(BroadcastBackend):
         finally:
             self._listener = None
             wire.close()
-            self._unconfirmed.clear()
-            for confirmed in self._confirmed.values():
-                settle(confirmed, None)
-            self._confirmed.clear()
-
-    def _ask_for(self, wire: Wire, *channels: str) -> None:
-        self._unconfirmed.update(channels)
-        wire.send("SUBSCRIBE", *channels)
 
     def _read(self, pushed: list[Any]) -> None:
         """Handle pushes of Redis: messages and confirmations."""
@@ -289,26 +270,11 @@ class RedisBus(BroadcastBackend):
             if kind == b"message":
                 self._hear(channel, payload)
             elif kind == b"subscribe":
-                self._confirm(channel.decode())
+                self._said.clear()
+                self._heard.put_nowait(Event(channel.decode(), GAP))
 
     def _hear(self, channel: bytes, payload: bytes) -> None:
         if self._origin and payload.startswith(self._origin):
             return
         # Broken text from others becomes U+FFFD here, and the room refuses the message.
         self._heard.put_nowait(Event(channel.decode(), payload.decode(errors="replace")))
-
-    def _confirm(self, channel: str) -> None:
-        """Let the subscriber go on once the channel's last SUBSCRIBE is confirmed: an UNSUBSCRIBE may lie between two.
-
-        The gap marker comes after the confirmation. With an earlier one the room would learn before Redis sends, and
-        messages published between the two would be lost unnoticed.
-        """
-        self._unconfirmed[channel] -= 1
-        if self._unconfirmed[channel] > 0:
-            return
-        del self._unconfirmed[channel]
-        self._said.clear()
-        settle(self._confirmed.pop(channel, None), None)
-        if channel in self._late:
-            self._late.discard(channel)
-            self._heard.put_nowait(Event(channel, GAP))

@@ -213,7 +213,7 @@ class Generation:
 
     async def _run(self, turn: Turn, limits: Limits) -> None:
         """Answer one turn to its end. Never raises: nobody awaits this task."""
-        room = await self.relay.enter(turn.session)
+        room = self.relay.enter(turn.session)
         try:
             await self._answer(turn, room, limits)
         except Exception:  # the outermost frame of a task: readers would wait for ever for an ending
@@ -282,7 +282,7 @@ class Generation:
                 self.relay.silence(turn.voice)
             if not turn.unsaved:
                 self.forget(turn)
-            await self.relay.leave(room)
+            self.relay.leave(room)
 
     def forget(self, turn: Turn) -> None:
         if turn.state != "lost":

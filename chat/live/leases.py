@@ -180,7 +180,7 @@ class Leases:
             return
         turn.task = asyncio.current_task()
         turn.early = "stopped" if row["stop_requested"] else "interrupted"
-        room = await self.relay.enter(turn.session)
+        room = self.relay.enter(turn.session)
         try:
             await self._inherit(turn, room)
         except Exception:

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakValueDictionary
 
 from broadcaster import Broadcast
 
@@ -30,7 +29,9 @@ from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, latest_cursor
 from .voice import Voice, always, text_key
+from .wire import settle
 
+SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
@@ -63,7 +64,6 @@ class Relay:
         self.heard_at = 0.0  # monotonic: when the sign of life last came back
         self.on_stop: Callable[[str], None] = lambda turn_id: None
         self._sent_at = 0.0
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._beat_channel = self._channel("worker", worker)
         self._everyone = self._channel("workers")
         self._gather = Gather(settings.publish_every) if bus is None else bus.gather
@@ -82,17 +82,15 @@ class Relay:
     async def start(self) -> None:
         await self.broadcast.connect()
         for channel, hear in ((self._beat_channel, self._hear_own), (self._everyone, self._hear_everyone)):
-            started = asyncio.Event()
-            self.tasks.spawn(self._listen(channel, hear, started))
-            await started.wait()
+            subscribed = asyncio.get_running_loop().create_future()
+            self.tasks.spawn(self._listen(channel, hear, subscribed))
+            await _confirmed(subscribed)
         if self.bus is not None:
             self.tasks.beat(self._show_late, self.settings.relay_ack / 2)
         await self.beat()
 
     async def stop(self) -> None:
         await self._hang_up()
-        for room in list(self.rooms.values()):
-            await room.close()
         await self.tasks.cancel()
         await self.broadcast.disconnect()
 
@@ -106,11 +104,20 @@ class Relay:
                 while any(room.followers for room in self.rooms.values()):
                     await asyncio.sleep(0.01)
 
-    async def _listen(self, channel: str, hear: Callable[[str], None], started: asyncio.Event) -> None:
+    async def _listen(self, channel: str, hear: Callable[[str], None], subscribed: asyncio.Future[None]) -> None:
+        """Bring the messages of a channel to `hear`, until cancelled. Broadcaster subscribes and unsubscribes at once.
+
+        The first gap marker says only that Redis sends from now on: nothing was read before it.
+        """
         async with self.broadcast.subscribe(channel) as subscriber:
-            started.set()
+            if self.bus is None or not self.bus.listening:
+                settle(subscribed, None)
             while True:
-                hear((await subscriber.get()).message)
+                payload = (await subscriber.get()).message
+                if payload == GAP and not subscribed.done():
+                    settle(subscribed, None)
+                else:
+                    hear(payload)
 
     def _hear_own(self, payload: str) -> None:
         if payload != GAP:
@@ -147,27 +154,23 @@ class Relay:
 
     # -- entering and leaving
 
-    def _lock(self, key: str) -> asyncio.Lock:
-        return self._locks.setdefault(key, asyncio.Lock())
-
-    async def enter(self, session: Session) -> Room:
+    def enter(self, session: Session) -> Room:
         """Open the session's room for a turn of this worker; `leave` it after the turn. Reads nothing, never fails."""
-        async with self._lock(session.key):
-            room = await self._room(session)
-            room.writing += 1
-            return room
+        room = self._room(session)
+        room.writing += 1
+        return room
 
-    async def leave(self, room: Room) -> None:
+    def leave(self, room: Room) -> None:
         room.writing -= 1
-        await self._close_empty(room)
+        self._close_empty(room)
 
     async def join(self, right: Right, dialect: Dialect, *, one_turn: bool = False) -> Follower:
         """Follow a session from the next event on. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
-        async with self._lock(right.session.key):
-            room = await self._room(right.session)
-            follower = Follower(room, dialect, right, one_turn=one_turn)
-            room.followers.add(follower)
+        room = self._room(right.session)
+        follower = Follower(room, dialect, right, one_turn=one_turn)
+        room.followers.add(follower)
         try:
+            await _confirmed(room.subscribed)
             await room.load()
         except BaseException:
             self.part(follower)
@@ -175,31 +178,24 @@ class Relay:
         follower.cursor = latest_cursor(room.answer)
         return follower
 
-    def part(self, follower: Follower) -> asyncio.Task[None]:
-        """Stop following. A task of its own closes an empty room: the caller's may be cancelled already."""
+    def part(self, follower: Follower) -> None:
+        """Stop following."""
         follower.room.followers.discard(follower)
-        return self.tasks.spawn(self._close_empty(follower.room))
+        self._close_empty(follower.room)
 
-    async def _room(self, session: Session) -> Room:
-        """Return the session's room, open. Call under its lock."""
+    def _room(self, session: Session) -> Room:
         room = self.rooms.get(session.key)
         if room is None:
             room = self.rooms[session.key] = Room(self, session, self._channel("session", session.key))
-            room.opening = self.tasks.spawn(room.open(self.broadcast))
-        try:
-            # Shielded: a join that is cancelled inside broadcaster's subscribe would leave half a subscription.
-            await asyncio.shield(room.opening)
-        except asyncio.CancelledError:
-            self.tasks.spawn(self._close_empty(room))
-            raise
+            room.listening = self.tasks.spawn(self._listen(room.channel, room.hear, room.subscribed))
         return room
 
-    async def _close_empty(self, room: Room) -> None:
+    def _close_empty(self, room: Room) -> None:
+        """Close a room that nobody follows or writes in. A new room of the session subscribes after this one's end."""
         key = room.session.key
-        async with self._lock(key):
-            if not room.followers and not room.writing and self.rooms.get(key) is room:
-                del self.rooms[key]
-                await room.close()
+        if not room.followers and not room.writing and self.rooms.get(key) is room:
+            del self.rooms[key]
+            room.close()
 
     # -- what rooms learn from
 
@@ -391,6 +387,12 @@ class Relay:
         untold, self._untold = self._untold, {}
         for channel in untold:
             self._publish(channel, encode(LearnAgain() if channel != self._everyone else RightsChanged()))
+
+
+async def _confirmed(subscribed: asyncio.Future[None]) -> None:
+    """Wait until Redis has confirmed a subscription. One that comes later than the timeout is a gap."""
+    await asyncio.wait({subscribed}, timeout=SUBSCRIBE_TIMEOUT)
+    settle(subscribed, None)
 
 
 def _as_told(answer: Answer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,8 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -233,22 +232,15 @@ class Room:
         self.news_at = time.monotonic()  # when the last message about a turn came
         self._source = source
         self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)  # words that cannot be learned yet
-        self.opening: asyncio.Task[None]  # the relay sets it; whoever enters the room waits for this task
-        self._subscription: AbstractAsyncContextManager[Any] | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self.subscribed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.listening: asyncio.Task[None] | None = None  # the relay's: it brings the messages of the channel
         self._learning: asyncio.Task[None] | None = None
         self._again = False  # something may have been missed since the last learning began
         self._rights_due = False  # followers are to be admitted again after the next learning
         self._loaded: asyncio.Task[None] | None = None  # the first learning
         self._pasts: dict[str, asyncio.Task[Past]] = {}  # readings of older turns that go on now, by the turn's id
 
-    # -- opening and closing, under the relay's lock of this session
-
-    async def open(self, broadcast: Any) -> None:
-        """Subscribe. Never fails: when Redis is unavailable, the bus sends a gap marker later."""
-        self._subscription = broadcast.subscribe(self.channel)
-        subscriber = await self._subscription.__aenter__()
-        self._listening = self._source.tasks.spawn(self._listen(subscriber))
+    # -- opening and closing
 
     async def load(self) -> None:
         """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`.
@@ -261,38 +253,27 @@ class Room:
             self._loaded = self._source.tasks.spawn(self.learn())
         await asyncio.shield(self._loaded)
 
-    async def close(self) -> None:
-        await asyncio.wait({self.opening})
-        for task in (self._listening, self._learning):
+    def close(self) -> None:
+        for task in (self.listening, self._learning):
             if task is not None:
                 task.cancel()
-        self._listening = self._learning = self._loaded = None
-        if self._subscription is not None:
-            await self._subscription.__aexit__(None, None, None)
+        self.listening = self._learning = self._loaded = None
 
     # -- learning
 
-    async def _listen(self, subscriber: Any) -> None:
-        while True:
-            event = await subscriber.get()
-            try:
-                self.hear(event.message)
-            except Exception:  # a single message must not end the listening: the room would hear nothing more
-                log.exception("a message of the bus could not be learned from")
-                self._source.count("foreign")
-                self.learn_again()
-
     def hear(self, payload: str) -> None:
-        """Learn from one message of the bus."""
-        if payload == GAP:
-            self._take(LearnAgain())
-            return
+        """Learn from one message of the bus. Never raises: the room would hear nothing more."""
         try:
-            message = decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :])
+            if payload == GAP:
+                self._take(LearnAgain())
+            else:
+                self._take(decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :]))
         except msgspec.DecodeError:
             self._source.count("foreign")
-            return
-        self._take(message)
+        except Exception:
+            log.exception("a message of the bus could not be learned from")
+            self._source.count("foreign")
+            self.learn_again()
 
     def _take(self, message: BusMessage) -> None:
         match message:
