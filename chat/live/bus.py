@@ -24,11 +24,12 @@ import hiredis
 from broadcaster import BroadcastBackend, Event
 
 from ..errors import RelayUnavailable
+from .events import LearnAgain, encode
 from .wire import ANSWER_TIMEOUT, Address, Answered, Wire, guarded, settle
 
 log = logging.getLogger("parley.bus")
 
-GAP = "gap"  # the message a channel gets when Redis has confirmed its subscription: earlier ones may have been lost
+GAP = encode(LearnAgain()).decode()  # a channel gets this message whenever Redis has confirmed its subscription
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
 IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
 BURST = 4  # gathered runs one after the other before they are spread out

@@ -47,7 +47,7 @@ class SessionNotice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
 
 
 class LearnAgain(msgspec.Struct, array_like=True, tag="again", frozen=True):
-    """A message about this session may be lost: the room learns again from Redis and the database."""
+    """Messages of this channel may be lost: a room learns again from Redis and the database, and checks all rights."""
 
 
 class RightsChanged(msgspec.Struct, array_like=True, tag="rights", frozen=True):
@@ -66,13 +66,13 @@ BusMessage = TurnBegun | TurnWords | ReplyEnded | SessionNotice | LearnAgain | R
 _decode = msgspec.json.Decoder(BusMessage).decode
 
 
-def decode_bus(payload: str | bytes) -> BusMessage:
-    """Return a message of the bus. Raises `msgspec.DecodeError` for a message that no worker sends.
+def decode_bus(payload: str) -> BusMessage:
+    """Return a message of the bus; the name of its worker may stand before it.
 
-    Other programs may publish to the same Redis.
+    Raises `msgspec.DecodeError` for a message that no worker sends: other programs may publish to the same Redis.
     """
     try:
-        message: BusMessage = _decode(payload)
+        message: BusMessage = _decode(payload[payload.find("[") :])
     except RecursionError:
         raise msgspec.DecodeError("nested too deeply") from None
     if isinstance(message, TurnBegun) and not (message.messages and all(map(_sound, message.messages))):

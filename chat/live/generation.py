@@ -31,6 +31,7 @@ from ..store.sessions import Session
 from ..store.turns import Ask, StoredTurn, Terms
 from ..tasks import Tasks
 from .answers import ENDED, Answer
+from .events import StopTurn
 from .relay import Relay
 from .rooms import Room
 from .streams import Streams
@@ -372,7 +373,8 @@ class Generation:
                 raise
             return True
         if row is not None and row["id"] not in self.turns:
-            self.relay.send_stop(session, row["id"])
+            # The owner finds the request in the database while Redis carries nothing.
+            self.relay.tell(session, StopTurn(row["id"]))
         return row is not None or bool(own)
 
     def stop_here(self, turn_id: str) -> None:

@@ -26,7 +26,7 @@ from ..store.sessions import Session
 from ..tasks import Tasks
 from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
-from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, StopTurn, decode_bus, encode, session_event
+from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, latest_cursor
 from .voice import Voice, always, text_key
 from .wire import settle
@@ -55,7 +55,6 @@ class Relay:
         self.mask = mask
         self.broadcast = broadcast
         self.bus = bus
-        self.origin = worker
         self.tasks = Tasks()
         self.rooms: dict[str, Room] = {}  # by the session's key
         self.voices: set[Voice] = set()
@@ -125,13 +124,12 @@ class Relay:
             self.lag = self.heard_at - self._sent_at
 
     def _hear_everyone(self, payload: str) -> None:
-        if payload == GAP:
-            self._check_account("")  # the news that a right has ended may have been lost
-            return
         with contextlib.suppress(ValueError):
-            message = decode_bus(payload[payload.find("[") :])
-            if isinstance(message, RightsChanged):
-                self._check_account(message.account_id)
+            match decode_bus(payload):
+                case RightsChanged(account_id):
+                    self._check_account(account_id)
+                case LearnAgain():
+                    self._check_account("")  # the news that a right has ended may have been lost
 
     async def beat(self) -> None:
         """Send a sign of life through the bus; look after silent turns and expired credentials. Called every second."""
@@ -289,7 +287,7 @@ class Relay:
         voice = Voice(
             answer,
             room.notify,
-            lambda payload: self._publish(room.channel, payload),
+            lambda message: self._publish(room.channel, message),
             self._gather,
             bus=self.bus,
             channel=room.channel,
@@ -313,9 +311,12 @@ class Relay:
         )
         return SessionNotice(member, reader, session.version)
 
-    def tell(self, session: Session, notice: SessionNotice) -> None:
-        """Send an event of the session itself to all its readers."""
-        self._send(session, lambda room: room.tell(notice), notice)
+    def tell(self, session: Session, message: BusMessage) -> None:
+        """Have all rooms of the session take a message, here and on other workers."""
+        room = self.rooms.get(session.key)
+        if room is not None:
+            room.take(message)
+        self._publish(self._channel("session", session.key), message)
 
     def tell_update(self, session: Session, action: str) -> None:
         self.tell(session, self.notice_of(session, action))
@@ -330,11 +331,11 @@ class Relay:
 
     def check_rights(self, session: Session) -> None:
         """Have every follower of the session admitted again, on all workers."""
-        self._send(session, lambda room: room.check_rights(), RightsChanged())
+        self.tell(session, RightsChanged())
 
     def look_again(self, session: Session) -> None:
         """Have all rooms of the session learn from the database again: something was written there and not told."""
-        self._send(session, lambda room: room.learn_again(), LearnAgain())
+        self.tell(session, LearnAgain())
 
     @contextlib.contextmanager
     def doubtful(self, session: Session) -> Iterator[None]:
@@ -346,27 +347,16 @@ class Relay:
                 self.look_again(session)
             raise
 
-    def _send(self, session: Session, here: Callable[[Room], None], message: BusMessage) -> None:
-        """Do something with the session's room of this worker, and have the rooms elsewhere do the same."""
-        room = self.rooms.get(session.key)
-        if room is not None:
-            here(room)
-        self._publish(self._channel("session", session.key), encode(message))
-
     def check_account(self, account_id: str) -> None:
         """Have every follower of the account admitted again, on all workers: its tokens were revoked."""
         self._check_account(account_id)
-        self._publish(self._everyone, encode(RightsChanged(account_id)))
+        self._publish(self._everyone, RightsChanged(account_id))
 
     def _check_account(self, account_id: str) -> None:
         for room in self.rooms.values():
             room.check_rights(account_id)
 
-    def send_stop(self, session: Session, turn_id: str) -> None:
-        """Tell a turn's owner to end the turn. While Redis is away the owner finds the request in the database."""
-        self._publish(self._channel("session", session.key), encode(StopTurn(turn_id)))
-
-    def _publish(self, channel: str, payload: bytes) -> None:
+    def _publish(self, channel: str, message: BusMessage) -> None:
         if self.bus is None:
             return
 
@@ -374,7 +364,7 @@ class Relay:
             if isinstance(answer, Exception) and len(self._untold) < UNTOLD_MAX:
                 self._untold[channel] = None
 
-        self.bus.tell(channel, payload, answered)
+        self.bus.tell(channel, encode(message), answered)
 
     def _redis_is_back(self) -> None:
         """Give Redis the texts it may have lost, and have other rooms learn what could not be published to them."""
@@ -386,7 +376,7 @@ class Relay:
     def _tell_untold(self) -> None:
         untold, self._untold = self._untold, {}
         for channel in untold:
-            self._publish(channel, encode(LearnAgain() if channel != self._everyone else RightsChanged()))
+            self._publish(channel, LearnAgain())
 
 
 async def _confirmed(subscribed: asyncio.Future[None]) -> None:

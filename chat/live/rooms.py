@@ -25,7 +25,6 @@ from ..store.rights import Right
 from ..store.sessions import Session
 from ..tasks import Tasks
 from .answers import NOTHING, Answer, Cursor, start_of
-from .bus import GAP
 from .events import (
     BusMessage,
     LearnAgain,
@@ -61,7 +60,6 @@ class Past(NamedTuple):
 class Source(Protocol):
     """Where a room learns from: the relay."""
 
-    origin: str
     tasks: Tasks
     on_stop: Callable[[str], None]  # ends a turn of this worker, by its id
 
@@ -264,10 +262,7 @@ class Room:
     def hear(self, payload: str) -> None:
         """Learn from one message of the bus. Never raises: the room would hear nothing more."""
         try:
-            if payload == GAP:
-                self._take(LearnAgain())
-            else:
-                self._take(decode_bus(payload if payload.startswith("[") else payload[len(self._source.origin) :]))
+            self.take(decode_bus(payload))
         except msgspec.DecodeError:
             self._source.count("foreign")
         except Exception:
@@ -275,7 +270,8 @@ class Room:
             self._source.count("foreign")
             self.learn_again()
 
-    def _take(self, message: BusMessage) -> None:
+    def take(self, message: BusMessage) -> None:
+        """Learn from a message, or do what it asks for."""
         match message:
             case TurnWords():
                 self._words(message)
@@ -469,7 +465,7 @@ class Room:
         try:
             await group[0].right.check()
         except StorageUnavailable:
-            self._take(LearnAgain())  # nobody can be admitted now: the check is due once storage answers
+            self.take(LearnAgain())  # nobody can be admitted now: the check is due once storage answers
         except ChatError as problem:
             for follower in group:
                 follower.send_away(problem)

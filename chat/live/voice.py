@@ -19,7 +19,7 @@ from functools import partial
 from ..formats.tellings import Message
 from .answers import Answer, Piece
 from .bus import Gather, RedisBus
-from .events import ReplyEnded, TurnBegun, TurnWords, encode
+from .events import BusMessage, ReplyEnded, TurnBegun, TurnWords, encode
 
 KEEP = 900  # seconds that Redis keeps the text of a running turn: longer than any reply may take (`reply_timeout`)
 KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
@@ -37,7 +37,7 @@ class Voice:
         self,
         answer: Answer,
         notify: Callable[[], None],
-        publish: Callable[[bytes], None],
+        publish: Callable[[BusMessage], None],
         gather: Gather,
         *,
         bus: RedisBus | None,
@@ -70,7 +70,7 @@ class Voice:
     def begin(self) -> None:
         """Tell the readers on other workers that the turn has begun; the room here knows."""
         answer = self.answer
-        self._publish(encode(TurnBegun(answer.turn_id, answer.position, answer.previous, answer.messages)))
+        self._publish(TurnBegun(answer.turn_id, answer.position, answer.previous, answer.messages))
 
     def say(self, side: str, text: str) -> None:
         self._unsent[side] += text
@@ -79,7 +79,7 @@ class Voice:
     def end(self, side: str, message: Message) -> None:
         """Publish a reply's ending. The text must be settled, and the database must hold the ending."""
         self.answer.learn_ending(side, message)
-        self._publish(encode(ReplyEnded(self.answer.turn_id, side, message)))
+        self._publish(ReplyEnded(self.answer.turn_id, side, message))
         if self.answer.over and self._bus is not None:
             for side in self.answer.replies:
                 self._bus.command("EXPIRE", self._keys[side], KEEP_ENDED)
