@@ -269,7 +269,7 @@ async def _pings(follower: Follower, ping: bytes, every: float) -> None:
     """Send a sign of life every so many seconds, until cancelled."""
     while True:
         await asyncio.sleep(every)
-        follower.send_ping(ping)
+        follower.note(ping, passing=True)
 
 
 async def session_stream(request: Request) -> Response:

@@ -39,7 +39,7 @@ from .events import (
 
 log = logging.getLogger("parley.rooms")
 
-NOTICES_MAX = 32  # session events waiting for one reader; the oldest typing indicator is dropped first
+NOTICES_MAX = 32  # session events waiting for one reader; the oldest passing one is dropped first
 AHEAD_MAX = 1_000  # messages of words kept while the text before them is missing here
 LEARN_EVERY = 0.25  # seconds between two attempts to learn again
 STORAGE_RETRY = 0.5  # seconds until a follower that is behind asks the database again
@@ -82,8 +82,8 @@ class Follower(Sleeper):
     """A reader of a room: its cursor, and the session events it has not been told yet."""
 
     __slots__ = (
-        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "ping",
-        "polls", "right", "room", "wrap",
+        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "polls",
+        "right", "room", "wrap",
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
@@ -100,9 +100,8 @@ class Follower(Sleeper):
         self.ended: ChatError | None = None  # the error with which the follower is sent away
         self.direct: Direct | None = None  # the room writes to this connection while the reader keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # makes the bytes of a session event, as `dialect` does of a turn's
-        self.ping = b""  # a sign of life that the stream has to send
         self._busy = True  # the reader's own coroutine is writing: the room must not write beside it
-        self._notices: list[tuple[str, bytes]] = []
+        self._notices: list[tuple[bool, bytes]] = []
 
     # -- what the room does
 
@@ -111,25 +110,19 @@ class Follower(Sleeper):
         """Whether the reader's coroutine waits for news and has nothing of its own to write first."""
         return not (self._busy or self.interrupted or self.lost or self._notices or self.ended)
 
-    def note(self, notice: bytes, kind: str = "") -> None:
-        """Queue a session event for the follower. Only the latest typing indicators are kept."""
-        if self.one_turn:
-            return
+    def note(self, notice: bytes, *, passing: bool = False) -> None:
+        """Queue an event that belongs to no turn. Of passing ones (typing, signs of life) only the latest are kept."""
         if self.direct is not None and not self.direct.blocked and self.idle:
             self.direct.write(self.wrap(notice))
             return
-        self._notices.append((kind, notice))
+        self._notices.append((passing, notice))
         if len(self._notices) > NOTICES_MAX:
-            old = next((n for n, (each, _) in enumerate(self._notices) if each == "typing_indicator"), None)
+            old = next((n for n, (passes, _) in enumerate(self._notices) if passes), None)
             if old is None:
                 self.lost = True  # a snapshot says all that these events would have
                 self._notices.clear()
             else:
                 del self._notices[old]
-        self.rouse()
-
-    def send_ping(self, ping: bytes) -> None:
-        self.ping = ping
         self.rouse()
 
     def interrupt(self) -> None:
@@ -155,7 +148,7 @@ class Follower(Sleeper):
                 raise self.ended
             if self.interrupted or self.lost:
                 return []
-            own, owed = self._take_ping() + self._take_notices(), await self._owed()
+            own, owed = self._take_notices(), await self._owed()
             if frames := own + (owed or []):
                 return frames
             if self.ended is not None:
@@ -167,10 +160,6 @@ class Follower(Sleeper):
             self._busy = False
             await self.sleep()
             self._busy = True
-
-    def _take_ping(self) -> list[bytes]:
-        ping, self.ping = self.ping, b""
-        return [ping] if ping else []
 
     def _take_notices(self) -> list[bytes]:
         notices, self._notices = self._notices, []
@@ -442,12 +431,12 @@ class Room:
     def tell(self, notice: SessionNotice) -> None:
         """Send a session event to every follower that may see it."""
         self.version = max(self.version, notice.version)
-        kind = "typing_indicator" if notice.but else ""
         event, public = notice.json.encode(), notice.public_json.encode()
         for follower in list(self.followers):
             said = event if follower.right.member else public
-            if said and not (notice.but and follower.right.account_id == notice.but):
-                follower.note(said, kind)
+            caused = notice.but and follower.right.account_id == notice.but
+            if said and not (caused or follower.one_turn):
+                follower.note(said, passing=bool(notice.but))
 
     # -- rights
 
