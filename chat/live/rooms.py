@@ -309,10 +309,6 @@ class Room:
             answer = self.answer
         elif self.answer is None or answer.position > self.answer.position:
             self.answer = answer
-            start = start_of(answer.turn_id)
-            for follower in self.followers:
-                if follower.cursor.over and follower.cursor.turn_id == answer.previous and not follower.one_turn:
-                    follower.cursor = start
         self.notify()
         return answer
 
@@ -407,16 +403,15 @@ class Room:
         said, after = b"", NOTHING
         for follower in self.followers:
             direct = follower.direct
-            if direct is None or direct.blocked or not follower.idle or follower.cursor.turn_id != answer.turn_id:
+            if direct is None or direct.blocked or not follower.idle:
                 follower.rouse()
                 continue
             if follower.cursor is not before or follower.dialect is not dialect:
+                if not self.in_step(follower):
+                    follower.rouse()
+                    continue
                 before, dialect = follower.cursor, follower.dialect
                 if (found := told.get((before, dialect))) is None:
-                    if not answer.fits(before):
-                        before = None
-                        follower.rouse()
-                        continue
                     tellings, after = answer.owed(before)
                     said = b"".join(dialect(answer.turn_id, tellings)) if tellings else b""
                     told[before, dialect] = said, after

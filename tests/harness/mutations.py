@@ -48,10 +48,7 @@ MUTATIONS = (
     Mutation(
         "missed",
         "a reader goes from an ended turn to the latest, whatever lies between",
-        (
-            ("chat/live/rooms.py", "follower.cursor.over and follower.cursor.turn_id == answer.previous and", "follower.cursor.over and"),
-            ("chat/live/rooms.py", "if cursor.over and cursor.turn_id == answer.previous and", "if cursor.over and"),
-        ),
+        (("chat/live/rooms.py", "if cursor.over and cursor.turn_id == answer.previous and", "if cursor.over and"),),
         (ROOMS, f"{WORKERS}::test_a_turn_begins_elsewhere_before_the_last_ones_end_is_heard"),
     ),
     Mutation(
