@@ -20,7 +20,7 @@ from chat.live.answers import Answer, Cursor
 from chat.live.bus import GAP, Gather
 from chat.live.leases import Leases
 from chat.live.rooms import Follower, Room
-from chat.live.voice import Voice, always
+from chat.live.voice import Voice
 from chat.settings import read_settings
 from chat.state import State, open_state
 from chat.store import accounts, sessions, turns
@@ -214,9 +214,9 @@ async def test_a_thawed_worker_is_silent_while_storage_is_away(owner: Owner, mon
     turn = owner.state.generation.turns[turn_id]
     monkeypatch.setattr(turns, "renew_leases", away_for(1, turns.renew_leases))
     owner.leases._slept = True
-    assert not owner.leases.surely_owned(turn)
+    assert not owner.leases.surely_owned()
     renewed = owner.leases._renewed_at
-    await until(lambda: owner.leases.surely_owned(turn), what="the lease to be confirmed")
+    await until(lambda: owner.leases.surely_owned(), what="the lease to be confirmed")
     assert owner.leases._renewed_at > renewed, "nobody has confirmed it"
     turn.end_early("stopped")
 
@@ -502,14 +502,15 @@ async def test_words_that_wait_for_redis_and_for_the_lease_are_not_shown() -> No
     """Redis is late, and the process was frozen: readers here must not see what a taken turn would have said."""
     answer = Answer("turn", 1, "", [message("user", None), message("reply", "a")])
     bus: Any = Stalled()
-    voice = Voice(answer, lambda: None, lambda payload: None, Gather(0), bus=bus, channel="channel")
+    owned = True
+    voice = Voice(answer, lambda: None, lambda message: None, lambda: owned, Gather(0), bus=bus, channel="channel")
     voice.say("a", "sent ")
     await asyncio.sleep(0)
-    voice.owned = lambda: False
+    owned = False
     voice.say("a", "not sent")
     voice.show_late(0)
     assert answer.replies["a"].text == "sent "
-    voice.owned = always
+    owned = True
     voice.hurry()
     assert answer.replies["a"].text == "sent not sent"
 

@@ -68,8 +68,8 @@ class Generation:
         self.streams = Streams(settings, database, providers)
         self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
-        # The leases set both: whether a turn is certainly ours, and how to answer a turn of ours that `turns` lacks.
-        self.surely_owned: Callable[[Turn], bool] = lambda turn: turn.state != "lost"
+        # The leases set both: whether this worker's turns are certainly its own, and how to answer one `turns` lacks.
+        self.surely_owned: Callable[[], bool] = lambda: True
         self.adopt: Callable[[Row], Awaitable[None]] | None = None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
         relay.on_stop = self.stop_here
@@ -252,8 +252,7 @@ class Generation:
 
     def speak(self, turn: Turn, room: Room, answer: Answer) -> None:
         """Give the turn its voice and tell all readers that the turn has begun, or that this worker goes on with it."""
-        turn.voice = self.relay.voice(room, room.learn_turn(answer))
-        turn.voice.owned = lambda: self.surely_owned(turn)
+        turn.voice = self.relay.voice(room, room.learn_turn(answer), self.surely_owned)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
         turn.voice.begin()
 
@@ -280,7 +279,7 @@ class Generation:
             log.exception("turn %s could not be concluded", turn.id)
         finally:
             if turn.voice is not None:
-                self.relay.silence(turn.voice)
+                self.relay.voices.discard(turn.voice)
             if not turn.unsaved:
                 self.forget(turn)
             self.relay.leave(room)

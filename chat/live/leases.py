@@ -55,10 +55,8 @@ class Leases:
         if self.relay.bus is not None:
             beat(self._look_for_stops, LOOK_FOR_STOPS)
 
-    def surely_owned(self, turn: Turn) -> bool:
-        """Whether this worker certainly owns the turn. After a freeze longer than the lease the database is asked."""
-        if turn.state == "lost":
-            return False
+    def surely_owned(self) -> bool:
+        """Whether this worker certainly owns its turns. After a freeze longer than the lease the database is asked."""
         if self._awake():
             return True
         if self._asking is None:

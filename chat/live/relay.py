@@ -28,7 +28,7 @@ from .answers import Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, latest_cursor
-from .voice import Voice, always, text_key
+from .voice import Voice, text_key
 from .wire import settle
 
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
@@ -282,12 +282,13 @@ class Relay:
 
     # -- telling
 
-    def voice(self, room: Room, answer: Answer) -> Voice:
-        """Return the voice of a turn of this worker. `silence` it after the turn."""
+    def voice(self, room: Room, answer: Answer, owned: Callable[[], bool]) -> Voice:
+        """Return the voice of a turn of this worker. Discard it from `voices` after the turn."""
         voice = Voice(
             answer,
             room.notify,
             lambda message: self._publish(room.channel, message),
+            owned,
             self._gather,
             bus=self.bus,
             channel=room.channel,
@@ -298,10 +299,6 @@ class Relay:
     async def _show_late(self) -> None:
         for voice in list(self.voices):
             voice.show_late(self.settings.relay_ack)
-
-    def silence(self, voice: Voice) -> None:
-        self.voices.discard(voice)
-        voice.owned = always  # the function refers to the turn, the turn to the voice: a cycle would stay in memory
 
     def notice_of(self, session: Session, action: str) -> SessionNotice:
         """Return the event with the session's present state."""

@@ -26,10 +26,6 @@ KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the databas
 REPAIR_EVERY = 1.0  # seconds between two SETs: Redis may evict all the time, and a SET sends the whole text again
 
 
-def always() -> bool:
-    return True
-
-
 class Voice:
     """The output of a turn. `say` never waits; `settled` waits until readers have been shown all of its text."""
 
@@ -38,14 +34,18 @@ class Voice:
         answer: Answer,
         notify: Callable[[], None],
         publish: Callable[[BusMessage], None],
+        owned: Callable[[], bool],
         gather: Gather,
         *,
         bus: RedisBus | None,
         channel: str,
     ) -> None:
-        """notify: has the room tell its followers; publish: sends a message to the rooms of other workers."""
+        """notify: has the room tell its followers; publish: sends a message to the rooms of other workers.
+
+        owned: whether text may leave now, or only after the database has confirmed the ownership.
+        """
         self.answer = answer
-        self.owned: Callable[[], bool] = always  # False: nothing may leave before the database confirms the ownership
+        self._owned = owned
         self._notify = notify
         self._publish = publish
         self._gather = gather
@@ -129,7 +129,7 @@ class Voice:
 
     def _leave(self) -> None:
         self._gathered = False
-        if self._unanswered or self._silent or not self.owned():
+        if self._unanswered or self._silent or not self._owned():
             return
         pieces = [(side, self._sent[side], text) for side, text in self._unsent.items() if text]
         if not pieces:
@@ -178,7 +178,7 @@ class Voice:
         if not self._silent:
             for side, offset, text in flying:
                 self.answer.learn_words(side, offset, text)
-            if self._unanswered and self.owned():
+            if self._unanswered and self._owned():
                 for side, text in self._unsent.items():
                     self.answer.learn_words(side, self._sent[side], text)
             self._notify()
