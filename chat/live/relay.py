@@ -24,7 +24,7 @@ from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
 from ..tasks import Tasks
-from .answers import Answer, Cursor
+from .answers import ENDED, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Past, Room, latest_cursor
@@ -34,6 +34,7 @@ from .wire import settle
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
+NEWS = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what changes while a reply runs
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
 UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
 
@@ -383,14 +384,12 @@ async def _confirmed(subscribed: asyncio.Future[None]) -> None:
 
 
 def _as_told(answer: Answer, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return stored messages; replies that run, or ended after they were read, are as the room's answer has them."""
+    """Return stored messages; those that ran when they were read are as the room's answer has them."""
     told = {message["id"]: message for message in answer.messages}
-    known = {message["id"] for message in messages}
-    running = [message for message in told.values() if message["status"] in ("pending", "streaming")]
-    names = ("content", "status")
-    texts = {message["id"]: {name: message[name] for name in names} for message in running}
-    merged = [message | texts.get(message["id"], {}) for message in messages]
-    for place, message in enumerate(merged):
-        if message["status"] in ("pending", "streaming") and message["id"] in told and message["id"] not in texts:
-            merged[place] = told[message["id"]]
-    return merged + [message for id, message in told.items() if id not in known]
+    merged = []
+    for message in messages:
+        now = told.pop(message["id"], message)
+        if message["status"] not in ENDED:
+            message = message | {name: now[name] for name in NEWS}
+        merged.append(message)
+    return [*merged, *told.values()]
