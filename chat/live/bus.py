@@ -90,7 +90,6 @@ class RedisBus(BroadcastBackend):
         self.origin = origin  # messages that start with it are our own echo
         self._origin = origin.encode()
         self._heard: asyncio.Queue[Event] = asyncio.Queue()  # broadcaster empties it before the loop reads again
-        self.connected = False  # the command connection answers
         self._stopping = False
         self.failures = 0  # connections that were lost or could not be made
         self.on_return: Callable[[], None] = lambda: None  # called when commands work again
@@ -137,6 +136,11 @@ class RedisBus(BroadcastBackend):
         return await self._heard.get()
 
     # -- what the relay and the limits call
+
+    @property
+    def connected(self) -> bool:
+        """Whether commands can be sent."""
+        return self._wire is not None
 
     @property
     def listening(self) -> bool:
@@ -219,7 +223,10 @@ class RedisBus(BroadcastBackend):
         wire = await Wire.open(self.address)
         try:
             self._wire = wire
-            self._set_connected(True)
+            log.warning("redis %r is connected", self.address)
+            self._said.clear()
+            self._tried[self._command].set()
+            guarded(self.on_return)
             while True:
                 await wire.watch(1.0)
                 if wire.busy and asyncio.get_running_loop().time() - wire.heard_at > ANSWER_TIMEOUT:
@@ -227,18 +234,9 @@ class RedisBus(BroadcastBackend):
         finally:
             self._wire = None
             wire.close()
-            self._set_connected(False)
-            self._flush()
-
-    def _set_connected(self, connected: bool) -> None:
-        if connected != self.connected:
-            self.connected = connected
             if not self._stopping:  # a stop of ours is no failure of Redis
-                log.warning("redis %r is %s", self.address, "connected" if connected else "away")
-            if connected:
-                self._said.clear()
-                self._tried[self._command].set()
-                guarded(self.on_return)
+                log.warning("redis %r is away", self.address)
+            self._flush()
 
     async def _listen(self) -> None:
         """Listen over one connection. Ends only by an exception."""
