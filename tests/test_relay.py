@@ -124,7 +124,7 @@ async def test_a_turn_that_was_missed_comes_before_the_next(postgres_server: Pos
         follower = await here.follower()
         deafen(follower)
         missed, last = await here.turn(), await here.turn()
-        _, answer = await here.relay.latest(follower.room)
+        _, answer = await here.relay.latest(here.session)
         assert answer is not None and answer.turn_id == last
         begun = TurnBegun(last, answer.position, answer.previous, answer.messages)
         follower.room.hear(encode(begun).decode())

@@ -14,21 +14,20 @@ from typing import Any
 
 from broadcaster import Broadcast
 
-from ..errors import ChatError, RelayUnavailable, not_found
+from ..errors import ChatError, RelayUnavailable
 from ..formats.tellings import Dialect
 from ..settings import Settings
-from ..store import sessions, turns
 from ..store.database import Database, StorageUnavailable
 from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
-from ..tasks import Tasks
 from .answers import ENDED, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
-from .rooms import Follower, Past, Room, latest_cursor
-from .voice import Voice, text_key
+from .rooms import Follower, Room, latest_cursor
+from .source import Source
+from .voice import Voice
 from .wire import settle
 
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
@@ -39,7 +38,7 @@ SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is th
 UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
 
 
-class Relay:
+class Relay(Source):
     """All rooms of this worker."""
 
     def __init__(
@@ -51,18 +50,12 @@ class Relay:
         bus: RedisBus | None,
         worker: str,
     ) -> None:
-        self.settings = settings
-        self.database = database
-        self.mask = mask
+        super().__init__(settings, database, mask, bus)
         self.broadcast = broadcast
-        self.bus = bus
-        self.tasks = Tasks()
         self.rooms: dict[str, Room] = {}  # by the session's key
         self.voices: set[Voice] = set()
-        self.counts: dict[str, int] = {}
         self.lag = 0.0  # seconds that our own sign of life took through the bus
         self.heard_at = 0.0  # monotonic: when the sign of life last came back
-        self.on_stop: Callable[[str], None] = lambda turn_id: None
         self._sent_at = 0.0
         self._beat_channel = self._channel("worker", worker)
         self._everyone = self._channel("workers")
@@ -73,9 +66,6 @@ class Relay:
 
     def _channel(self, *parts: str) -> str:
         return self.bus.name(*parts) if self.bus is not None else ":".join(parts)
-
-    def count(self, name: str) -> None:
-        self.counts[name] = self.counts.get(name, 0) + 1
 
     # -- life
 
@@ -196,51 +186,6 @@ class Relay:
             del self.rooms[key]
             room.close()
 
-    # -- what rooms learn from
-
-    async def latest(self, room: Room) -> tuple[Session, Answer | None]:
-        """Return the session and its latest turn as the database has them. Raises `not_found`, `StorageUnavailable`."""
-        session = await sessions.select_unchecked(self.database, room.session.id)
-        if session.key != room.session.key:
-            raise not_found("session")
-        row = await turns.select_latest_turn(self.database, session.id)
-        return session, None if row is None else await self._answer(session, row)
-
-    async def past(self, session: Session, turn_id: str) -> Past:
-        """Return a turn of the session and the id of the turn after it. Raises `StorageUnavailable`."""
-        rows = await turns.select_turn_and_next(self.database, session.id, turn_id)
-        if not turn_id:
-            return Past(None, rows[0]["id"] if rows else "", True)
-        if not rows or rows[0]["id"] != turn_id:
-            return Past(None, "", False)
-        answer = await self._answer(session, rows[0])
-        return Past(answer, rows[1]["id"] if len(rows) > 1 else "", bool(rows[0]["resumable"]))
-
-    async def _answer(self, session: Session, row: dict[str, Any]) -> Answer | None:
-        """Make the answer of a turn from its rows; None when the turn was made again meanwhile."""
-        rows = await turns.select_turn_messages(self.database, row["id"])
-        if not rows:
-            return None
-        rows = [each | {"feedback": None} for each in rows]  # a turn is told to all its readers alike
-        return Answer(row["id"], row["position"], row["previous"] or "", self.mask.messages(session, rows))
-
-    async def learn_from_redis(self, answer: Answer) -> None:
-        """Learn the texts of a running turn from Redis. If Redis is away, readers wait for the next checkpoint."""
-        if self.bus is None or answer.over:
-            return
-        sides = list(answer.replies)
-        try:
-            async with asyncio.timeout(self.settings.relay_ack * 4):
-                texts = await self.bus.command("MGET", *[text_key(self.bus, answer.turn_id, side) for side in sides])
-        except (RelayUnavailable, TimeoutError):
-            return
-        for side, data in zip(sides, texts, strict=True):
-            text = data.decode(errors="replace") if isinstance(data, bytes) else ""
-            if text.startswith(answer.replies[side].text):
-                answer.learn_text(side, text)
-            elif text and not answer.replies[side].text.startswith(text):
-                self.count("foreign")  # a value that no worker wrote
-
     # -- cursors
 
     async def resume(self, follower: Follower, cursor: Cursor) -> bool:
@@ -300,14 +245,6 @@ class Relay:
     async def _show_late(self) -> None:
         for voice in list(self.voices):
             voice.show_late(self.settings.relay_ack)
-
-    def notice_of(self, session: Session, action: str) -> SessionNotice:
-        """Return the event with the session's present state."""
-        member, reader = (
-            session_event("session_update", session=whole, action=action, version=session.version).decode()
-            for whole in (self.mask.session(session), self.mask.session(session, "share"))
-        )
-        return SessionNotice(member, reader, session.version)
 
     def tell(self, session: Session, message: BusMessage) -> None:
         """Have all rooms of the session take a message, here and on other workers."""
@@ -378,7 +315,7 @@ class Relay:
 
 
 async def _confirmed(subscribed: asyncio.Future[None]) -> None:
-    """Wait until Redis has confirmed a subscription. One that comes later than the timeout is a gap."""
+    """Wait until Redis has confirmed a subscription. A confirmation after the timeout is a gap."""
     await asyncio.wait({subscribed}, timeout=SUBSCRIBE_TIMEOUT)
     settle(subscribed, None)
 

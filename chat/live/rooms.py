@@ -13,7 +13,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -23,7 +22,6 @@ from ..formats.tellings import Dialect, Telling
 from ..store.database import StorageUnavailable
 from ..store.rights import Right
 from ..store.sessions import Session
-from ..tasks import Tasks
 from .answers import NOTHING, Answer, Cursor, start_of
 from .events import (
     BusMessage,
@@ -36,6 +34,7 @@ from .events import (
     TurnWords,
     decode_bus,
 )
+from .source import Past, Source
 
 log = logging.getLogger("parley.rooms")
 
@@ -43,39 +42,6 @@ NOTICES_MAX = 32  # session events waiting for one reader; the oldest passing on
 AHEAD_MAX = 1_000  # messages of words kept while the text before them is missing here
 LEARN_EVERY = 0.25  # seconds between two attempts to learn again
 STORAGE_RETRY = 0.5  # seconds until a follower that is behind asks the database again
-
-
-class Past(NamedTuple):
-    """An older turn as the database has it.
-
-    answer: None when the turn was deleted or made again; next_id: of the turn after it, "" for none; resumable: whether
-    clients can hold cursors of it.
-    """
-
-    answer: Answer | None
-    next_id: str
-    resumable: bool
-
-
-class Source(Protocol):
-    """Where a room learns from: the relay."""
-
-    tasks: Tasks
-    on_stop: Callable[[str], None]  # ends a turn of this worker, by its id
-
-    async def latest(self, room: Room) -> tuple[Session, Answer | None]:
-        """Return the session and its latest turn. Raises `not_found`, `StorageUnavailable`."""
-        ...
-
-    async def past(self, session: Session, turn_id: str) -> Past: ...
-
-    async def learn_from_redis(self, answer: Answer) -> None:
-        """Learn from Redis the texts of a turn that runs."""
-        ...
-
-    def notice_of(self, session: Session, action: str) -> SessionNotice: ...
-
-    def count(self, name: str) -> None: ...
 
 
 class Follower(Sleeper):
@@ -111,7 +77,7 @@ class Follower(Sleeper):
         return not (self._busy or self.interrupted or self.lost or self._notices or self.ended)
 
     def note(self, notice: bytes, *, passing: bool = False) -> None:
-        """Queue an event that belongs to no turn. Of passing ones (typing, signs of life) only the latest are kept."""
+        """Queue an event that belongs to no turn. Passing ones (typing, signs of life) are dropped first."""
         if self.direct is not None and not self.direct.blocked and self.idle:
             self.direct.write(self.wrap(notice))
             return
@@ -337,7 +303,7 @@ class Room:
     async def learn(self) -> None:
         """Learn from the database and Redis. Raises `not_found`, `StorageUnavailable`."""
         try:
-            session, answer = await self._source.latest(self)
+            session, answer = await self._source.latest(self.session)
         except ChatError as problem:
             if problem.code == "not_found":
                 self.send_away(ChatError("not_found", "There is no such session."))
