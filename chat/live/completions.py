@@ -11,7 +11,7 @@ from ..providers import ChatMessage, Limits, ProviderError
 from ..store.budgets import Reservation, budgets_of, metered, reserve
 from ..store.queries import Query
 from .generation import Generation
-from .streams import CHARS_PER_TOKEN, ask, hung_up
+from .streams import CHARS_PER_TOKEN, ask
 from .turn import Result
 
 PEOPLE = 30  # as many accounts as one of the operator's keys stands for: it is a server's, with people behind it
@@ -40,7 +40,6 @@ class Completion:
         self._asked = sum(len(message.content) for message in messages) // CHARS_PER_TOKEN
         texts = [message.content for message in messages]
         self._meter = metered(generation.providers.models[model], texts, limits.max_tokens)
-        self._cut = True  # unless the provider ends it by itself
         self._place: list[str] = []
         self._reservation: Reservation | None = None
 
@@ -92,7 +91,6 @@ class Completion:
             raise ProviderError("provider_timeout") from None
         except ProviderError as problem:
             result.reason = problem.code
-            self._cut = hung_up(problem)
             raise
         finally:
             self._generation.observe(self.model, result)
@@ -103,6 +101,4 @@ class Completion:
         self._generation.rate_limits.leave(place)
         reservation, self._reservation = self._reservation, None
         if reservation is not None:
-            if self.result.finish is None and self._cut:
-                self._meter.cut()
             self._generation.refunds.settle(reservation, [self._meter])

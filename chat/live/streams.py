@@ -81,10 +81,6 @@ class Streams:
         try:
             async with asyncio.timeout(self.settings.reply_timeout):
                 await self._stream_with_retry(turn, side, prompt, limits)
-        except BaseException as problem:
-            if hung_up(problem):
-                turn.meters[side].cut()
-            raise
         finally:
             turn.finished.add(side)
             turn.moved.set()
@@ -168,29 +164,27 @@ async def ask(
     Raises `ProviderError`, also for an answer without an end and for one of more than `reply_max` characters.
     """
     meter.call()
-    stream = await providers.stream(model, prompt, limits)
-    async with contextlib.aclosing(stream):
-        async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
-            if isinstance(piece, Delta):
-                if result.first_token is None:
-                    result.first_token = time.monotonic() - result.started
-                result.said += len(piece.text)
-                meter.came(piece.text)
-                if result.said > reply_max:
-                    raise ProviderError("too_long")
-                say(piece.text)
-            elif isinstance(piece, Finish):
-                result.finish = piece
-                meter.told(piece.input_tokens, piece.output_tokens)
-                return
-            else:
-                meter.thought(piece.size)
-    raise ProviderError("provider_truncated")
-
-
-def hung_up(problem: BaseException) -> bool:
-    """Whether we ended a call that failed so: the provider may have thought in silence until then.
-
-    A provider that refused or broke off by itself has not.
-    """
-    return not isinstance(problem, ProviderError) or problem.code in ("provider_timeout", "too_long")
+    try:
+        stream = await providers.stream(model, prompt, limits)
+        async with contextlib.aclosing(stream):
+            async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
+                if isinstance(piece, Delta):
+                    if result.first_token is None:
+                        result.first_token = time.monotonic() - result.started
+                    result.said += len(piece.text)
+                    meter.came(piece.text)
+                    if result.said > reply_max:
+                        raise ProviderError("too_long")
+                    say(piece.text)
+                elif isinstance(piece, Finish):
+                    result.finish = piece
+                    meter.told(piece.input_tokens, piece.output_tokens)
+                    return
+                else:
+                    meter.thought(piece.size)
+        raise ProviderError("provider_truncated")
+    except BaseException as problem:
+        # A provider that refused or broke off by itself has not thought in silence until now.
+        if not isinstance(problem, ProviderError) or problem.code in ("provider_timeout", "too_long"):
+            meter.cut()
+        raise
