@@ -46,12 +46,13 @@ class Gather:
     def __init__(self, every: float, then: Callable[[], None] = lambda: None) -> None:
         self.every = every
         self._then = then
-        self._calls: list[Callable[[], None]] = []
+        self._calls: dict[Callable[[], None], None] = {}  # in the order they came
         self._waits = False  # a run is scheduled or goes on
         self._due = 0.0  # loop time: the next run's if runs came exactly `every` seconds
 
     def soon(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
+        """Have the next run make this call, once however often it was asked for."""
+        self._calls[call] = None
         self.wake()
 
     def wake(self) -> None:
@@ -68,7 +69,7 @@ class Gather:
 
     def _run(self) -> None:
         self._due = max(self._due, asyncio.get_running_loop().time()) + self.every
-        calls, self._calls = self._calls, []
+        calls, self._calls = self._calls, {}
         for call in calls:
             guarded(call)
         guarded(self._then)

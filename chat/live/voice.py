@@ -59,7 +59,6 @@ class Voice:
         self._unanswered = 0  # texts that Redis has not answered
         self._asked_at = 0.0  # monotonic: when they were sent
         self._forgotten: set[str] = set()  # sides of which Redis has less than it was sent
-        self._gathered = False  # `_leave` is about to be called
         self._silent = False
         self._kept = False  # an EXPIRE has told Redis how long to keep the texts
         self._repaired_at = 0.0  # monotonic
@@ -123,12 +122,10 @@ class Voice:
         """Have pending text leave as soon as it may."""
         if self._unanswered and not self._flying:
             self._show()  # Redis is late (`show_late`): readers of this worker do not wait for it
-        elif not (self._gathered or self._unanswered):
-            self._gathered = True
+        elif not self._unanswered:
             self._gather.soon(self._leave)
 
     def _leave(self) -> None:
-        self._gathered = False
         if self._unanswered or self._silent or not self._owned():
             return
         pieces = [(side, self._sent[side], text) for side, text in self._unsent.items() if text]
