@@ -256,10 +256,7 @@ class Room:
 
     def _words(self, words: TurnWords) -> None:
         answer = self._answer_of(words.turn_id)
-        if answer is None:
-            self._ahead.append(words)
-            return
-        if not answer.learn_pieces(words.pieces):
+        if answer is None or not answer.learn_pieces(words.pieces):
             self._ahead.append(words)
             self.learn_again()
         self.notify()
