@@ -69,6 +69,7 @@ class Streams:
         content = turn.stored.rows[0]["content"]
         if turn.session.blind and self.settings.pace and len(turn.open) > 1:
             turn.rhythm, turn.held = Rhythm(self.settings.pace), dict.fromkeys(turn.open, "")
+            turn.released = {side: asyncio.Event() for side in turn.open}
         for side in sorted(turn.open):
             model_id = turn.replies[side]["model"]
             prompt = self.prompt(model_id, side, history, content)
@@ -107,9 +108,8 @@ class Streams:
 
     async def shown(self, turn: Turn, side: str) -> None:
         """Wait until all text of a reply is shown; in a blind battle its pace decides when."""
-        while turn.rhythm is not None and side in turn.held:
-            waiter = turn.waiters.setdefault(side, asyncio.get_running_loop().create_future())
-            await asyncio.shield(waiter)
+        if turn.rhythm is not None and side in turn.held:
+            await turn.released[side].wait()
         await turn.out.settled(side)
 
     async def keep_pace(self, turn: Turn) -> None:
@@ -143,9 +143,7 @@ class Streams:
         """Allow a side's ending to be published: its last piece is out."""
         if turn.held.pop(side, None) is not None and turn.rhythm is not None:
             turn.rhythm.side_ended()
-            waiter = turn.waiters.pop(side, None)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            turn.released[side].set()
             turn.moved.set()
 
 

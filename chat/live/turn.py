@@ -59,7 +59,7 @@ class Turn:
     held: dict[str, str] = field(default_factory=dict)  # text that has come from the model and is not shown yet
     finished: set[str] = field(default_factory=set)  # the sides whose model has stopped
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # set when `held` or `finished` changed
-    waiters: dict[str, asyncio.Future[None]] = field(default_factory=dict)  # done when a side's last piece is shown
+    released: dict[str, asyncio.Event] = field(default_factory=dict)  # set when a side's last piece is shown
 
     @property
     def runs(self) -> bool:
