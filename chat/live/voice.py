@@ -62,7 +62,7 @@ class Voice:
         self._silent = False
         self._kept = False  # an EXPIRE has told Redis how long to keep the texts
         self._repaired_at = 0.0  # monotonic
-        self._waiters: list[asyncio.Future[None]] = []
+        self._moved = asyncio.Event()  # set when text was shown or dropped
 
     # -- what generation calls
 
@@ -87,19 +87,19 @@ class Voice:
     def cut(self, side: str) -> None:
         """Drop the text of a stopped reply that no reader has seen and that is not on its way."""
         self._unsent[side] = self.answer.replies[side].text[self._sent[side] :]
-        self._wake()
+        self._moved.set()
 
     def fall_silent(self) -> None:
         """Another worker owns the turn: nothing more leaves here, and nobody waits for it."""
         self._silent = True
-        self._wake()
+        self._moved.set()
 
     async def settled(self, side: str) -> None:
         """Wait until all text of a reply is shown."""
-        while not self._silent and self._pending(side):
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+        reply = self.answer.replies[side]
+        while not self._silent and len(reply.text) < self._sent[side] + len(self._unsent[side]):
+            self._moved.clear()
+            await self._moved.wait()
 
     @property
     def safe(self) -> bool:
@@ -113,10 +113,6 @@ class Voice:
                 self._set(side)
 
     # -- how text leaves
-
-    def _pending(self, side: str) -> bool:
-        shown = len(self.answer.replies[side].text)
-        return shown < self._sent[side] + len(self._unsent[side])
 
     def hurry(self) -> None:
         """Have pending text leave as soon as it may."""
@@ -179,13 +175,7 @@ class Voice:
                 for side, text in self._unsent.items():
                     self.answer.learn_words(side, self._sent[side], text)
             self._notify()
-        self._wake()
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._moved.set()
 
     # -- a Redis that forgot
 
