@@ -13,7 +13,6 @@ one round trip and one wake-up carry many of them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -24,6 +23,7 @@ import hiredis
 from broadcaster import BroadcastBackend, Event
 
 from ..errors import RelayUnavailable
+from ..tasks import Tasks
 from .events import LearnAgain, encode
 from .wire import ANSWER_TIMEOUT, Address, Answered, Wire, guarded, settle
 
@@ -100,24 +100,21 @@ class RedisBus(BroadcastBackend):
         self._waiting: list[Answered] = []  # one callback for each gathered command
         self._listener: Wire | None = None
         self._wire: Wire | None = None
-        self._tried: dict[Serve, asyncio.Event] = {serve: asyncio.Event() for serve in (self._listen, self._command)}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tried: dict[Serve, asyncio.Future[None]] = {}  # done when a connection was tried once
+        self._tasks = Tasks()
 
     # -- what broadcaster calls
 
     async def connect(self) -> None:
         """Start both connections and wait a second for their first attempt; a Redis that is away is no error."""
-        self._tasks = [asyncio.create_task(self._keep(serve)) for serve in self._tried]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                for tried in self._tried.values():  # a channel that is subscribed before we listen begins with a gap
-                    await tried.wait()
+        for serve in (self._listen, self._command):
+            self._tried[serve] = asyncio.get_running_loop().create_future()
+            self._tasks.spawn(self._keep(serve))
+        await asyncio.wait(self._tried.values(), timeout=1.0)
 
     async def disconnect(self) -> None:
         self._stopping = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
 
     async def subscribe(self, group: str) -> None:
         """Subscribe to a channel. Never waits: a gap marker follows whenever Redis has confirmed the subscription."""
@@ -204,7 +201,7 @@ class RedisBus(BroadcastBackend):
                 await serve()
             except Exception as problem:  # any: without this task the worker would hear nothing until its restart
                 self._fail(problem)
-            self._tried[serve].set()
+            settle(self._tried[serve], None)
             if asyncio.get_running_loop().time() - started > BACKOFF[1]:  # the connection had worked, or failed slowly
                 wait = BACKOFF[0]
             await asyncio.sleep(wait * random.uniform(0.75, 1.25))  # workers must not come back in step
@@ -226,7 +223,7 @@ class RedisBus(BroadcastBackend):
             self._wire = wire
             log.warning("redis %r is connected", self.address)
             self._said.clear()
-            self._tried[self._command].set()
+            settle(self._tried[self._command], None)
             guarded(self.on_return)
             while True:
                 await wire.watch(1.0)
@@ -246,7 +243,7 @@ class RedisBus(BroadcastBackend):
             self._listener = wire
             if self._wanted:
                 wire.send("SUBSCRIBE", *self._wanted)
-            self._tried[self._listen].set()
+            settle(self._tried[self._listen], None)
             while True:
                 await wire.watch(IDLE_PING / 2)
                 silent = asyncio.get_running_loop().time() - wire.heard_at
