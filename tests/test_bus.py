@@ -382,9 +382,9 @@ async def test_a_service_names_nothing_past_the_bus(tmp_path: Path) -> None:
             await ask("SELECT", 2)
             names: list[bytes] = []
             async with asyncio.timeout(10):
-                while not any(b":text:" in name for name in names):
+                while not any(b":pieces:" in name for name in names):
                     names = await ask("PUBSUB", "CHANNELS") + await ask("KEYS", "*")
-            assert {name.split(b":")[2] for name in names} >= {b"session", b"text", b"rate", b"worker", b"workers"}
+            assert {name.split(b":")[2] for name in names} >= {b"session", b"pieces", b"rate", b"worker", b"workers"}
             assert [name for name in names if not name.startswith(b"blue:2:")] == []
             assert (await ask("INFO", "keyspace")).count(b"\ndb") == 1
 

@@ -77,7 +77,7 @@ async def test_foreign_values_under_a_turns_keys_harm_nobody(scene: Scene, redis
     await near.say("/count 200")
     await near.tokens(20)
     for n, write in enumerate(["lpush", "set"]):
-        [key] = [key async for key in redis.scan_iter(f"*:text:{near.view.turn.id}:*")]
+        [key] = [key async for key in redis.scan_iter(f"*:pieces:{near.view.turn.id}:*")]
         async with redis.pipeline(transaction=True) as whole:  # the owner may append between the two
             whole.delete(key)
             getattr(whole, write)(key, b"\xff evil " * 5_000)
@@ -195,3 +195,18 @@ async def test_a_stream_of_a_session_that_is_deleted_while_its_owner_is_dead_end
             await far.ended(8)
             service.resume(0)
             await until(lambda: near.finished, 8, "the end of the other reader")
+
+
+async def test_a_redis_that_refuses_now_and_then_tells_no_text_with_a_hole(scene: Scene, redis: RedisClient) -> None:
+    """Who joined between a refused piece and its repair was told a text that nobody had said, 20 times of 30."""
+    near = await scene.socket("near", 0)
+    await near.say("/count 100")
+    for n in range(10):
+        await near.tokens(6 * n + 5)
+        await redis.config_set("maxmemory", "1")
+        await near.tokens(6 * n + 7)
+        await redis.config_set("maxmemory", "0")
+        await near.tokens(6 * n + 9)
+        await (await scene.socket(f"far{n}", 1)).leave()
+    await near.turn_ended()
+    assert [text_of(far) for far in scene.readers if not counted(100).startswith(text_of(far))] == []

@@ -16,7 +16,7 @@ from ..tasks import Tasks
 from .answers import Answer
 from .bus import RedisBus
 from .events import SessionNotice, session_event
-from .voice import text_key
+from .voice import joined, text_key
 
 
 class Past(NamedTuple):
@@ -79,15 +79,11 @@ class Source:
         sides = list(answer.replies)
         try:
             async with asyncio.timeout(self.settings.relay_ack * 4):
-                texts = await self.bus.command("MGET", *[text_key(self.bus, answer.turn_id, side) for side in sides])
+                values = await self.bus.command("MGET", *[text_key(self.bus, answer.turn_id, side) for side in sides])
         except (RelayUnavailable, TimeoutError):
             return
-        for side, data in zip(sides, texts, strict=True):
-            text = data.decode(errors="replace") if isinstance(data, bytes) else ""
-            if text.startswith(answer.replies[side].text):
-                answer.learn_text(side, text)
-            elif text and not answer.replies[side].text.startswith(text):
-                self.count("foreign")  # a value that no worker wrote
+        for side, value in zip(sides, values, strict=True):
+            answer.learn_text(side, joined(answer.replies[side].text, value or b""))
 
     def notice_of(self, session: Session, action: str) -> SessionNotice:
         """Return the event with the session's present state."""

@@ -5,13 +5,15 @@ turns: an idle system forwards each token at once, a loaded one sends larger pie
 when Redis has it, so that text a reader saw outlives this process; a Redis that does not answer within `relay_ack`
 seconds costs the readers of other workers time, not ours.
 
-In Redis a reply is one string. `APPEND` answers its length: a value that was evicted or lost is noticed with the next
-piece and repaired by one `SET`. A Redis that refuses writes is never sent the same text again.
+In Redis a reply is one string of pieces, each with its offset: readers know where a hole begins that a refused `APPEND`
+or a lost value left. `APPEND` answers the length: a hole is noticed with the next piece and repaired by one `SET`. A
+Redis that refuses writes is never sent the same text again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +25,7 @@ from .events import BusMessage, ReplyEnded, TurnBegun, TurnWords, encode
 
 KEEP = 900  # seconds that Redis keeps the text of a running turn: longer than any reply may take (`reply_timeout`)
 KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
+PIECE = re.compile(r"\0([0-9]{1,9})\0([^\0]*)")  # a piece in Redis: its offset and its text, which holds no NUL
 REPAIR_EVERY = 1.0  # seconds between two SETs: Redis may evict all the time, and a SET sends the whole text again
 
 
@@ -53,7 +56,7 @@ class Voice:
         self.channel = channel
         self._keys = {} if bus is None else {side: text_key(bus, answer.turn_id, side) for side in answer.replies}
         self._sent = {side: len(reply.text) for side, reply in answer.replies.items()}  # characters
-        self._bytes = {side: len(reply.text.encode()) for side, reply in answer.replies.items()}  # of the same in Redis
+        self._bytes = dict.fromkeys(answer.replies, 0)  # of the same in Redis
         self._unsent = dict.fromkeys(answer.replies, "")
         self._flying: list[Piece] = []  # sent to Redis, not shown yet
         self._unanswered = 0  # texts that Redis has not answered
@@ -139,8 +142,8 @@ class Voice:
     def _send(self, bus: RedisBus, pieces: list[Piece]) -> None:
         self._unanswered = len(pieces)
         self._asked_at = time.monotonic()
-        for side, _, text in pieces:
-            data = text.encode()
+        for side, offset, text in pieces:
+            data = piece(offset, text)
             self._bytes[side] += len(data)
             bus.append(self._keys[side], data, partial(self._answered, side))
         bus.tell(self.channel, encode(TurnWords(self.answer.turn_id, pieces)))
@@ -186,7 +189,7 @@ class Voice:
             self._set(side)
 
     def _set(self, side: str) -> None:
-        text = self.answer.replies[side].text[: self._sent[side]].encode()
+        text = piece(0, self.answer.replies[side].text[: self._sent[side]])
         self._bytes[side] = len(text)
         if self._bus is not None:
             self._bus.command("SET", self._keys[side], text, "EX", KEEP)
@@ -194,4 +197,18 @@ class Voice:
 
 def text_key(bus: RedisBus, turn_id: str, side: str) -> str:
     """Return the Redis key of a reply's text so far."""
-    return bus.name("text", turn_id, side)
+    return bus.name("pieces", turn_id, side)
+
+
+def piece(offset: int, text: str) -> bytes:
+    """Return text as it is appended to a reply's value in Redis. offset: characters of the reply before it."""
+    return f"\0{offset}\0{text}".encode()
+
+
+def joined(known: str, value: bytes) -> str:
+    """Return the known text of a reply, prolonged by the pieces of its value in Redis up to the first hole."""
+    for offset, text in PIECE.findall(value.decode(errors="replace")):
+        if int(offset) > len(known):
+            break
+        known += text[len(known) - int(offset) :]
+    return known
