@@ -85,7 +85,7 @@ async def test_join_at_sixty_random_moments(scene: Scene) -> None:
     await asyncio.gather(*[join(n) for n in range(60)])
     await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert {text for reader in scene.readers for text in reader.view.texts()} == {counted(100)}
-    await scene.check()
+    await scene.check(codes={1011})  # a busy machine: sixty readers in one process answer a ping within a second, or not
 
 
 async def test_sole_reader_on_an_idle_worker(postgres_server: Postgres, redis_server: Redis) -> None:

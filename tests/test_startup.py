@@ -134,6 +134,14 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
     assert code != 0 and "cannot listen on" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("command", ["serve", "release"])
+def test_a_file_that_is_no_database_ends_the_start(tmp_path: Path, command: str) -> None:
+    """The line was printed, and the process stayed for ever: a thread of the connection kept it."""
+    (tmp_path / "parley.db").write_bytes(b"no database" * 500)
+    code, said = start(tmp_path, "service.py", command)
+    assert code != 0 and "file is not a database" in said and "Traceback" not in said, said
+
+
 def test_a_plain_uvicorn_refuses_two_workers_without_redis(tmp_path: Path) -> None:
     """The parent stops as well: it would start them again for ever."""
     code, said = start(tmp_path, "-m", "uvicorn", "service:app", "--workers", "2", "--port", str(int(Port())))

@@ -164,17 +164,24 @@ class Database:
             self._lock_file = take_lock(path.with_name(path.name + ".lock"))
         await self._database.connect()
         for reading, (count, at_once) in SQLITE.items():
-            # A connection of `databases` belongs to the task that opens it: each is opened in a task of its own.
-            made = [await asyncio.create_task(self._sqlite_connection()) for _ in range(count)]
-            self._lines[reading] = Connections(made, at_once)
+            made: list[Any] = []
+            try:
+                for _ in range(count):  # a connection of `databases` belongs to the task that opens it
+                    made.append(await asyncio.create_task(self._sqlite_connection()))
+            finally:  # those before one that fails have to be closed as well
+                self._lines[reading] = Connections(made, at_once)
 
     async def _sqlite_connection(self) -> Any:
         connection = self._database.connection()
         await connection.__aenter__()
         raw: Any = connection.raw_connection
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
-            await raw.execute_fetchall(f"PRAGMA {pragma}")
-        await raw.create_function("lower", 1, _folded, deterministic=True)  # SQLite's own knows ASCII alone
+        try:
+            for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+                await raw.execute_fetchall(f"PRAGMA {pragma}")
+            await raw.create_function("lower", 1, _folded, deterministic=True)  # SQLite's own knows ASCII alone
+        except BaseException:  # no database, say: the thread of an open connection keeps the process from ending
+            await connection.__aexit__()
+            raise
         raw.row_factory = sqlite3.Row
         return connection
 
