@@ -86,8 +86,6 @@ async def _release(settings: Settings) -> int:
     await database.connect()
     try:
         return await database.migrate((HERE / "models.sql").read_text())
-    except ChatError as problem:
-        raise StartupError(problem.message) from None
     finally:
         await database.disconnect()
 

@@ -142,6 +142,16 @@ def test_a_file_that_is_no_database_ends_the_start(tmp_path: Path, command: str)
     assert code != 0 and "file is not a database" in said and "Traceback" not in said, said
 
 
+@pytest.mark.parametrize("command", ["serve", "release"])
+def test_a_disk_that_is_full_before_the_schema_stands_is_one_line(tmp_path: Path, command: str) -> None:
+    limited = f"""import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = ["service.py", "{command}"]
+runpy.run_path("service.py", run_name="__main__")"""
+    code, said = start(tmp_path, "-c", limited)
+    assert code != 0 and "disk I/O error" in said and "Traceback" not in said, said
+
+
 def test_a_plain_uvicorn_refuses_two_workers_without_redis(tmp_path: Path) -> None:
     """The parent stops as well: it would start them again for ever."""
     code, said = start(tmp_path, "-m", "uvicorn", "service:app", "--workers", "2", "--port", str(int(Port())))

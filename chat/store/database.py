@@ -377,17 +377,20 @@ class Database:
     async def migrate(self, schema: str) -> int:
         """Apply the steps of `schema` not applied yet, each in a transaction of its own; return how many.
 
-        The migration waits without limit for other migrations and for table locks, and logs what it waits for.
+        The migration waits without limit for other migrations and for table locks, and logs what it waits for. Raises
+        `StartupError`: the disk is full, say, or the user may not create tables.
         """
         migration = Migration(schema_steps(schema), self.postgres, self.now, self.fetch_all)
-        if not self.postgres:
-            return await migration.run(lambda work: self.transaction(work, patience=None))
-        options = self._postgres_options(max_size=1, command_timeout=None)  # an index may take an hour to build
+        failures: Kinds = (StorageUnavailable, *self._failures.unreachable)
         try:
+            if not self.postgres:
+                return await migration.run(lambda work: self.transaction(work, patience=None))
+            options = self._postgres_options(max_size=1, command_timeout=None)  # an index may take an hour to build
             async with databases.Database(self.url, **options) as own, own.connection() as connection:
                 return await migration.run(lambda work: self._on(connection, Call(work, reading=False)))
-        except self._failures.unreachable as problem:
-            raise StorageUnavailable from problem
+        except failures as problem:
+            reason = _reason(problem.__cause__ or problem)
+            raise StartupError(f"cannot bring the schema of {place(self.url)} up to date: {reason}") from None
 
 
 def _folded(text: str | None) -> str | None:
