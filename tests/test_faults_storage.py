@@ -381,10 +381,7 @@ async def test_a_worker_whose_clock_is_wrong(pair: dict[str, str], skew: str) ->
     """50 seconds off: its tokens are good everywhere, leases are kept, turns are in order, a dead worker is noticed."""
     # A demo model: while an SDK is imported in a thread, a faked clock can keep all other threads waiting for a minute.
     pair = pair | {"PARLEY_MODELS": json.dumps([FLUENT | {"id": "alpha"}])}
-    library = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
-    if library is None or shutil.which("faketime") is None:
-        absent("faketime is not installed")
-    wrong = {"LD_PRELOAD": library, "FAKETIME": f"{skew}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
+    wrong = faked(FAKETIME=f"{skew}s")
     journal = Journal()
     async with Service(pair, workers=2, each=[{}, wrong]) as service:
         # The server writes the date of its answers once a second, later on a busy machine; 50 s are far from both.
@@ -425,6 +422,36 @@ async def test_a_worker_whose_clock_is_wrong(pair: dict[str, str], skew: str) ->
                 await asyncio.gather(posting, return_exceptions=True)
                 await service.launch(owner)
                 await gather(journal, [reader], pair["DATABASE_URL"], allowed=Allowed(codes=(1006,)))
+
+
+@pytest.mark.slow
+async def test_a_clock_that_is_set_ends_no_answer(pair: dict[str, str], tmp_path: Path) -> None:
+    """A worker whose clock was set by a minute took the turns of the other one, until it asked for the time again.
+
+    SQLite's clock is the machine's, which is set for all workers: each has to know before it looks at a lease.
+    """
+    clock = tmp_path / "clock"
+    clock.write_text("+0\n")
+    wrong = faked(FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1")
+    right = {} if pair["DATABASE_URL"].startswith("postgres") else wrong
+    clocks = {"PARLEY_LEASE": "10", "PARLEY_LEASE_RENEW": "3", "PARLEY_SWEEP_EVERY": "1"}  # as far apart as usual
+    async with Service(pair | clocks, workers=2, each=[right, wrong]) as service:
+        someone = await guest(service.url)
+        session = (await new_session(service.url, someone.access, model_a_id="alpha"))["id"]
+        posting = asyncio.create_task(post_turn(service.url, someone.access, session, "/count 350"))
+        for offset in ("+60", "+0", "+120", "+60", "+180"):
+            await asyncio.sleep(1.1)
+            clock.write_text(f"{offset}\n")
+        answer = await posting
+        assert answer.events[-2]["status"] == "success" and answer.sides() == {"a": counted(350)}, service.log()[-3000:]
+
+
+def faked(**clock: str) -> dict[str, str]:
+    """The environment of a process whose clock says what libfaketime is told."""
+    library = next((str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+    if library is None or shutil.which("faketime") is None:
+        absent("faketime is not installed")
+    return {"LD_PRELOAD": str(library), "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"} | clock
 
 
 async def _clock_of(base: str) -> float:

@@ -159,6 +159,7 @@ class Leases:
 
     async def _sweep(self) -> None:
         """Take over turns whose worker died and end them with the longest text known."""
+        await self.database.set_clock()
         # After an outage the owners renew as soon as they can; a sweep before that would take turns of live workers.
         away_at = self.database.failed_at
         if self.generation.draining or (away_at and time.monotonic() - away_at < self.settings.lease):

@@ -39,6 +39,7 @@ IN_LINE = 20.0  # seconds a call may wait behind others while the database answe
 PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
 CLOCK_WAIT, CLOCK_TRIES = 0.2, 3  # seconds an exact answer about the clock may take, and how often it is asked for
+CLOCK_SET = 1000  # milliseconds that the database's clock gains or loses when somebody sets it
 LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
 # Seconds that a worker frozen in the middle of a transaction keeps its locks in PostgreSQL. Not longer than
 # COMMAND_TIMEOUT: a COMMIT that arrives after its caller was told an error has to find no transaction.
@@ -104,7 +105,7 @@ class Database:
         self.postgres = self.url.startswith("postgres")
         self._failures = Failures.of(self.postgres)
         self.timeout = timeout
-        self.failed_at = 0.0  # monotonic: when a call last found the database away; 0 where none has
+        self.failed_at = 0.0  # monotonic: when the database was last found away, or its clock set; 0: never
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
         self._answered_at = {True: 0.0, False: 0.0}  # monotonic: the last answer to a read (True) and to a write
         self._exclusive = exclusive
@@ -198,24 +199,30 @@ class Database:
             os.close(self._lock_file)
 
     async def set_clock(self) -> None:
-        """Learn how far this machine's clock is from the database's: leases compare times of many machines."""
+        """Learn the time of the database's clock: leases compare times of many machines.
+
+        The time is kept as a distance from the monotonic clock, which nobody sets.
+        """
         sql = (
             "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) AS now"
             if self.postgres
             else "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) AS now"
         )
         for _ in range(CLOCK_TRIES):
-            asked = time.time()
+            asked = time.monotonic()
             row = await self.fetch_one(sql)
-            answered = time.time()
+            answered = time.monotonic()
             if answered - asked < CLOCK_WAIT:
                 break
         # Half the wait is the error. After a stall, leases would be too short or seem to have run out: one more try.
-        self._clock_offset = (row or {})["now"] - (asked + answered) / 2 * 1000
+        before, self._clock_offset = self._clock_offset, (row or {})["now"] - (asked + answered) / 2 * 1000
+        if before and abs(self._clock_offset - before) > CLOCK_SET:
+            self.failed_at = answered  # leases of live workers may seem to have run out until they are renewed
+            log.warning("the clock of storage was set by %.0f s", (self._clock_offset - before) / 1000)
 
     def now(self) -> int:
         """Milliseconds since 1970 by the database's clock."""
-        return int(time.time() * 1000 + self._clock_offset)
+        return int(time.monotonic() * 1000 + self._clock_offset)
 
     # -- statements
 
