@@ -17,8 +17,10 @@ import pytest
 from broadcaster import Broadcast
 
 from chat.errors import RelayRefused, RelayUnavailable, StartupError
+from chat.live.answers import Answer
 from chat.live.bus import BURST, GAP, Gather, RedisBus
 from chat.live.events import decode_bus
+from chat.live.voice import Voice
 from chat.live.wire import Address, Wire
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Redis, make_certificate
@@ -335,6 +337,42 @@ async def test_a_redis_that_is_full_refuses_and_still_tells() -> None:
             for answer in await appended(bus, *[(bus.name("text"), b"words")] * 2):
                 assert isinstance(answer, RelayUnavailable)
                 assert not isinstance(answer, RelayRefused)
+
+
+async def test_a_text_is_safe_once_redis_has_all_that_was_shown() -> None:
+    """Text on its way, which nobody has seen, counted as lost; text that a full Redis had refused counted as safe."""
+    with Redis() as server:
+        async with opened(server.url) as (bus, _):
+            answer = Answer("turn", 1, "", [{"id": "r", "participant": "a", "status": "pending", "content": ""}])
+            voice = Voice(answer, lambda: None, lambda message: None, lambda: True, bus.gather, bus=bus, channel="c")
+            reply = answer.replies["a"]
+
+            async def shown(text: str) -> None:
+                voice.say("a", text)
+                async with asyncio.timeout(5):
+                    await voice.settled("a")
+
+            voice.say("a", "one ")
+            while not reply.text:
+                assert voice.safe
+                await asyncio.sleep(0)
+            assert voice.safe
+            await bus.command("CONFIG", "SET", "maxmemory", "1")
+            await shown("two ")
+            assert reply.text == "one two " and not voice.safe
+            await bus.command("CONFIG", "SET", "maxmemory", "0")
+            await shown("three ")  # Redis lacks the piece between: it is given the whole
+            await shown("four ")
+            assert reply.text == "one two three four " and voice.safe
+            server.pause()
+            voice.say("a", "five")
+            await asyncio.sleep(0.01)
+            voice.show_late(0)
+            assert reply.text.endswith("five") and not voice.safe
+            server.resume()
+            async with asyncio.timeout(5):
+                while not voice.safe:
+                    await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("address, name", [("/0", "parley:0:session:x"), ("/3", "parley:3:session:x")])

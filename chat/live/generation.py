@@ -410,7 +410,7 @@ class Generation:
         for turn in self.turns.values():
             if turn.state != "answering" or turn.voice is None:
                 continue
-            if turn.voice.safe and now - turn.checkpointed_at < self.settings.checkpoint_with_redis:
+            if now - turn.checkpointed_at < self.settings.checkpoint_with_redis and turn.voice.safe:
                 continue
             turn.checkpointed_at = now
             for side in turn.open:

@@ -57,6 +57,7 @@ class Voice:
         self._keys = {} if bus is None else {side: text_key(bus, answer.turn_id, side) for side in answer.replies}
         self._sent = {side: len(reply.text) for side, reply in answer.replies.items()}  # characters
         self._bytes = dict.fromkeys(answer.replies, 0)  # of the same in Redis
+        self._confirmed = dict.fromkeys(answer.replies, 0)  # characters that Redis has said it has
         self._unsent = dict.fromkeys(answer.replies, "")
         self._flying: list[Piece] = []  # sent to Redis, not shown yet
         self._unanswered = 0  # texts that Redis has not answered
@@ -106,8 +107,10 @@ class Voice:
 
     @property
     def safe(self) -> bool:
-        """Whether Redis holds all text that was shown, so that the text outlives this process."""
-        return self._bus is not None and self._bus.connected and not (self._unanswered or any(self._unsent.values()))
+        """Whether Redis has all text that was shown, so that the text outlives this process."""
+        if self._bus is None or not self._bus.connected:
+            return False
+        return all(len(reply.text) <= self._confirmed[side] for side, reply in self.answer.replies.items())
 
     def restore(self) -> None:
         """Send Redis the whole texts once: Redis is back, perhaps empty."""
@@ -154,7 +157,9 @@ class Voice:
 
     def _answered(self, side: str, length: int | Exception) -> None:
         self._unanswered -= 1
-        if not isinstance(length, Exception) and length != self._bytes[side]:
+        if length == self._bytes[side]:
+            self._confirmed[side] = self._sent[side]
+        elif not isinstance(length, Exception):
             self._forgotten.add(side)
         if self._unanswered:
             return
@@ -189,10 +194,10 @@ class Voice:
             self._set(side)
 
     def _set(self, side: str) -> None:
-        text = piece(0, self.answer.replies[side].text[: self._sent[side]])
-        self._bytes[side] = len(text)
+        data = piece(0, self.answer.replies[side].text[: self._sent[side]])
+        self._bytes[side], self._confirmed[side] = len(data), 0
         if self._bus is not None:
-            self._bus.command("SET", self._keys[side], text, "EX", KEEP)
+            self._bus.command("SET", self._keys[side], data, "EX", KEEP)
 
 
 def text_key(bus: RedisBus, turn_id: str, side: str) -> str:
