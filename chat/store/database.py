@@ -34,7 +34,7 @@ logging.getLogger("databases").setLevel(logging.WARNING)  # its DEBUG lines prin
 logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceback a second while the server is away
 
 T = TypeVar("T")
-SQLITE = {False: (1, 16), True: (2, 4)}  # for calls that read or not: connections, and the most calls of one visit
+SQLITE = {False: 1, True: 2}  # connections for calls that write, and for those that read
 IN_LINE = 20.0  # seconds a call may wait behind others while the database answers those
 PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
@@ -164,13 +164,13 @@ class Database:
         if self._exclusive:
             self._lock_file = take_lock(path.with_name(path.name + ".lock"))
         await self._database.connect()
-        for reading, (count, at_once) in SQLITE.items():
+        for reading, count in SQLITE.items():
             made: list[Any] = []
             try:
                 for _ in range(count):  # a connection of `databases` belongs to the task that opens it
                     made.append(await asyncio.create_task(self._sqlite_connection()))
             finally:  # those before one that fails have to be closed as well
-                self._lines[reading] = Connections(made, at_once)
+                self._lines[reading] = Connections(made)
 
     async def _sqlite_connection(self) -> Any:
         connection = self._database.connection()

@@ -1,7 +1,7 @@
 """Statements on one connection, named values in and dictionaries out, on PostgreSQL and on SQLite.
 
-A SQLite connection works in a thread of its own, and visiting it costs more than most statements do: `Connections`
-gathers the calls that come while a visit goes on, and has them done in the next one.
+A SQLite connection works in a thread of its own, and a visit there costs more than most statements do: the thread
+takes calls from `Connections` as long as there are any.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import functools
 import re
 import sqlite3
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -20,7 +19,6 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Values = dict[str, Any]
 NAME = re.compile(r":([a-z_][a-z0-9_]*)")
-SHORT = 0.05  # seconds after which no further call is begun in one visit
 
 
 class Query(ABC):
@@ -110,15 +108,17 @@ class Call:
         return self._fate.setdefault("fate", fate) == fate
 
 
+Line = deque[tuple[Call, asyncio.Future[Any]]]
+
+
 class Connections:
     """Connections of SQLite that do the same kind of work, and the calls that stand in line for them."""
 
-    def __init__(self, connections: list[Any], at_once: int) -> None:
-        """connections: open ones of `databases`, closed by `close`; at_once: the most calls of one visit."""
-        self._at_once = at_once
+    def __init__(self, connections: list[Any]) -> None:
+        """connections: open ones of `databases`, closed by `close`."""
         self._connections = connections
         self._free = list(connections)
-        self._calls: deque[tuple[Call, asyncio.Future[Any]]] = deque()
+        self._calls: Line = deque()
         self._visits: set[asyncio.Task[None]] = set()
 
     def ask(self, call: Call) -> asyncio.Future[Any]:
@@ -132,21 +132,15 @@ class Connections:
         return answer
 
     async def _visit(self, connection: Any) -> None:
-        """Run the waiting calls, and those that arrive meanwhile."""
+        """Have the waiting calls done in the connection's thread, and those that arrive meanwhile."""
+        raw, loop = connection.raw_connection, asyncio.get_running_loop()
         while self._calls:
-            # a share of them: what takes long must not hold up all that another connection could do
-            share = max(1, min(self._at_once, len(self._calls) // len(self._connections)))
-            calls = [self._calls.popleft() for _ in range(share)]
-            work = [call for call, _ in calls]
             try:
                 # aiosqlite's own way into its thread; its public calls go there for one statement each.
-                raw = connection.raw_connection
-                outcomes: list[Outcome] = await raw._execute(_in_thread, raw._conn, work)
+                await raw._execute(_in_thread, raw._conn, self._calls, loop)
             except BaseException as problem:  # closed, or the worker ends: who waits must not wait for ever
-                outcomes = [(None, problem)] * len(calls)
-            while outcomes:  # emptied, not gone through: a failure knows the frames that have these lists
-                _tell(calls.pop(0)[1], outcomes.pop(0))
-            self._calls.extendleft(reversed(calls))
+                while self._calls:
+                    _tell(self._calls.popleft()[1], None, problem)
         self._free.append(connection)
 
     async def close(self) -> None:
@@ -154,28 +148,30 @@ class Connections:
         await asyncio.gather(*(each.__aexit__() for each in self._connections), return_exceptions=True)
 
 
-def _tell(waiting: asyncio.Future[Any], outcome: Outcome) -> None:
-    answer, problem = outcome
+def _in_thread(connection: sqlite3.Connection, calls: Line, loop: asyncio.AbstractEventLoop) -> None:
+    """Run calls until none is left. The loop gets each answer at once; a loop that is busy does not hold up the next."""
+    while calls:
+        try:
+            call, answer = calls.popleft()
+        except IndexError:
+            return  # another connection has taken the last one
+        loop.call_soon_threadsafe(_tell, answer, *_outcome(connection, call))
+
+
+def _outcome(connection: sqlite3.Connection, call: Call) -> Outcome:
+    try:
+        return _done(connection, call), None
+    except Exception as problem:  # any: the exception is that caller's, and the others have calls to be run
+        return None, problem
+
+
+def _tell(waiting: asyncio.Future[Any], answer: Any, problem: BaseException | None) -> None:
     if waiting.done():
         return
     if problem is None:
         waiting.set_result(answer)
     else:
         waiting.set_exception(problem)
-
-
-def _in_thread(connection: sqlite3.Connection, calls: list[Call]) -> list[Outcome]:
-    """The results of the first of these calls, or of as many as fit in a short time: their callers wait no longer."""
-    outcomes: list[Outcome] = []
-    until = time.monotonic() + SHORT
-    for call in calls:
-        try:
-            outcomes.append((_done(connection, call), None))
-        except Exception as problem:  # any: it is that caller's, and the others have theirs to do
-            outcomes.append((None, problem))
-        if time.monotonic() > until:
-            break
-    return outcomes
 
 
 def _done(connection: sqlite3.Connection, call: Call) -> Any:
