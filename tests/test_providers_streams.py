@@ -56,14 +56,15 @@ def test_twenty_thousand_random_streams_at_random_cuts_are_read_as_the_standard_
         cuts = sorted(dice.choices(range(len(stream) + 1), k=dice.randint(0, 6)))
         splitter = Splitter()
         found = [event for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True) for event in splitter.feed(stream[a:b])]
-        assert found + splitter.feed(b"", final=True) == reference(stream), (seed, stream, cuts)
+        found += splitter.feed(b"", final=True)
+        assert [event.decode(errors="replace") for event in found] == reference(stream), (seed, stream, cuts)
 
 
 def test_an_event_leaves_with_its_last_byte() -> None:
     splitter = Splitter()
     assert splitter.feed(b"data: a\n") == []
-    assert splitter.feed(b"\ndata: b\r\n\r") == ["a"]
-    assert splitter.feed(b"\n") == ["b"]
+    assert splitter.feed(b"\ndata: b\r\n\r") == [b"a"]
+    assert splitter.feed(b"\n") == [b"b"]
 
 
 def test_an_endless_event_is_bounded_and_costs_no_more_than_its_length() -> None:
@@ -84,11 +85,11 @@ class Counted(msgspec.Struct):
 @pytest.mark.parametrize("count", ['"12"', "NaN", "Infinity", "1.5", "-1", "true", "[]", str(2**60), "1e400"])
 def test_a_count_is_a_whole_number_or_the_event_is_refused(count: str) -> None:
     with pytest.raises(ValueError):
-        decoder(Counted)(f'{{"n": {count}}}')
+        decoder(Counted)(f'{{"n": {count}}}'.encode())
 
 
 def test_what_nobody_reads_may_be_odd() -> None:
-    read = decoder(Counted)('{"logprob": NaN, "other": "\\ud83d", "n": 3, "text": "\\ud83d"}')
+    read = decoder(Counted)(b'{"logprob": NaN, "other": "\\ud83d", "n": 3, "text": "\\ud83d"}')
     assert (read.n, read.text) == (3, "\ud83d")
 
 
@@ -283,3 +284,28 @@ async def test_cached_tokens_are_paid_for(vendors: Vendors) -> None:
     answer = await ask(anthropic, "m", "hello")
     await anthropic.close()
     assert answer.finish == Finish("stop", 1111, 0)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["aiohttp's reader", "the SDK's iterators"])
+async def test_both_roads_from_the_socket_end_alike(
+    direct: bool, api: str, vendors: Vendors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An SDK may get another transport; with the one it has, a plain answer is read below its iterators."""
+    roads: list[Any] = []
+
+    def road(response: Any) -> Any:
+        roads.append(find(response))
+        return roads[-1] if direct else None
+
+    find = sse.reading
+    monkeypatch.setattr(sse, "reading", road)
+    opened = Providers(Settings(models=(model(api, vendors.url),)), {"VENDOR_KEY": KEY})
+    whole, broken = written(api, ["€ ", "😀"]), written(api, ["one "], whole=False)
+    for script, expected in ([whole], ("€ 😀", None)), ([broken], ("one ", "provider_truncated")):
+        SCRIPT[:] = script
+        answer = await ask(opened, "m", "hello")
+        assert (answer.text, answer.code) == expected
+    SCRIPT[:] = [whole]
+    assert (await ask(opened, "m", "hello [[mode:gzipped]]")).text == "€ 😀"
+    await opened.close()
+    assert [road is None for road in roads] == [False, False, True]

@@ -77,7 +77,7 @@ class AnthropicMessages(Upstream):
     ) -> Events:
         return await self.post(client, "/v1/messages", request(model, messages, limits))
 
-    def read(self, event: str) -> Piece:
+    def read(self, event: bytes) -> Piece:
         said = decode(event)
         if said.error:
             raise InStream(said.error)

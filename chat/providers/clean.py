@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+UNFIT = re.compile("[\0\ud800-\udfff]")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -20,6 +20,8 @@ class Cleaner:
 
     def feed(self, text: str) -> str:
         """Return what can be shown by now: a first half at the end waits for the next piece."""
+        if not self._half and not UNFIT.search(text):
+            return text
         text, self._half = self._half + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self._half = text[:-1], text[-1]
@@ -33,6 +35,6 @@ class Cleaner:
 
 def clean(text: str) -> str:
     """Return a whole text with its halves joined and U+FFFD for what cannot be stored."""
-    if not text.isascii() and SURROGATE.search(text):  # joining them costs more than all else done with a token here
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text.replace("\0", REPLACEMENT)
+    if UNFIT.search(text):  # joining halves costs more than all else done with a token here
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", REPLACEMENT)
+    return text

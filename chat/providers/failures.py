@@ -17,7 +17,7 @@ from . import ProviderError
 
 # By name: the SDKs and the two generations of httpx below them share no classes, and importing them has its price.
 TIMED_OUT = {"TimeoutError", "TimeoutException", "APITimeoutError"}
-CUT_OFF = {"APIConnectionError", "TransportError", "OSError", "ClientConnectionError"}
+CUT_OFF = {"APIConnectionError", "TransportError", "OSError", "ClientConnectionError", "ClientPayloadError"}
 INVALID = {"APIResponseValidationError", "DecodingError"}
 REFUSED = {"APIError", "InStream"}
 

@@ -64,7 +64,7 @@ class OpenAIChat(Upstream):
         body = request(model, messages, limits)
         return await self.post(client, "/chat/completions", body, security={"bearer_auth": True})
 
-    def read(self, event: str) -> Piece:
+    def read(self, event: bytes) -> Piece:
         chunk = decode(event)
         if chunk.error:
             raise InStream(chunk.error)

@@ -10,7 +10,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 import msgspec
@@ -71,7 +71,7 @@ class Upstream(ABC):
         """Send the request; return the answer's events once the vendor has answered with good headers."""
 
     @abstractmethod
-    def read(self, event: str) -> Piece:
+    def read(self, event: bytes) -> Piece:
         """Read one event's data. May raise anything: an event is the vendor's word, not ours."""
 
     async def stream(
@@ -80,19 +80,15 @@ class Upstream(ABC):
         answered, reason, failure, cleaner = False, None, None, Cleaner()
         input_tokens, output_tokens = None, None
         try:
-            with closing(Clock(limits.first_token_timeout, self._clocks)) as clock:  # pings reset those of the SDKs
-                with clock:
-                    # A request costs a millisecond: begun all at once, many would hold up every answer that runs.
-                    async with self._starting:
-                        await asyncio.sleep(0)
-                    events = await self.ask(self._client(model), model, messages, limits)
+            with Clock(limits.first_token_timeout, self._clocks) as clock:  # pings reset those of the SDKs
+                # A request costs a millisecond: begun all at once, many would hold up every answer that runs.
+                async with self._starting:
+                    await asyncio.sleep(0)
+                events = await self.ask(self._client(model), model, messages, limits)
                 answered = True
                 async with aclosing(events):
-                    while True:
-                        with clock:
-                            event = await events.next()
-                        if event is None:
-                            break
+                    while (event := await events.next()) is not None:
+                        clock.waiting = False  # the reader may take its time
                         piece = self.read(event)
                         reason = piece.reason or reason
                         if piece.input_tokens is not None:
@@ -103,7 +99,7 @@ class Upstream(ABC):
                             yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
                         if piece.text and (text := cleaner.feed(piece.text)):
                             yield Delta(text)
-                        # The reader may take its time: the clock starts after it.
+                        clock.waiting = True
                         if piece.reason:
                             clock.start(AFTERMATH)
                         elif piece.text or piece.thinking is not None:
@@ -161,49 +157,49 @@ class Upstream(ABC):
 
 
 class Clock:
-    """The time limit of the many waits of one answer: `with clock:` around each, as `asyncio.timeout` would be used.
+    """The time limit of the many waits of one answer: `with Clock(…) as clock:` around them all, in one task.
 
     A single timer serves all waits and is checked when it fires: to start and cancel a timer for each token is a tenth
     of a token's cost. Raises `TimeoutError` in the task that waits.
     """
 
     def __init__(self, seconds: float, running: set[Clock]) -> None:
-        """Belong to `running` until it is closed."""
+        """Belong to `running` from the first wait to the last."""
+        self.waiting = True  # False: the time is ours or a reader's, and may pass
+        self._seconds = seconds
         self._running = running
-        running.add(self)
-        self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Task[Any] | None = None
-        self._cancels = 0  # how often that task had been cancelled by others before
         self._expired = False
-        self._deadline = self._loop.time() + seconds
-        self._timer = self._loop.call_at(self._deadline, self._look)
 
     def start(self, seconds: float) -> None:
         """Give the next waits so many seconds from now."""
         self._deadline = self._loop.time() + seconds
-        if self._deadline < self._timer.when():
+        if self._deadline < self._look_at:
             self._timer.cancel()
-            self._timer = self._loop.call_at(self._deadline, self._look)
+            self._set(self._deadline)
 
-    def close(self) -> None:
-        self._running.discard(self)
-        self._timer.cancel()
+    def _set(self, at: float) -> None:
+        self._look_at = at
+        self._timer = self._loop.call_at(at, self._look)
 
     def _look(self) -> None:
         now = self._loop.time()
-        if self._waiting is None or now < self._deadline:
-            self._timer = self._loop.call_at(max(self._deadline, now + GRACE), self._look)
-        else:
+        if self.waiting and now >= self._deadline:
             self._expired = True
-            self._waiting.cancel()
+            self._task.cancel()
+        else:
+            self._set(max(self._deadline, now + GRACE))
 
-    def __enter__(self) -> None:
-        self._waiting = task = asyncio.current_task(self._loop)
-        self._cancels = task.cancelling() if task is not None else 0
+    def __enter__(self) -> Clock:
+        task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._task, self._cancels = task, task.cancelling()  # how often it had been cancelled by others before
+        self._deadline = self._loop.time() + self._seconds
+        self._set(self._deadline)
+        self._running.add(self)
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, _: object) -> None:
-        task, self._waiting = self._waiting, None
-        if self._expired and task is not None:
-            self._expired = False
-            if task.uncancel() <= self._cancels and isinstance(problem, asyncio.CancelledError):
-                raise TimeoutError from problem
+        self._running.discard(self)
+        self._timer.cancel()
+        if self._expired and self._task.uncancel() <= self._cancels and isinstance(problem, asyncio.CancelledError):
+            raise TimeoutError from problem
