@@ -5,16 +5,24 @@ Only a session with one model is taken over: in a battle a person's words would 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from ..errors import ChatError, not_found
 from . import sessions
 from .accounts import iso
 from .database import Database, new_id
-from .queries import Query, Row
+from .queries import Query
 from .sessions import Session
-from .turns import INSERT_MESSAGE, NAMES, Known, insert_turn_row, person_says
+from .turns import (
+    Known,
+    StoredTurn,
+    allot_positions,
+    check_free,
+    message_row,
+    person_says,
+    select_turn_of_message,
+    write_turn,
+)
 
 LISTED = 50  # sessions on the operator's page
 
@@ -53,35 +61,17 @@ async def insert_words(database: Database, session: Session, message_id: str, co
 
     async def work(query: Query) -> None:
         now, turn_id = database.now(), new_id()
-        row = await query.fetch_one(
-            """UPDATE sessions SET next_position = next_position + 1, version = version + 1, updated_at = :now,
-                      last_message_at = :now
-                WHERE id = :id AND operator IS NOT NULL RETURNING next_position - 1 AS position, operator""",
-            {"id": session.id, "now": now},
-        )
-        if row is None:
+        position, person = await allot_positions(query, session, session.account_id, now, 1)
+        if person is None:
             raise ChatError("conflict", "Take this session over before you speak in it.")
-        known = await query.fetch_one(
-            "SELECT role, content FROM messages WHERE session_id = :session_id AND id = :id",
-            {"session_id": session.id, "id": message_id},
-        )
-        if known is not None and (known["role"], known["content"]) != ("assistant", content):
-            raise ChatError("conflict", "Another message has this id. Give the new one a new id.")
-        if known is not None:
-            raise Known  # and the session stays as it was: its readers would be told of a change otherwise
-        running = await query.fetch_one(
-            "SELECT id FROM turns WHERE session_id = :session_id AND status = 'running'", {"session_id": session.id}
-        )
-        if running is not None:
-            raise ChatError("busy", "The model's answer is still being written in this session.", retry_after=1)
-        position = row["position"]
-        await insert_turn_row(
-            query, turn_id, session.id, session.account_id, message_id, position, ("", now, False), now
-        )
-        reply: Row = dict.fromkeys(NAMES)
-        reply |= {"session_id": session.id, "id": message_id, "turn_id": turn_id, "created_at": now, "updated_at": now}
-        reply |= {"role": "assistant", "participant": "a", "position": position, "parent_ids": "[]"}
-        await query.execute(INSERT_MESSAGE, reply | person_says(row["operator"], content))
+        await check_free(query, session.id, "", 1, message_id)
+        reply = message_row(session.id, turn_id, now) | person_says(person, content)
+        reply |= {"id": message_id, "role": "assistant", "participant": "a", "position": position}
+        await write_turn(query, StoredTurn(turn_id, session, session.account_id, position, "", (reply,), True), now)
 
-    with contextlib.suppress(Known):
-        await database.transaction(work, line=session.id)
+    try:
+        await database.transaction(work, line=session.account_id)
+    except Known:  # and the session stays as it was: its readers would be told of a change otherwise
+        turn = await select_turn_of_message(database, session, message_id)
+        if turn is None or (turn.rows[0]["role"], turn.rows[0]["content"]) != ("assistant", content):
+            raise ChatError("conflict", "Another message has this id. Give the new one a new id.") from None

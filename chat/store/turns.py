@@ -6,7 +6,7 @@ was thought dead and comes back changes nothing: its statements match no row any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -78,7 +78,14 @@ MESSAGE = """session_id, id, turn_id, role, participant, model, content, status,
 NAMES = [name.strip() for name in MESSAGE.split(",")]
 INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
 
-
+UNANSWERED: Row = {
+    "content": "",
+    "status": "pending",
+    "failure_reason": None,
+    "latency_ms": None,
+    "first_token_ms": None,
+    "feedback": None,
+}
 PERSON = "person:"  # before a name, in a message's `model`: a person wrote the message
 
 
@@ -101,22 +108,17 @@ async def insert_turn(
     async def work(query: Query) -> StoredTurn:
         now = database.now()
         places = 1 + len(session.sides)
-        position, person = await _allot_positions(query, session, account_id, now, places, first_words(ask.content))
+        position, person = await allot_positions(query, session, account_id, now, places, first_words(ask.content))
         old = await _replaced(query, session, ask) if ask.replaces else []
-        await _check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
+        await check_free(query, session.id, account_id, terms.turns_per_account, "" if old else ask.message_id)
         if old:
             await _delete_from(query, session.id, old[0]["position"])
         rows = _rows(session, turn_id, ask, position, now)
         if person is not None:
             said = terms.person_reads.replace("{name}", person)
             rows[1:] = [row | person_says(person, said) for row in rows[1:]]
-        life = (terms.owner, now + terms.lease, person is None)
-        previous = await insert_turn_row(query, turn_id, session.id, account_id, ask.message_id, position, life, now)
-        await query.execute_many(INSERT_MESSAGE, [dict(row) for row in rows])
-        # The last statement, because the service's budget is one row that all turns write and lock.
-        tokens = terms.tokens if person is None else 0
-        reservation = await reserve(query, now, terms.budgets, tokens, terms.daily_messages)
-        return StoredTurn(turn_id, session, account_id, position, previous, tuple(rows), True, reservation)
+        turn = StoredTurn(turn_id, session, account_id, position, "", tuple(rows), True)
+        return await write_turn(query, turn, now, terms, runs=person is None)
 
     try:
         return await database.transaction(work, patience=None, line=account_id)
@@ -136,44 +138,16 @@ async def _replaced(query: Query, session: Session, ask: Ask) -> list[Row]:
 
     A turn that began after the session was read is replaced by no request: its client has not seen that turn.
     """
-    old = await query.fetch_all(
-        """SELECT t.id, t.position, v.id AS vote_id,
-                  (SELECT COUNT(*) FROM messages m WHERE m.turn_id = t.id AND m.model LIKE :person) AS by_person
-             FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
-            WHERE t.session_id = :session_id AND t.position >=
-                  (SELECT position FROM turns WHERE session_id = :session_id AND user_message_id = :message_id)
-            ORDER BY t.position""",
-        {"session_id": session.id, "message_id": ask.message_id, "person": PERSON + "%"},
-    )
-    rows = await _select_turn_rows(query, session.id, old[0]["id"]) if len(old) == 1 else []
+    old = await _select_turns_from(query, session.id, ask.message_id)
+    if not old or old[0]["user_message_id"] != ask.message_id:
+        return []
+    rows = await select_turn_messages(query, old[0]["id"]) if len(old) == 1 else []
     if rows and rows[0]["content"] == ask.content and set(ask.reply_ids.values()) <= {row["id"] for row in rows}:
         return []
-    if old and old[-1]["position"] >= session.next_position:
+    if old[-1]["position"] >= session.next_position:
         raise ChatError("conflict", "The conversation has gone on meanwhile. Please look at it again.")
-    if any(turn["vote_id"] is not None for turn in old):
-        raise _voted()
-    if any(turn["by_person"] for turn in old):
-        raise _by_person()
+    _check_replaceable(old)
     return old
-
-
-async def _delete_from(query: Query, session_id: str, position: int) -> None:
-    """Delete the turns of a session from this position on, with their messages."""
-    values = {"session_id": session_id, "position": position}
-    await query.execute(
-        """DELETE FROM messages WHERE session_id = :session_id AND turn_id IN
-                  (SELECT id FROM turns WHERE session_id = :session_id AND position >= :position)""",
-        values,
-    )
-    await query.execute("DELETE FROM turns WHERE session_id = :session_id AND position >= :position", values)
-
-
-def _voted() -> ChatError:
-    return ChatError("already_voted", "This answer has been voted on and stays as it is.")
-
-
-def _by_person() -> ChatError:
-    return ChatError("conflict", "A person's answer cannot be made again.")
 
 
 async def insert_regeneration(
@@ -187,47 +161,100 @@ async def insert_regeneration(
 
     async def work(query: Query) -> StoredTurn:
         now = database.now()
-        position, person = await _allot_positions(query, session, account_id, now, 1)
-        await _check_free(query, session.id, account_id, terms.turns_per_account)
-        last = await query.fetch_one(
-            """SELECT t.id, t.user_message_id, v.id AS vote_id FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
-                WHERE t.session_id = :id ORDER BY t.position DESC LIMIT 1""",
-            {"id": session.id},
-        )
-        rows = [] if last is None else await _select_turn_rows(query, session.id, last["id"])
-        if last is None or message_id not in [row["id"] for row in rows]:
+        position, person = await allot_positions(query, session, account_id, now, 1)
+        await check_free(query, session.id, account_id, terms.turns_per_account)
+        old = await _select_turns_from(query, session.id, message_id)
+        if len(old) != 1:
             raise ChatError("conflict", "Only the last answer can be made again.")
-        if person is not None or any((row["model"] or "").startswith(PERSON) for row in rows):
+        if person is not None:
             raise _by_person()
-        if last["vote_id"] is not None:
-            raise _voted()
-        reservation = await reserve(query, now, terms.budgets, terms.tokens, terms.daily_messages)
-        await query.execute("DELETE FROM turns WHERE id = :id", {"id": last["id"]})
-        user_id = last["user_message_id"]
-        life = (terms.owner, now + terms.lease, True)
-        await insert_turn_row(query, turn_id, session.id, account_id, user_id, position, life, now)
-        await query.execute(
-            "UPDATE messages SET turn_id = :turn_id WHERE session_id = :session_id AND turn_id = :old",
-            {"turn_id": turn_id, "session_id": session.id, "old": last["id"]},
-        )
-        await query.execute(
-            """UPDATE messages SET content = '', status = 'pending', failure_reason = NULL, latency_ms = NULL,
-                      first_token_ms = NULL, feedback = NULL, updated_at = :now
-                WHERE session_id = :session_id AND turn_id = :turn_id AND role = 'assistant'
-                  AND (id = :id OR :id = :user_id)""",
-            {"session_id": session.id, "turn_id": turn_id, "id": message_id, "user_id": user_id, "now": now},
-        )
-        rows = await _select_turn_rows(query, session.id, turn_id)
-        return StoredTurn(turn_id, session, account_id, position, last["id"], tuple(rows), True, reservation)
+        _check_replaceable(old)
+        rows = [row | {"turn_id": turn_id} for row in await _delete_from(query, session.id, old[0]["position"])]
+        for row in rows:
+            if row["role"] == "assistant" and message_id in (row["id"], old[0]["user_message_id"]):
+                row |= UNANSWERED | {"updated_at": now}
+        turn = StoredTurn(turn_id, session, account_id, position, old[0]["id"], tuple(rows), True)
+        return await write_turn(query, turn, now, terms, runs=True)
 
     return await database.transaction(work, patience=None, line=account_id)
+
+
+async def _select_turns_from(query: Query, session_id: str, message_id: str) -> list[Row]:
+    """Return the turn of a message and all turns after it, oldest first."""
+    return await query.fetch_all(
+        """SELECT t.id, t.user_message_id, t.position, v.id AS vote_id,
+                  (SELECT COUNT(*) FROM messages m WHERE m.turn_id = t.id AND m.model LIKE :person) AS by_person
+             FROM turns t LEFT JOIN votes v ON v.turn_id = t.id
+            WHERE t.session_id = :session_id AND t.position >=
+                  (SELECT o.position FROM messages m JOIN turns o ON o.id = m.turn_id
+                    WHERE m.session_id = :session_id AND m.id = :message_id)
+            ORDER BY t.position""",
+        {"session_id": session_id, "message_id": message_id, "person": PERSON + "%"},
+    )
+
+
+def _check_replaceable(old: list[Row]) -> None:
+    if any(turn["vote_id"] is not None for turn in old):
+        raise ChatError("already_voted", "This answer has been voted on and stays as it is.")
+    if any(turn["by_person"] for turn in old):
+        raise _by_person()
+
+
+def _by_person() -> ChatError:
+    return ChatError("conflict", "A person's answer cannot be made again.")
+
+
+async def _delete_from(query: Query, session_id: str, position: int) -> list[Row]:
+    """Delete the turns of a session from this position on, with their messages, which are returned in order."""
+    values = {"session_id": session_id, "position": position}
+    rows = await query.fetch_all(
+        f"""DELETE FROM messages WHERE session_id = :session_id AND turn_id IN
+                  (SELECT id FROM turns WHERE session_id = :session_id AND position >= :position)
+           RETURNING {MESSAGE}""",
+        values,
+    )
+    await query.execute("DELETE FROM turns WHERE session_id = :session_id AND position >= :position", values)
+    return sorted(rows, key=lambda row: int(row["position"]))
+
+
+async def write_turn(
+    query: Query, turn: StoredTurn, now: int, terms: Terms | None = None, *, runs: bool = False
+) -> StoredTurn:
+    """Write a turn with its messages, and reserve what the terms say. A turn that does not run is over at once."""
+    row = await query.fetch_one(
+        """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
+                              stop_requested, resumable, created_at, ended_at)
+           VALUES (:id, :session_id, :account_id, :user_message_id, :position, :status, :owner, :lease_until,
+                   0, 1, :now, :ended_at)
+           RETURNING (SELECT p.id FROM turns p WHERE p.session_id = :session_id AND p.position < :position
+                       ORDER BY p.position DESC LIMIT 1) AS previous""",
+        {
+            "id": turn.id,
+            "session_id": turn.session.id,
+            "account_id": turn.account_id,
+            "user_message_id": turn.rows[0]["id"],
+            "position": turn.position,
+            "status": "running" if runs else "ended",
+            "owner": "" if terms is None else terms.owner,
+            "lease_until": now if terms is None else now + terms.lease,
+            "now": now,
+            "ended_at": None if runs else now,
+        },
+    )
+    await query.execute_many(INSERT_MESSAGE, [dict(row) for row in turn.rows])
+    previous = turn.previous or (row and row["previous"]) or ""
+    if terms is None:
+        return replace(turn, previous=previous)
+    # The last statement, because the service's budget is one row that all turns write and lock.
+    reservation = await reserve(query, now, terms.budgets, terms.tokens if runs else 0, terms.daily_messages)
+    return replace(turn, previous=previous, reservation=reservation)
 
 
 # PostgreSQL evaluates this once, before the scan of the sessions: the condition names none of their columns.
 LOCK_ACCOUNT = "AND EXISTS (SELECT 1 FROM accounts WHERE id = :account_id FOR NO KEY UPDATE)"
 
 
-async def _allot_positions(
+async def allot_positions(
     query: Query, session: Session, account_id: str, now: int, places: int, title: str | None = None
 ) -> tuple[int, str | None]:
     """Return the first of `places` positions for new messages, and the name of the person who answers, if one does.
@@ -248,7 +275,7 @@ async def _allot_positions(
     return int(row["next_position"]) - places, row["operator"]
 
 
-async def _check_free(
+async def check_free(
     query: Query, session_id: str, account_id: str, turns_per_account: int, message_id: str = ""
 ) -> None:
     row = await query.fetch_one(
@@ -268,62 +295,27 @@ async def _check_free(
         )
 
 
+def message_row(session_id: str, turn_id: str, now: int) -> Row:
+    """Return the columns that all messages of a new turn have alike, the others empty."""
+    row: Row = dict.fromkeys(NAMES) | {"session_id": session_id, "turn_id": turn_id, "parent_ids": "[]"}
+    return row | {"created_at": now, "updated_at": now}
+
+
 def _rows(session: Session, turn_id: str, ask: Ask, position: int, now: int) -> list[Row]:
-    blank: Row = dict.fromkeys(NAMES)
-    blank |= {"session_id": session.id, "turn_id": turn_id, "created_at": now, "updated_at": now}
-    user = {"id": ask.message_id, "role": "user", "content": ask.content, "status": "success"}
-    rows = [blank | user | {"position": position, "parent_ids": "[]"}]
+    blank = message_row(session.id, turn_id, now)
+    user = {"id": ask.message_id, "role": "user", "content": ask.content, "status": "success", "position": position}
+    rows = [blank | user]
     for place, side in enumerate(session.sides, 1):
         reply = {
             "id": ask.reply_ids.get(side) or new_id(),
             "role": "assistant",
             "participant": side,
             "model": session.model(side).for_server(),
-            "content": "",
-            "status": "pending",
             "position": position + place,
             "parent_ids": msgspec.json.encode([ask.message_id]).decode(),
         }
-        rows.append(blank | reply)
+        rows.append(blank | reply | UNANSWERED)
     return rows
-
-
-async def insert_turn_row(
-    query: Query,
-    turn_id: str,
-    session_id: str,
-    account_id: str,
-    user_message_id: str,
-    position: int,
-    life: tuple[str, int, bool],
-    now: int,
-) -> str:
-    """Return the id of the turn before, "" for none.
-
-    life: the owner, the end of its lease (milliseconds since 1970), and whether the turn runs or is over at once.
-    """
-    owner, until, runs = life
-    row = await query.fetch_one(
-        """INSERT INTO turns (id, session_id, account_id, user_message_id, position, status, owner, lease_until,
-                              stop_requested, resumable, created_at, ended_at)
-           VALUES (:id, :session_id, :account_id, :user_message_id, :position, :status, :owner, :lease_until,
-                   0, 1, :now, :ended_at)
-           RETURNING (SELECT p.id FROM turns p WHERE p.session_id = :session_id AND p.position < :position
-                       ORDER BY p.position DESC LIMIT 1) AS previous""",
-        {
-            "id": turn_id,
-            "session_id": session_id,
-            "account_id": account_id,
-            "user_message_id": user_message_id,
-            "position": position,
-            "status": "running" if runs else "ended",
-            "owner": owner,
-            "lease_until": until,
-            "now": now,
-            "ended_at": None if runs else now,
-        },
-    )
-    return (row and row["previous"]) or ""
 
 
 def first_words(text: str) -> str | None:
@@ -337,10 +329,10 @@ def first_words(text: str) -> str | None:
 # -- reading
 
 
-async def _select_turn_rows(query: Database | Query, session_id: str, turn_id: str) -> list[Row]:
+async def select_turn_messages(query: Database | Query, turn_id: str) -> list[Row]:
+    """Return the stored messages of a turn. For the server's own work: no caller is checked."""
     return await query.fetch_all(
-        f"SELECT {MESSAGE} FROM messages WHERE session_id = :session_id AND turn_id = :turn_id ORDER BY position",
-        {"session_id": session_id, "turn_id": turn_id},
+        f"SELECT {MESSAGE} FROM messages WHERE turn_id = :turn_id ORDER BY position", {"turn_id": turn_id}
     )
 
 
@@ -353,7 +345,7 @@ async def select_turn_of_message(query: Database | Query, session: Session, mess
     )
     if row is None:
         return None
-    rows = await _select_turn_rows(query, session.id, row["id"])
+    rows = await select_turn_messages(query, row["id"])
     return StoredTurn(row["id"], session, row["account_id"], row["position"], "", tuple(rows), False)
 
 
@@ -408,13 +400,6 @@ async def select_turn_and_next(database: Database, session_id: str, turn_id: str
                 OR t.position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :session_id))
             ORDER BY t.position LIMIT 2""",
         {"session_id": session_id, "turn_id": turn_id},
-    )
-
-
-async def select_turn_messages(database: Database, turn_id: str) -> list[Row]:
-    """Return the stored messages of a turn. For the server's own work: no caller is checked."""
-    return await database.fetch_all(
-        f"SELECT {MESSAGE} FROM messages WHERE turn_id = :turn_id ORDER BY position", {"turn_id": turn_id}
     )
 
 
