@@ -117,7 +117,7 @@ async def opened(request: Request) -> Response:
 async def shared(request: Request) -> Response:
     chat = inputs.state(request)
     session = await sessions.select_shared(chat.database, request.path_params["token"])
-    return await _with_messages(request, session, "share")
+    return await _with_messages(request, session, "reader")
 
 
 async def _with_messages(request: Request, session: Session, reader: Audience) -> Response:

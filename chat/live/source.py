@@ -89,6 +89,6 @@ class Source:
         """Return the event with the session's present state."""
         member, reader = (
             session_event("session_update", session=whole, action=action, version=session.version).decode()
-            for whole in (self.mask.session(session), self.mask.session(session, "share"))
+            for whole in (self.mask.session(session), self.mask.session(session, "reader"))
         )
         return SessionNotice(member, reader, session.version)

@@ -1,7 +1,7 @@
 """The one mask between what is stored and what anyone is shown.
 
-Every session and message that leaves the service is made here. Each audience has its own closed set of keys: a field
-that is new in storage reaches nobody before it stands in one of these lists.
+Every session and message that leaves the service is made here, key by key: a field that is new in storage reaches its
+owner only after a line here, and other readers only after a word in `READABLE` or `SAID`.
 """
 
 from __future__ import annotations
@@ -18,39 +18,23 @@ from .queries import Row
 from .sessions import SIDES, Session
 from .turns import PERSON
 
-# owner: whose session it is; voter: its owner before the vote of a blind battle; share: whoever has its link;
-# public: anyone, while the owner has made it public.
-Audience = Literal["owner", "voter", "share", "public"]
+# owner: whose session it is, the voter of a blind battle included; reader: whoever else may read it, by its link or
+# because its owner has made it public.
+Audience = Literal["owner", "reader"]
 
 READABLE = (
     "id", "mode", "title", "model_a", "model_b", "created_at", "updated_at", "message_count", "last_message_at",
     "version", "voted",
 )  # fmt: skip
-OWNED = (
-    "id", "user", "mode", "title", "model_a", "model_b", "is_public", "share_token", "share_url", "created_at",
-    "updated_at", "metadata", "expires_at", "message_count", "last_message_at", "is_pinned", "version", "voted",
-)  # fmt: skip
-SESSION_KEYS: dict[Audience, tuple[str, ...]] = {
-    "owner": OWNED,
-    "voter": OWNED,
-    "share": READABLE,
-    "public": READABLE,
-}
 SAID = (
     "id", "session", "role", "content", "model", "parent_message_ids", "child_ids", "position", "participant",
     "status", "failure_reason", "attachments", "created_at",
 )  # fmt: skip
-MESSAGE_KEYS: dict[Audience, tuple[str, ...]] = {
-    "owner": (*SAID, "metadata", "feedback", "has_feedback", "latency_ms", "first_token_ms"),
-    "voter": (*SAID, "metadata", "feedback", "has_feedback", "latency_ms", "first_token_ms"),  # both times null
-    "share": SAID,
-    "public": SAID,
-}
 
 
 def audience(session: Session, account_id: str) -> Audience:
     """Return the role of this account, "" for a caller without one, in a session that it may read."""
-    return "owner" if account_id == session.account_id else "public"
+    return "owner" if account_id == session.account_id else "reader"
 
 
 def model_card(model: Model) -> dict[str, Any]:
@@ -101,7 +85,7 @@ class Mask:
         return f"{self._base_url}/shared/{session.share_token}" if session.share_token else None
 
     def session(self, session: Session, audience: Audience = "owner") -> dict[str, Any]:
-        """The session as this audience may read it; a blind battle's owner is its voter."""
+        """The session as this audience may read it."""
         whole = {
             "id": session.id,
             "user": {"id": session.account_id, "display_name": session.display_name},
@@ -122,17 +106,14 @@ class Mask:
             "version": session.version,
             "voted": session.voted_at is not None,
         }
-        return {name: whole[name] for name in SESSION_KEYS[_seen_by(session, audience)]}
+        return whole if audience == "owner" else {name: whole[name] for name in READABLE}
 
     def state(self, session: Session) -> dict[str, Any]:
         """The session as `session_state` carries it, to whoever may read it."""
-        cards = {side: self.card(session, side) for side in SIDES}
-        short = {
-            side: card and {"id": card["id"], "display_name": card["display_name"]} for side, card in cards.items()
-        }
-        whole = self.session(session, "share")
-        kept = {name: whole[name] for name in ("id", "mode", "title", "version", "voted")}
-        return kept | {"model_a": short["a"], "model_b": short["b"]}
+        whole = self.session(session, "reader")
+        for side in ("model_a", "model_b"):
+            whole[side] = whole[side] and {name: whole[side][name] for name in ("id", "display_name")}
+        return {name: whole[name] for name in ("id", "mode", "title", "version", "voted", "model_a", "model_b")}
 
     def summary(self, session: Session) -> dict[str, Any]:
         """The session as a line of its owner's list."""
@@ -164,11 +145,11 @@ class Mask:
             "first_token_ms": None if blind else row["first_token_ms"],
             "has_feedback": row["feedback"] is not None,
         }
-        return {name: whole[name] for name in MESSAGE_KEYS[_seen_by(session, audience)]}
+        return whole if audience == "owner" else self.shared(whole)
 
     def shared(self, message: dict[str, Any]) -> dict[str, Any]:
-        """An owner's Message as whoever has the link may read it."""
-        return {name: message[name] for name in MESSAGE_KEYS["share"]}
+        """An owner's Message as any other reader may read it."""
+        return {name: message[name] for name in SAID}
 
     def messages(self, session: Session, rows: list[Row], audience: Audience = "owner") -> list[dict[str, Any]]:
         """Messages with their children filled in from each other."""
@@ -179,10 +160,6 @@ class Mask:
                 if parent in by_id:
                     by_id[parent]["child_ids"].append(message["id"])
         return messages
-
-
-def _seen_by(session: Session, audience: Audience) -> Audience:
-    return "voter" if audience == "owner" and session.blind else audience
 
 
 def _preference(feedback: str | None) -> str | None:
