@@ -142,7 +142,7 @@ def _rounded(points: float | None) -> float | None:
 
 async def details(request: Request) -> Response:
     """The facts a leaderboard is computed from: who met whom, and which votes were left out and why."""
-    found = await inputs.state(request).leaderboard.details(*_which(request))
+    found = await inputs.state(request).leaderboard.board(*_which(request))
     names = ("model_a", "model_b", "preference", "votes")
     body = {
         "counted": sum(count for *_, count in found.tally),

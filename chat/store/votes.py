@@ -1,6 +1,6 @@
 """Votes: facts in rows, everything else computed from them.
 
-A vote is one row per turn, written by one statement that checks everything a vote must satisfy and credits the models
+A vote is one row per turn, written by one transaction that checks everything a vote must satisfy and credits the models
 the server chose. Ratings are never stored.
 """
 
@@ -32,13 +32,10 @@ Tally = tuple[str, str, str, int]  # model_a, model_b, preference, how often
 
 @dataclass(frozen=True)
 class Vote:
-    """A vote as stored. `counted` False carries its reason."""
+    """A vote as its voter is told it."""
 
     id: str
-    turn_id: str
     preference: str
-    counted: bool
-    reason: str | None
     created_at: int
 
 
@@ -51,9 +48,13 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Details:
-    """The facts a leaderboard is computed from: how each pair met and ended, and what was left out, by reason."""
+class Board:
+    """A leaderboard, best first, models without a rating last, and its facts.
 
+    tally: how each pair met and ended; left_out: how many votes were stored and not counted, by reason.
+    """
+
+    standings: list[Standing]
     tally: list[Tally]
     left_out: list[tuple[str, int]]
 
@@ -71,85 +72,79 @@ async def insert_vote(
     """
 
     async def work(query: Query) -> tuple[Vote, Session]:
+        # With the session's row locked, nobody else votes in it, and no answer is made again.
         locked = await query.fetch_one(
             "UPDATE sessions SET version = version WHERE id = :id AND account_id = :account_id RETURNING voted_at",
             {"id": session.id, "account_id": account_id},
         )
-        turn = None if locked is None else await _select_battle(query, session.id, message_id)
-        if locked is None or turn is None:
+        replies = [] if locked is None else await _select_battle(query, session.id, message_id)
+        if locked is None or not replies:
             raise not_found("message")
-        reason = _not_counted(session, locked["voted_at"], turn, models)
-        now = database.now()
-        row = await query.fetch_one(INSERT_VOTE, {
-            "id": new_id(),
-            "turn_id": turn[0]["turn_id"],
+        _check_whole(replies)
+        reason = _not_counted(session, locked["voted_at"], replies, models)
+        vote = Vote(new_id(), preference, database.now())
+        await query.execute(INSERT_VOTE, {
+            "id": vote.id,
+            "turn_id": replies[0]["turn_id"],
             "session_id": session.id,
             "account_id": account_id,
+            "mode": session.mode,
+            "model_a": replies[0]["model"],
+            "model_b": replies[1]["model"],
             "preference": preference,
             "counted": int(reason is None),
             "reason": reason,
-            "now": now,
+            "created_at": vote.created_at,
         })  # fmt: skip
-        if row is None:
-            raise await _refusal(query, turn)
         await query.execute(
-            """UPDATE messages SET feedback = :feedback WHERE session_id = :session_id AND role = 'user' AND id =
-                      (SELECT user_message_id FROM turns WHERE id = :turn_id)""",
-            {"feedback": f'"{preference}"', "session_id": session.id, "turn_id": turn[0]["turn_id"]},
+            "UPDATE messages SET feedback = :feedback WHERE turn_id = :turn_id AND role = 'user'",
+            {"feedback": f'"{preference}"', "turn_id": replies[0]["turn_id"]},
         )
         await query.execute(
             """UPDATE sessions SET voted_at = COALESCE(voted_at, :now), version = version + 1, updated_at = :now
                 WHERE id = :id""",
-            {"id": session.id, "now": now},
+            {"id": session.id, "now": vote.created_at},
         )
-        vote = Vote(row["id"], turn[0]["turn_id"], preference, reason is None, reason, now)
         return vote, await select_session(query, session.id, account_id)
 
     return await database.transaction(work, line=session.id)
 
 
-# Everything that makes a vote valid stands in its WHERE: two workers that run it at once cannot both succeed.
 INSERT_VOTE = """
     INSERT INTO votes (id, turn_id, session_id, account_id, mode, model_a, model_b, preference, counted, reason,
                        created_at)
-    SELECT :id, t.id, s.id, s.account_id, s.mode, a.model, b.model, :preference, :counted, CAST(:reason AS TEXT), :now
-      FROM turns t
-      JOIN sessions s ON s.id = t.session_id
-      JOIN messages a ON a.turn_id = t.id AND a.participant = 'a' AND a.status = 'success'
-      JOIN messages b ON b.turn_id = t.id AND b.participant = 'b' AND b.status = 'success'
-     WHERE t.id = :turn_id AND s.id = :session_id AND s.account_id = :account_id AND t.status = 'ended'
-    ON CONFLICT (turn_id) DO NOTHING
-    RETURNING id"""
+    VALUES (:id, :turn_id, :session_id, :account_id, :mode, :model_a, :model_b, :preference, :counted, :reason,
+            :created_at)"""
 
 
-async def _select_battle(query: Query, session_id: str, message_id: str) -> list[Row] | None:
-    rows = await query.fetch_all(
-        """SELECT m.turn_id, m.participant, m.status, m.content, m.model, t.status AS turn_status
-             FROM messages m JOIN turns t ON t.id = m.turn_id
+async def _select_battle(query: Query, session_id: str, message_id: str) -> list[Row]:
+    """Return the replies of a message's turn, side a first, each with the turn's status and vote."""
+    return await query.fetch_all(
+        """SELECT m.turn_id, m.status, m.content, m.model, t.status AS turn_status, v.id AS vote_id
+             FROM messages m JOIN turns t ON t.id = m.turn_id LEFT JOIN votes v ON v.turn_id = t.id
             WHERE m.session_id = :session_id AND m.role = 'assistant' AND m.turn_id =
                   (SELECT turn_id FROM messages WHERE session_id = :session_id AND id = :id)
             ORDER BY m.participant""",
         {"session_id": session_id, "id": message_id},
     )
-    return rows or None
 
 
-async def _refusal(query: Query, turn: list[Row]) -> ChatError:
-    """The reason the statement wrote no vote."""
-    sql = "SELECT id FROM votes WHERE turn_id = :turn_id"
-    if await query.fetch_one(sql, {"turn_id": turn[0]["turn_id"]}) is not None:
-        return ChatError("already_voted", "This answer has been voted on; a vote stays as it was cast.")
-    if len(turn) < 2:
-        return ChatError("conflict", "There is one answer here; a vote needs two.")
-    if any(row["status"] in ("pending", "streaming") or row["turn_status"] == "running" for row in turn):
-        return ChatError("conflict", "Both answers have to be finished before the vote.")
-    return ChatError("conflict", "Both answers have to be whole to be voted on; ask again.")
+def _check_whole(replies: list[Row]) -> None:
+    """Refuse the vote unless there are two whole answers and no vote yet."""
+    if replies[0]["vote_id"] is not None:
+        raise ChatError("already_voted", "This answer has been voted on; a vote stays as it was cast.")
+    if len(replies) < 2:
+        raise ChatError("conflict", "There is one answer here; a vote needs two.")
+    if any(row["status"] in ("pending", "streaming") or row["turn_status"] == "running" for row in replies):
+        raise ChatError("conflict", "Both answers have to be finished before the vote.")
+    if any(row["status"] != "success" for row in replies):
+        raise ChatError("conflict", "Both answers have to be whole to be voted on; ask again.")
 
 
-def _not_counted(session: Session, voted_at: int | None, turn: list[Row], models: Mapping[str, Model]) -> str | None:
+def _not_counted(session: Session, voted_at: int | None, replies: list[Row], models: Mapping[str, Model]) -> str | None:
     if session.mode == "random" and voted_at is not None:
         return "revealed"
-    if session.mode == "random" and any(names_itself(row["content"], _names(models, row["model"])) for row in turn):
+    if session.mode == "random" and any(names_itself(row["content"], _names(models, row["model"])) for row in replies):
         return "named"
     return None
 
@@ -170,25 +165,16 @@ class Leaderboard:
     def __init__(self, database: Database, kept: float) -> None:
         self._database = database
         self._kept = kept
-        self._standings: dict[tuple[str, tuple[str, ...]], Cached[list[Standing]]] = {}
-        self._details: dict[tuple[str, tuple[str, ...]], Cached[Details]] = {}
+        self._boards: dict[tuple[str, tuple[str, ...]], Cached[Board]] = {}
+
+    async def board(self, period: str, modes: tuple[str, ...]) -> Board:
+        computed = partial(self._computed, period, modes)
+        return await self._boards.setdefault((period, modes), Cached(self._kept, computed)).get()
 
     async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
-        """Best first; models without a rating last."""
-        computed = partial(self._computed, period, modes)
-        return await self._standings.setdefault((period, modes), Cached(self._kept, computed)).get()
+        return (await self.board(period, modes)).standings
 
-    async def details(self, period: str, modes: tuple[str, ...]) -> Details:
-        found = partial(self._found, period, modes)
-        return await self._details.setdefault((period, modes), Cached(self._kept, found)).get()
-
-    async def _found(self, period: str, modes: tuple[str, ...]) -> Details:
-        days = PERIODS[period]
-        since = 0 if days is None else self._database.now() - days * DAY
-        tally = await _select_tally(self._database, since, FOREVER, modes)
-        return Details(tally, await _select_left_out(self._database, since, modes))
-
-    async def _computed(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
+    async def _computed(self, period: str, modes: tuple[str, ...]) -> Board:
         now, days = self._database.now(), PERIODS[period]
         since = 0 if days is None else now - days * DAY
         recent = now - (days or 30) * DAY
@@ -196,7 +182,8 @@ class Leaderboard:
         earlier = await _select_tally(self._database, 0, recent, modes)
         later = await _select_recent(self._database, recent, modes)
         # In a thread: a million votes between 60 models take a tenth of a second, in which every socket would wait.
-        return await asyncio.to_thread(_standings, votes, earlier, later)
+        standings = await asyncio.to_thread(_standings, votes, earlier, later)
+        return Board(standings, votes, await _select_left_out(self._database, since, modes))
 
 
 def _standings(votes: list[Tally], earlier: list[Tally], later: list[tuple[str, str, str]]) -> list[Standing]:
