@@ -60,7 +60,10 @@ def account_json(account: Account) -> dict[str, Any]:
     }
 
 
-def _account(row: Row) -> Account:
+def _account(row: Row | None) -> Account:
+    """Return the account of a row. Raises `token_invalid` for none: it is gone, or its tokens were revoked."""
+    if row is None:
+        raise ChatError("token_invalid", "This token is not valid any more.")
     return Account(**row | {"preferences": msgspec.json.decode(row["preferences"])})
 
 
@@ -80,7 +83,6 @@ async def insert_guest(database: Database, display_name: str | None) -> Account:
             "expires_at": now + GUEST_LIFETIME,
         },
     )
-    assert row is not None
     return _account(row)
 
 
@@ -90,8 +92,6 @@ async def select_account(database: Database, id: str, token_version: int) -> Acc
         f"SELECT {COLUMNS} FROM accounts WHERE id = :id AND token_version = :version AND expires_at > 0",
         {"id": id, "version": token_version},
     )
-    if row is None:
-        raise ChatError("token_invalid", "This token is not valid any more.")
     return _account(row)
 
 
@@ -102,8 +102,6 @@ async def renew_account(database: Database, id: str, token_version: int) -> Acco
              WHERE id = :id AND token_version = :version AND expires_at > 0 RETURNING {COLUMNS}""",
         {"id": id, "version": token_version, "until": database.now() + GUEST_LIFETIME},
     )
-    if row is None:
-        raise ChatError("token_invalid", "This token is not valid any more.")
     return _account(row)
 
 
@@ -141,8 +139,6 @@ async def update_account(
             "now": database.now(),
         },
     )
-    if row is None:
-        raise ChatError("token_invalid", "This token is not valid any more.")
     return _account(row)
 
 
