@@ -47,8 +47,8 @@ class Meter:
 
         thinks: the model thinks in silence before its text; an interrupted call has no count of that.
         """
-        self._prompt = 0 if free else prompt
-        self._most = 0 if free else max_tokens
+        self._prompt = prompt
+        self._most = max_tokens
         self._free = free
         self._thinks = thinks
         self._spent = 0  # of the calls before this one
@@ -62,11 +62,11 @@ class Meter:
     @property
     def most(self) -> int:
         """The tokens to reserve for one call."""
-        return self._prompt + self._most
+        return 0 if self._free else self._prompt + self._most
 
     @property
     def spent(self) -> int:
-        return self._spent + self._input + self._output
+        return 0 if self._free else self._spent + self._input + self._output
 
     def call(self) -> None:
         """The provider is about to be asked, the first time or again."""
@@ -74,13 +74,12 @@ class Meter:
 
     def came(self, text: str) -> None:
         """A piece of the answer has arrived."""
-        if not self._free:
+        if not self._free:  # counting costs more than most of what is done with a piece
             self._output += tokens_of(text)
 
     def thought(self, size: int) -> None:
         """So many bytes of a thought have arrived, which nobody is shown."""
-        if not self._free:
-            self._output += size
+        self._output += size
 
     def cut(self) -> None:
         """This worker has ended the call. A call without text may have thought in silence, up to its limit."""
@@ -89,8 +88,7 @@ class Meter:
 
     def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
         """The provider has sent its own counts of this call. A missing count, or 0, leaves our own."""
-        if not self._free:
-            self._input, self._output = input_tokens or self._input, output_tokens or self._output
+        self._input, self._output = input_tokens or self._input, output_tokens or self._output
 
 
 def metered(model: Model, messages: Iterable[str], max_tokens: int) -> Meter:
