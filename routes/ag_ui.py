@@ -100,11 +100,11 @@ async def join(request: Request) -> Response:
     if thread_id := request.query_params.get("threadId"):
         return await _thread(request, thread_id, account)
     run_id, database = request.query_params.get("runId", ""), inputs.state(request).database
-    session_id = await turns.select_session_of_message(database, run_id, account_id(account))
-    found = await _find(request, session_id, run_id, account)
-    if found is None:
+    session = await sessions.select_session_of_message(database, run_id, account_id(account))
+    turn = await turns.select_turn_of_message(database, session, run_id)
+    if turn is None:
         raise not_found("run")
-    return await _told(request, found[0], found[1].id, account)
+    return await _told(request, session, turn.id, account)
 
 
 async def _thread(request: Request, id: str, account: Account | None) -> Response:

@@ -331,8 +331,7 @@ async def regenerate(request: Request) -> Response:
     chat, spoken = inputs.state(request), chosen_format(request)
     account = await inputs.account(request)
     message_id = request.path_params["message_id"]
-    session_id = await turns.select_session_of_message(chat.database, message_id, account.id)
-    session = await sessions.select_session(chat.database, session_id, account.id)
+    session = await sessions.select_session_of_message(chat.database, message_id, account.id)
     turn = await chat.generation.again(session, account, message_id, address=inputs.address(request))
     return await follow(request, Right(chat.database, session, account), _again(turn), spoken)
 

@@ -75,7 +75,7 @@ async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool
         is_open=is_open,
     )
     # An id of somebody else's is answered like an id that nobody has.
-    return await sessions.select_session(chat.database, id, account.id), made
+    return made or await sessions.select_session(chat.database, id, account.id), made is not None
 
 
 async def listing(request: Request) -> Response:

@@ -135,7 +135,8 @@ class Generation:
         def insert(turn_id: str, terms: Terms) -> Awaitable[StoredTurn]:
             return turns.insert_regeneration(self.database, session, account.id, message_id, terms, turn_id)
 
-        content = await turns.select_content(self.database, session.id, message_id)
+        said = await turns.select_turn_of_message(self.database, session, message_id)
+        content = said.rows[0]["content"] if said is not None else ""
         return await self._start(session, account, address, content, insert, Limits(self.settings.max_tokens))
 
     async def _start(

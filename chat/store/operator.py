@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ChatError, not_found
+from ..errors import ChatError
 from . import sessions
 from .accounts import iso
 from .database import Database, new_id
@@ -44,12 +44,9 @@ async def update_operator(database: Database, id: str, name: str | None) -> Sess
     session = await sessions.select_unchecked(database, id)
     if session.mode != "direct":
         raise ChatError("conflict", "A session with two models cannot be taken over.")
-    row = await database.fetch_one(
-        "UPDATE sessions SET operator = CAST(:name AS TEXT) WHERE id = :id RETURNING id", {"id": id, "name": name}
-    )
-    if row is None:
-        raise not_found("session")
-    return session
+    values = {"id": id, "name": name}
+    sql = f"UPDATE sessions SET operator = CAST(:name AS TEXT) WHERE id = :id RETURNING {sessions.COLUMNS}"
+    return await sessions.fetch_session(database, sql, values)
 
 
 async def insert_words(database: Database, session: Session, message_id: str, content: str) -> None:

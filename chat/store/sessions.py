@@ -88,11 +88,11 @@ class Session:
 
 # -- statements. A session is its owner's; an open one (local start only) is everybody's; a public one may be read.
 
-COLUMNS = """s.id, s.account_id, a.display_name, s.mode, s.title, s.session_type, s.model_a, s.model_b, s.is_public,
-             s.is_open, s.is_pinned, s.share_token, s.metadata, s.next_position, s.version, s.voted_at,
-             s.last_message_at, s.created_at, s.updated_at, s.operator,
-             (SELECT COUNT(*) FROM messages m WHERE m.session_id = s.id) AS message_count"""
-FROM = "FROM sessions s JOIN accounts a ON a.id = s.account_id"
+COLUMNS = """id, account_id, mode, title, session_type, model_a, model_b, is_public, is_open, is_pinned, share_token,
+             metadata, next_position, version, voted_at, last_message_at, created_at, updated_at, operator,
+             (SELECT display_name FROM accounts a WHERE a.id = sessions.account_id) AS display_name,
+             (SELECT COUNT(*) FROM messages m WHERE m.session_id = sessions.id) AS message_count"""
+SELECT = f"SELECT {COLUMNS} FROM sessions"
 
 
 def _session(row: Row) -> Session:
@@ -101,6 +101,17 @@ def _session(row: Row) -> Session:
     for name in ("is_public", "is_open", "is_pinned"):
         row[name] = bool(row[name])
     return Session(**row)
+
+
+async def _fetch(database: Database | Query, sql: str, values: Values) -> list[Session]:
+    return [_session(row) for row in await database.fetch_all(sql, values)]
+
+
+async def fetch_session(database: Database | Query, sql: str, values: Values, name: str = "session") -> Session:
+    """Return the session that the statement selects or changes. Raises `not_found` for none, by this name."""
+    for session in await _fetch(database, sql, values):
+        return session
+    raise not_found(name)
 
 
 async def insert_session(
@@ -114,14 +125,15 @@ async def insert_session(
     session_type: str | None = None,
     metadata: dict[str, Any] | None = None,
     is_open: bool = False,
-) -> bool:
-    """Make a session; whether this call made it (False: the id exists already, whoever owns it)."""
-    row = await database.fetch_one(
-        """INSERT INTO sessions (id, account_id, mode, title, session_type, model_a, model_b, is_public, is_open,
+) -> Session | None:
+    """Make a session. None: the id exists already, whoever owns it."""
+    made = await _fetch(
+        database,
+        f"""INSERT INTO sessions (id, account_id, mode, title, session_type, model_a, model_b, is_public, is_open,
                                  is_pinned, metadata, next_position, version, created_at, updated_at)
            VALUES (:id, :account_id, :mode, :title, :session_type, :model_a, :model_b, 0, :is_open,
                    0, :metadata, 0, 1, :now, :now)
-           ON CONFLICT (id) DO NOTHING RETURNING id""",
+           ON CONFLICT (id) DO NOTHING RETURNING {COLUMNS}""",
         {
             "id": id or new_id(),
             "account_id": account_id,
@@ -135,68 +147,70 @@ async def insert_session(
             "now": database.now(),
         },
     )
-    return row is not None
+    return made[0] if made else None
 
 
-async def _find(database: Database | Query, where: str, values: Values) -> Session | None:
-    row = await database.fetch_one(f"SELECT {COLUMNS} {FROM} WHERE {where}", values)
-    return None if row is None else _session(row)
+WRITABLE = "id = :id AND (account_id = :account_id OR is_open = 1)"
 
 
-async def find_session(database: Database | Query, id: str, account_id: str) -> Session | None:
+async def find_session(database: Database, id: str, account_id: str) -> Session | None:
     """Return the session if the account may write in it."""
-    mine = "s.id = :id AND (s.account_id = :account_id OR s.is_open = 1)"
-    return await _find(database, mine, {"id": id, "account_id": account_id})
+    found = await _fetch(database, f"{SELECT} WHERE {WRITABLE}", {"id": id, "account_id": account_id})
+    return found[0] if found else None
 
 
-async def select_session(database: Database | Query, id: str, account_id: str) -> Session:
-    """Return the session if the account may write in it. Raises `not_found`."""
-    return _found(await find_session(database, id, account_id))
+async def select_session(database: Database, id: str, account_id: str) -> Session:
+    """Return the session if the account may write in it. Raises `not_found`: other people's do not exist for them."""
+    return await fetch_session(database, f"{SELECT} WHERE {WRITABLE}", {"id": id, "account_id": account_id})
 
 
 async def select_readable(database: Database, id: str, account_id: str) -> Session:
     """Return the session if the account may read it: anyone may read a public one. Raises `not_found`."""
-    readable = "s.id = :id AND (s.account_id = :account_id OR s.is_open = 1 OR s.is_public = 1)"
-    return _found(await _find(database, readable, {"id": id, "account_id": account_id}))
+    readable = f"{SELECT} WHERE id = :id AND (account_id = :account_id OR is_open = 1 OR is_public = 1)"
+    return await fetch_session(database, readable, {"id": id, "account_id": account_id})
 
 
 async def select_unchecked(database: Database, id: str) -> Session:
     """Return the session, for the server's own work: no caller is checked. Raises `not_found`."""
-    return _found(await _find(database, "s.id = :id", {"id": id}))
+    return await fetch_session(database, f"{SELECT} WHERE id = :id", {"id": id})
 
 
 async def select_shared(database: Database, share_token: str) -> Session:
     """Return the session that this link shares. Raises `not_found`."""
-    return _found(await _find(database, "s.share_token = :token", {"token": share_token}), "shared session")
+    shared = f"{SELECT} WHERE share_token = :token"
+    return await fetch_session(database, shared, {"token": share_token}, "shared session")
 
 
-def _found(session: Session | None, name: str = "session") -> Session:
-    if session is None:
-        raise not_found(name)
-    return session
+async def select_session_of_message(database: Database, message_id: str, account_id: str) -> Session:
+    """Return the session of a message, if the account may write there. Raises `not_found`.
+
+    Clients choose the ids of messages: of two sessions with this one the younger message's is meant.
+    """
+    sql = f"""{SELECT} WHERE id =
+               (SELECT m.session_id FROM messages m JOIN sessions s ON s.id = m.session_id
+                 WHERE m.id = :id AND (s.account_id = :account_id OR s.is_open = 1)
+                 ORDER BY m.created_at DESC LIMIT 1)"""
+    return await fetch_session(database, sql, {"id": message_id, "account_id": account_id}, "message")
 
 
 async def select_running(database: Database, account_id: str) -> list[Session]:
     """The account's sessions in which an answer is being written."""
-    rows = await database.fetch_all(
-        f"""SELECT {COLUMNS} {FROM} WHERE s.account_id = :account_id
-               AND EXISTS (SELECT 1 FROM turns t WHERE t.session_id = s.id AND t.status = 'running')""",
-        {"account_id": account_id},
-    )
-    return [_session(row) for row in rows]
+    running = "EXISTS (SELECT 1 FROM turns t WHERE t.session_id = sessions.id AND t.status = 'running')"
+    return await _fetch(database, f"{SELECT} WHERE account_id = :account_id AND {running}", {"account_id": account_id})
 
 
 async def select_sessions(
     database: Database, account_id: str, *, mode: str | None, search: str | None, limit: int, before: tuple[int, str]
 ) -> list[Session]:
     """The account's sessions, newest change first, from below the `(updated_at, id)` of the last one shown."""
-    rows = await database.fetch_all(
-        f"""SELECT {COLUMNS} {FROM}
-             WHERE s.account_id = :account_id
-               AND (CAST(:mode AS TEXT) IS NULL OR s.mode = :mode)
-               AND (CAST(:search AS TEXT) IS NULL OR LOWER(s.title) LIKE LOWER(:search) ESCAPE '!')
-               AND (s.updated_at < :updated_at OR (s.updated_at = :updated_at AND s.id < :id))
-             ORDER BY s.updated_at DESC, s.id DESC LIMIT :limit""",
+    return await _fetch(
+        database,
+        f"""{SELECT}
+             WHERE account_id = :account_id
+               AND (CAST(:mode AS TEXT) IS NULL OR mode = :mode)
+               AND (CAST(:search AS TEXT) IS NULL OR LOWER(title) LIKE LOWER(:search) ESCAPE '!')
+               AND (updated_at < :updated_at OR (updated_at = :updated_at AND id < :id))
+             ORDER BY updated_at DESC, id DESC LIMIT :limit""",
         {
             "account_id": account_id,
             "mode": mode,
@@ -206,7 +220,6 @@ async def select_sessions(
             "limit": limit,
         },
     )
-    return [_session(row) for row in rows]
 
 
 def _like(search: str | None) -> str | None:
@@ -230,15 +243,15 @@ async def update_session(
 
     A session that is made private loses its share link, too.
     """
-    return await _update(
+    return await fetch_session(
         database,
-        """UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
+        f"""UPDATE sessions SET title = COALESCE(CAST(:title AS TEXT), title),
                   is_pinned = COALESCE(CAST(:is_pinned AS INTEGER), is_pinned),
                   is_public = COALESCE(CAST(:is_public AS INTEGER), is_public),
                   share_token = CASE WHEN is_public = 1 AND CAST(:is_public AS INTEGER) = 0 THEN NULL
                                      ELSE share_token END,
                   version = version + 1, updated_at = :now
-            WHERE id = :id AND account_id = :account_id RETURNING id""",
+            WHERE id = :id AND account_id = :account_id RETURNING {COLUMNS}""",
         {
             "id": id,
             "account_id": account_id,
@@ -252,32 +265,20 @@ async def update_session(
 
 async def update_share(database: Database, id: str, account_id: str, share: bool) -> Session:
     """Give the session a share token (the one it has, if any) or take it away. Only the owner may."""
-    return await _update(
+    return await fetch_session(
         database,
-        """UPDATE sessions SET share_token = CASE WHEN :share = 1 THEN COALESCE(share_token, :token) END,
+        f"""UPDATE sessions SET share_token = CASE WHEN :share = 1 THEN COALESCE(share_token, :token) END,
                   version = version + 1
-            WHERE id = :id AND account_id = :account_id RETURNING id""",
+            WHERE id = :id AND account_id = :account_id RETURNING {COLUMNS}""",
         {"id": id, "account_id": account_id, "share": int(share), "token": secrets.token_urlsafe(16)},
     )
 
 
-async def _update(database: Database, sql: str, values: Values) -> Session:
-    """Change a session of this account and return it, both or neither: the caller has readers to tell."""
-
-    async def work(query: Query) -> Session:
-        if await query.fetch_one(sql, values) is None:
-            raise not_found("session")
-        return await select_session(query, values["id"], values["account_id"])
-
-    return await database.transaction(work)
-
-
 async def delete_session(database: Database, session: Session, account_id: str) -> None:
     """Delete the session with all of its messages. The votes stay: they are facts about models."""
-    row = await database.fetch_one(
-        """DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
-           RETURNING id""",
+    await fetch_session(
+        database,
+        f"""DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
+            RETURNING {COLUMNS}""",
         session.life | {"account_id": account_id},
     )
-    if row is None:
-        raise not_found("session")

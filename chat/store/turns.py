@@ -241,7 +241,7 @@ async def write_turn(
             "ended_at": None if runs else now,
         },
     )
-    await query.execute_many(INSERT_MESSAGE, [dict(row) for row in turn.rows])
+    await query.execute_many(INSERT_MESSAGE, list(turn.rows))
     previous = turn.previous or (row and row["previous"]) or ""
     if terms is None:
         return replace(turn, previous=previous)
@@ -349,28 +349,6 @@ async def select_turn_of_message(query: Database | Query, session: Session, mess
     return StoredTurn(row["id"], session, row["account_id"], row["position"], "", tuple(rows), False)
 
 
-async def select_session_of_message(database: Database, message_id: str, account_id: str) -> str:
-    """Return the id of the message's session, if the account may write there. Raises `not_found`."""
-    row = await database.fetch_one(
-        """SELECT s.id FROM messages m JOIN sessions s ON s.id = m.session_id
-            WHERE m.id = :id AND (s.account_id = :account_id OR s.is_open = 1) ORDER BY m.created_at DESC LIMIT 1""",
-        {"id": message_id, "account_id": account_id},
-    )
-    if row is None:
-        raise not_found("message")
-    return str(row["id"])
-
-
-async def select_content(database: Database, session_id: str, message_id: str) -> str:
-    """Return the text of the user message that a message of the session is or answers; "" when there is none."""
-    row = await database.fetch_one(
-        """SELECT u.content FROM messages m JOIN messages u ON u.session_id = m.session_id AND u.turn_id = m.turn_id
-            WHERE m.session_id = :session_id AND m.id = :id AND u.role = 'user'""",
-        {"session_id": session_id, "id": message_id},
-    )
-    return "" if row is None else str(row["content"])
-
-
 async def select_first_message(database: Database, session_id: str) -> str | None:
     """Return the text of the session's first user message."""
     row = await database.fetch_one(
@@ -450,7 +428,6 @@ async def checkpoint(database: Database, values: list[Values]) -> None:
     await database.transaction(work)
 
 
-ENDING = ("session_id", "id", "turn_id", "content", "status", "failure_reason", "latency_ms", "first_token_ms")
 UPDATE_OWN_TURN = """
     UPDATE turns SET status = CASE WHEN :last = 1 THEN 'ended' ELSE status END,
                      ended_at = CASE WHEN :last = 1 THEN COALESCE(ended_at, CAST(:now AS BIGINT)) ELSE ended_at END
@@ -474,7 +451,7 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
         if await query.fetch_one(UPDATE_OWN_TURN, own) is None:
             return False
         for row in rows:
-            await query.execute(UPDATE_REPLY, {name: row[name] for name in ENDING} | {"now": now})
+            await query.execute(UPDATE_REPLY, row | {"now": now})
         return True
 
     return await database.transaction(work)

@@ -20,7 +20,7 @@ from ..errors import ChatError, not_found
 from ..settings import Model
 from .database import Database, new_id
 from .queries import Query, Row
-from .sessions import Session, select_session
+from .sessions import COLUMNS, Session, fetch_session
 
 PREFERENCES = ("model_a", "model_b", "tie", "both_bad")
 PERIODS = {"all_time": None, "monthly": 30, "weekly": 7, "daily": 1}  # days
@@ -72,40 +72,35 @@ async def insert_vote(
     """
 
     async def work(query: Query) -> tuple[Vote, Session]:
-        # With the session's row locked, nobody else votes in it, and no answer is made again.
-        locked = await query.fetch_one(
-            "UPDATE sessions SET version = version WHERE id = :id AND account_id = :account_id RETURNING voted_at",
-            {"id": session.id, "account_id": account_id},
+        # First, because this locks the session: nobody else votes in it meanwhile, and no answer is made again.
+        now = database.now()
+        voted = await fetch_session(
+            query,
+            f"""UPDATE sessions SET voted_at = COALESCE(voted_at, :now), version = version + 1, updated_at = :now
+                 WHERE id = :id AND account_id = :account_id RETURNING {COLUMNS}""",
+            {"id": session.id, "account_id": account_id, "now": now},
         )
-        replies = [] if locked is None else await _select_battle(query, session.id, message_id)
-        if locked is None or not replies:
-            raise not_found("message")
-        _check_whole(replies)
-        reason = _not_counted(session, locked["voted_at"], replies, models)
-        vote = Vote(new_id(), preference, database.now())
+        replies = await _select_battle(query, session.id, message_id)
+        reason = _not_counted(voted, replies, models)
+        vote = Vote(new_id(), preference, now)
         await query.execute(INSERT_VOTE, {
             "id": vote.id,
             "turn_id": replies[0]["turn_id"],
-            "session_id": session.id,
+            "session_id": voted.id,
             "account_id": account_id,
-            "mode": session.mode,
+            "mode": voted.mode,
             "model_a": replies[0]["model"],
             "model_b": replies[1]["model"],
             "preference": preference,
             "counted": int(reason is None),
             "reason": reason,
-            "created_at": vote.created_at,
+            "created_at": now,
         })  # fmt: skip
         await query.execute(
             "UPDATE messages SET feedback = :feedback WHERE turn_id = :turn_id AND role = 'user'",
             {"feedback": f'"{preference}"', "turn_id": replies[0]["turn_id"]},
         )
-        await query.execute(
-            """UPDATE sessions SET voted_at = COALESCE(voted_at, :now), version = version + 1, updated_at = :now
-                WHERE id = :id""",
-            {"id": session.id, "now": vote.created_at},
-        )
-        return vote, await select_session(query, session.id, account_id)
+        return vote, voted
 
     return await database.transaction(work, line=session.id)
 
@@ -118,19 +113,22 @@ INSERT_VOTE = """
 
 
 async def _select_battle(query: Query, session_id: str, message_id: str) -> list[Row]:
-    """Return the replies of a message's turn, side a first, each with the turn's status and vote."""
-    return await query.fetch_all(
-        """SELECT m.turn_id, m.status, m.content, m.model, t.status AS turn_status, v.id AS vote_id
+    """Return the two replies of a message's turn, side a first, and how many votes their session has.
+
+    Raises `not_found` and `conflict` unless there are two whole answers, and `already_voted`.
+    """
+    replies = await query.fetch_all(
+        """SELECT m.turn_id, m.status, m.content, m.model, t.status AS turn_status, v.id AS vote_id,
+                  (SELECT COUNT(*) FROM turns o JOIN votes w ON w.turn_id = o.id
+                    WHERE o.session_id = :session_id) AS votes
              FROM messages m JOIN turns t ON t.id = m.turn_id LEFT JOIN votes v ON v.turn_id = t.id
             WHERE m.session_id = :session_id AND m.role = 'assistant' AND m.turn_id =
                   (SELECT turn_id FROM messages WHERE session_id = :session_id AND id = :id)
             ORDER BY m.participant""",
         {"session_id": session_id, "id": message_id},
     )
-
-
-def _check_whole(replies: list[Row]) -> None:
-    """Refuse the vote unless there are two whole answers and no vote yet."""
+    if not replies:
+        raise not_found("message")
     if replies[0]["vote_id"] is not None:
         raise ChatError("already_voted", "This answer has been voted on; a vote stays as it was cast.")
     if len(replies) < 2:
@@ -139,10 +137,11 @@ def _check_whole(replies: list[Row]) -> None:
         raise ChatError("conflict", "Both answers have to be finished before the vote.")
     if any(row["status"] != "success" for row in replies):
         raise ChatError("conflict", "Both answers have to be whole to be voted on; ask again.")
+    return replies
 
 
-def _not_counted(session: Session, voted_at: int | None, replies: list[Row], models: Mapping[str, Model]) -> str | None:
-    if session.mode == "random" and voted_at is not None:
+def _not_counted(session: Session, replies: list[Row], models: Mapping[str, Model]) -> str | None:
+    if session.mode == "random" and replies[0]["votes"]:
         return "revealed"
     if session.mode == "random" and any(names_itself(row["content"], _names(models, row["model"])) for row in replies):
         return "named"
