@@ -82,15 +82,15 @@ class RateLimits:
         except (RelayUnavailable, TimeoutError):
             return None
 
-    async def enter(self, limits: Iterable[tuple[str, int]]) -> bool:
-        """Take one place under each of these names. False, and nothing is taken, when one of them is full."""
+    async def enter(self, limits: Iterable[tuple[str, int]]) -> list[str]:
+        """Take one place under each of these names; return the names, to give to `leave`. None when one is full."""
         names = [name for name, _ in limits]
         self.open.update(names)
         counts = await self._places(names)
         if all(count <= limit for count, (_, limit) in zip(counts, limits, strict=True)):
-            return True
+            return names
         self.leave(names)
-        return False
+        return []
 
     def leave(self, names: Iterable[str]) -> None:
         for name in names:

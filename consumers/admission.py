@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -126,17 +127,13 @@ def address(socket: WebSocket, chat: State) -> str:
 
 async def _first_frame(socket: WebSocket, chat: State) -> tuple[Account, float]:
     """Wait for `{type: "auth", token}`; return the account and when the token expires."""
-    try:
+    frame = None
+    with contextlib.suppress(TimeoutError, ChatError):
         async with asyncio.timeout(chat.settings.auth_timeout):
             message = await socket.receive()
-    except TimeoutError:
-        raise Closed(4401, "authentication required") from None
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code") or 1006)
-    try:
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code") or 1006)
         frame = frames.parse(message.get("text") or "")
-    except ChatError:
-        raise Closed(4401, "authentication required") from None
     if not isinstance(frame, frames.Auth):
         raise Closed(4401, "authentication required")
     return await accounts.verified_until(chat.database, chat.tokens, "access", frame.token)
@@ -150,8 +147,8 @@ async def _session(chat: State, id: str, account: Account, guest: bool, choice: 
     if not chat.settings.open_sessions:
         raise not_found("session")
     mode, models = await choices.choose(choice, chat.generation, chat.leaderboard, chat.dice)
-    await sessions.insert_session(chat.database, account.id, mode, models, id=id, is_open=guest)
-    return await sessions.select_session(chat.database, id, account.id)
+    made = await sessions.insert_session(chat.database, account.id, mode, models, id=id, is_open=guest)
+    return made or await sessions.select_session(chat.database, id, account.id)
 
 
 # -- how many are open
@@ -169,10 +166,3 @@ def inside(chat: State, right: Right) -> list[tuple[str, int]]:
     if right.account is not None:
         limits.append((f"account:{right.account.id}", chat.settings.sockets_per_account))
     return limits
-
-
-async def take_places(chat: State, limits: list[tuple[str, int]]) -> list[str]:
-    """Take a place under each limit; return the names to give to `limits.leave`. Raises `Closed` when one is full."""
-    if not await chat.limits.enter(limits):
-        raise Closed(4429, "too many sockets")
-    return [name for name, _ in limits]

@@ -38,14 +38,16 @@ HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
 async def session(socket: WebSocket) -> None:
     """The consumer of `/ws/chat/session/<session_id>`. Refusals are sent after accept, so that a browser sees them."""
     chat: State = socket.scope["state"]["chat"]
-    outside = admission.outside(socket, chat)
-    places = [name for name, _ in outside] if await chat.limits.enter(outside) else []
+    places = await chat.limits.enter(admission.outside(socket, chat))
     try:
         await socket.accept(subprotocol=admission.subprotocol(socket))
         if not places:
             raise Closed(4429, "too many sockets")
         right = await admission.admit(socket, chat)
-        places += await admission.take_places(chat, admission.inside(chat, right))
+        inside = await chat.limits.enter(admission.inside(chat, right))
+        if not inside:
+            raise Closed(4429, "too many sockets")
+        places += inside
         await _converse(socket, chat, right)
     except Closed as closed:
         await _close(socket, chat, closed)

@@ -127,9 +127,9 @@ async def stream_places(connection: HTTPConnection, account: Account | None) -> 
     limits = buckets("streams", address(connection), chat.settings.streams_per_address)
     if account is not None:
         limits.append((f"streams:{account.id}", chat.settings.streams_per_account))
-    if not await chat.limits.enter(limits):
+    if not (places := await chat.limits.enter(limits)):
         raise ChatError("rate_limited", "You are reading too many answers at once.", retry_after=5)
-    return [name for name, _ in limits]
+    return places
 
 
 # -- the body and the query
