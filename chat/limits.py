@@ -40,7 +40,7 @@ class RateLimits:
     def __init__(self, worker: str, bus: Shared | None = None) -> None:
         self._worker = worker
         self._bus = bus
-        self._windows: dict[str, tuple[float, int]] = {}  # name → (end of its window, count)
+        self._windows: Counter[tuple[str, float]] = Counter()  # by name and end of its window
         self.open: Counter[str] = Counter()
 
     async def hit(self, name: str, limit: int, window: float, message: str) -> None:
@@ -49,7 +49,8 @@ class RateLimits:
         end = (number + 1) * window
         count = await self._shared_hit(name, number, window)
         if count is None:
-            count = self._local_hit(name, end)
+            self._windows[name, end] += 1
+            count = self._windows[name, end]
         if count > limit:
             raise ChatError("rate_limited", message, retry_after=round(max(1.0, end - time.time())))
 
@@ -63,12 +64,6 @@ class RateLimits:
         """Count one more of `name` from this address, and from the network around it. Raises `rate_limited`."""
         for bucket, most in buckets(name, address, limit):
             await self.hit(bucket, most, window, message)
-
-    def _local_hit(self, name: str, end: float) -> int:
-        kept, count = self._windows.get(name, (end, 0))
-        count = count + 1 if kept == end else 1
-        self._windows[name] = (end, count)
-        return count
 
     async def _shared_hit(self, name: str, number: int, window: float) -> int | None:
         if self._bus is None:
@@ -134,7 +129,7 @@ class RateLimits:
     async def beat(self) -> None:
         """Say that this worker lives, forget dead ones and windows that are over. Called every few seconds."""
         now = time.time()
-        self._windows = {name: kept for name, kept in self._windows.items() if kept[0] > now}
+        self._windows = Counter({window: count for window, count in self._windows.items() if window[1] > now})
         if self._bus is not None:
             self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))

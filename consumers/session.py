@@ -282,7 +282,7 @@ class Conversation:
 
     async def _speak(self, frame: frames.NewMessage) -> None:
         """Store an operator's words as a turn and tell all readers of the session."""
-        turns.checked_content(frame.content, self.chat.settings.prompt_max)
+        turns.check_content(frame.content, self.chat.settings.prompt_max)
         await operator.insert_words(self.chat.database, await self.right.select(), frame.id or new_id(), frame.content)
         self.chat.relay.look_again(self.session)
 

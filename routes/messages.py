@@ -88,7 +88,7 @@ async def start(
     spoken: the response's format; makes: the client chooses the ids of new sessions.
     """
     chat = inputs.state(request)
-    turns.checked_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
+    turns.check_content(ask.content, chat.settings.prompt_max)  # before a guest or a session is made for it
     guest = known is None
     account = known or await inputs.new_guest(request)
     session = await _session(chat, account, wish, guest, makes)

@@ -119,7 +119,7 @@ class Generation:
         address: the caller's, as limits count it. A blind battle ignores `max_tokens` and `temperature`: models differ
         in how they follow them, and a voter could tell the two apart.
         """
-        turns.checked_content(ask.content, self.settings.prompt_max)
+        turns.check_content(ask.content, self.settings.prompt_max)
         if session.blind:
             max_tokens, temperature = 0, None
         limits = Limits(max_tokens or self.settings.max_tokens, temperature)
@@ -177,8 +177,8 @@ class Generation:
         for side in session.sides:
             model_id = session.model(side).for_server()
             prompt = self.streams.prompt(model_id, side, history, content)
-            if (model := self.providers.known.get(model_id)) is not None:
-                tokens += metered(model, [message.content for message in prompt], limits.max_tokens).most
+            texts = [message.content for message in prompt]
+            tokens += metered(self.providers.known.get(model_id), texts, limits.max_tokens).most
         daily = (settings.daily_tokens_account, settings.daily_tokens_address, settings.daily_tokens_service)
         return Terms(
             owner=self.worker,

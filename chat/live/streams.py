@@ -74,7 +74,7 @@ class Streams:
             model_id = turn.replies[side]["model"]
             prompt = self.prompt(model_id, side, history, content)
             model, texts = self.providers.known.get(model_id), [message.content for message in prompt]
-            turn.meters[side] = metered(model, texts, limits.max_tokens) if model is not None else Meter.unused()
+            turn.meters[side] = metered(model, texts, limits.max_tokens)
             turn.streams[side] = asyncio.create_task(self._stream(turn, side, prompt, limits))
 
     async def _stream(self, turn: Turn, side: str, prompt: list[ChatMessage], limits: Limits) -> None:

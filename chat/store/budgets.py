@@ -54,11 +54,6 @@ class Meter:
         self._spent = 0  # of the calls before this one
         self._input = self._output = 0  # of this call, as measured
 
-    @classmethod
-    def unused(cls) -> Meter:
-        """Return the meter of a call that cannot be made."""
-        return cls(0, 0, free=True)
-
     @property
     def most(self) -> int:
         """The tokens to reserve for one call."""
@@ -91,8 +86,10 @@ class Meter:
         self._input, self._output = input_tokens or self._input, output_tokens or self._output
 
 
-def metered(model: Model, messages: Iterable[str], max_tokens: int) -> Meter:
-    """The meter of one reply of this model to these messages' texts."""
+def metered(model: Model | None, messages: Iterable[str], max_tokens: int) -> Meter:
+    """The meter of one reply of this model to these messages' texts. None: a model that is not there costs nothing."""
+    if model is None:
+        return Meter(0, 0, free=True)
     most = min(max_tokens, model.max_tokens or max_tokens)
     return Meter(prompt_tokens(messages), most, free=model.free, thinks=model.thinks)
 

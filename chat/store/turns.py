@@ -62,15 +62,14 @@ class Terms:
     person_reads: str  # the reply to a message that a person will answer; `{name}` stands for the person's name
 
 
-def checked_content(content: str | None, prompt_max: int) -> str:
-    """Return a message's text. Raises `invalid` or `too_large`."""
-    if not content or not content.strip():
+def check_content(content: str, prompt_max: int) -> None:
+    """Refuse a message's text that is empty or too long or cannot be stored. Raises `invalid` or `too_large`."""
+    if not content.strip():
         raise invalid("content", "a message needs some text")
     if len(content) > prompt_max:
         raise ChatError("too_large", f"A message may have {prompt_max} characters; this has {len(content)}.")
     if "\x00" in content:
         raise invalid("content", "a message cannot contain NUL characters")  # PostgreSQL stores none
-    return content
 
 
 MESSAGE = """session_id, id, turn_id, role, participant, model, content, status, failure_reason, position, parent_ids,
