@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ChatError
@@ -35,28 +36,21 @@ def _bare(statement: str) -> str:
     return "\n".join(line for line in statement.splitlines() if not line.startswith("--")).strip()
 
 
+@dataclass
 class Migration:
-    """Brings one database's schema up to date."""
+    """Brings one database's schema up to date. ask: runs a statement that reads, on another connection than ours."""
 
-    def __init__(
-        self,
-        steps: list[Step],
-        postgres: bool,
-        now: Callable[[], int],
-        ask: Callable[[str, Values], Awaitable[list[Row]]],
-    ) -> None:
-        """ask: runs a statement that reads, on another connection than the migration's."""
-        self._steps = steps
-        self._postgres = postgres
-        self._now = now
-        self._ask = ask
-        self._at = "nothing"  # the statement under way, for the log; `_pid`: PostgreSQL's process that runs it
-        self._pid = 0
+    steps: list[Step]
+    postgres: bool
+    now: Callable[[], int]
+    ask: Callable[[str, Values], Awaitable[list[Row]]]
+    at: str = "nothing"  # the statement under way, for the log
+    pid: int = 0  # PostgreSQL's process that runs it
 
     async def run(self, transact: Callable[[Work], Awaitable[Any]]) -> int:
         """Apply what is not applied yet; return how many steps that were. transact: runs work in a transaction."""
         done = await self._done()
-        if not (todo := [step for step in self._steps if step[0] not in done]):
+        if not (todo := [step for step in self.steps if step[0] not in done]):
             return 0  # without a lock: workers that start together would wait for each other
         saying = asyncio.create_task(self._say())
         try:
@@ -66,9 +60,9 @@ class Migration:
             await asyncio.gather(saying, return_exceptions=True)
 
     async def _done(self) -> set[int]:
-        if not await self._ask(POSTGRES_TABLE if self._postgres else SQLITE_TABLE, {}):
+        if not await self.ask(POSTGRES_TABLE if self.postgres else SQLITE_TABLE, {}):
             return set()
-        return {row["step"] for row in await self._ask("SELECT step FROM schema_steps", {})}
+        return {row["step"] for row in await self.ask("SELECT step FROM schema_steps", {})}
 
     async def _attempt(self, transact: Callable[[Work], Awaitable[Any]], step: Step) -> bool:
         """Apply a step unless another process has done so; whether it was this one.
@@ -85,9 +79,9 @@ class Migration:
             await asyncio.sleep(PAUSE)
 
     async def _apply(self, query: Query, number: int, statements: list[str]) -> bool:
-        self._at = f"step {number}, behind another process that changes the schema"
-        if self._postgres:
-            self._pid = (await query.fetch_all("SELECT pg_backend_pid() AS pid"))[0]["pid"]
+        self.at = f"step {number}, behind another process that changes the schema"
+        if self.postgres:
+            self.pid = (await query.fetch_all("SELECT pg_backend_pid() AS pid"))[0]["pid"]
             await query.execute(f"SELECT pg_advisory_xact_lock({LOCK})")
         await query.execute(
             "CREATE TABLE IF NOT EXISTS schema_steps (step INTEGER PRIMARY KEY, applied_at BIGINT NOT NULL)"
@@ -95,9 +89,9 @@ class Migration:
         if await query.fetch_one("SELECT step FROM schema_steps WHERE step = :step", {"step": number}):
             return False
         for statement in statements:
-            self._at = f"step {number}, {statement.splitlines()[0]}"
+            self.at = f"step {number}, {statement.splitlines()[0]}"
             await query.execute(statement)
-        values = {"step": number, "now": self._now()}
+        values = {"step": number, "now": self.now()}
         await query.execute("INSERT INTO schema_steps (step, applied_at) VALUES (:step, :now)", values)
         return True
 
@@ -108,9 +102,9 @@ class Migration:
             await asyncio.sleep(SAID_EVERY)
             waiting: list[Row] = []
             with contextlib.suppress(ChatError):
-                waiting = await self._ask(WAITING_FOR, {"pid": self._pid}) if self._postgres else []
+                waiting = await self.ask(WAITING_FOR, {"pid": self.pid}) if self.postgres else []
             whom = "".join(f"; waiting for process {row['pid']} ({row['name']}, {row['state']})" for row in waiting)
-            log.warning("schema, for %.0f s now: %s%s", time.monotonic() - began, self._at, whom)
+            log.warning("schema, for %.0f s now: %s%s", time.monotonic() - began, self.at, whom)
 
 
 POSTGRES_TABLE = "SELECT 1 AS one WHERE to_regclass('schema_steps') IS NOT NULL"
