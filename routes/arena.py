@@ -9,15 +9,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from chat.arena.ratings import Rating
 from chat.errors import ChatError, invalid, not_found
 from chat.formats import Id
-from chat.settings import Model
 from chat.state import State
 from chat.store import sessions, votes
 from chat.store.accounts import Account, iso
 from chat.store.database import new_id
-from chat.store.mask import model_card
-from chat.store.votes import Standing
 
 from . import inputs
 
@@ -110,13 +108,10 @@ async def leaderboard(request: Request) -> Response:
     chat = inputs.state(request)
     limit = inputs.number(request, "limit", 100, 1, 1000)
     standings = await chat.leaderboard.standings(*_which(request))
-    cards = {model.id: model_card(model) for model in chat.settings.models}
-    return inputs.answer([_line(each, cards) for each in standings[:limit]])
+    return inputs.answer([_line(each, chat.mask.model(each.model)) for each in standings[:limit]])
 
 
-def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    rating = standing.rating
-    card = cards.get(rating.model) or model_card(Model(id=rating.model, provider="unknown"))
+def _line(rating: Rating, card: dict[str, Any]) -> dict[str, Any]:
     return {
         "rank": rating.rank,
         "id": rating.model,
@@ -125,7 +120,7 @@ def _line(standing: Standing, cards: dict[str, dict[str, Any]]) -> dict[str, Any
         "elo_rating": _rounded(rating.rating),
         "ci_lower": _rounded(rating.lower),
         "ci_upper": _rounded(rating.upper),
-        "rating_change": _rounded(standing.change),
+        "rating_change": _rounded(rating.change),
         "battles": rating.battles,
         "wins": rating.wins,
         "losses": rating.losses,

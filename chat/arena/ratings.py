@@ -51,6 +51,7 @@ class Rating:
     both_bad: int
     win_rate: float
     preliminary: bool
+    change: float = 0.0  # points of sequential Elo won over a period, where somebody asks for that
 
 
 def bradley_terry(rows: Iterable[Row]) -> list[Rating]:

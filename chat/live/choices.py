@@ -46,8 +46,7 @@ async def choose(
     mode, offered = choice.mode or "direct", generation.providers.models
     _check_model(choice, mode)
     if mode == "random":
-        standings = await leaderboard.standings("all_time", ("random",))
-        ratings = [each.rating for each in standings]
+        ratings = await leaderboard.standings("all_time", ("random",))
         return mode, matches.draw(fighters(offered), generation.outages(), ratings, dice)
     first = choice.model_a_id or choice.model or (next(iter(offered), None) if mode == "direct" else None)
     field = "model" if choice.model and not choice.model_a_id else "model_a_id"

@@ -62,6 +62,10 @@ class Mask:
         self._cards = {id: model_card(model) for id, model in models.items()}
         self._base_url = base_url
 
+    def model(self, id: str) -> dict[str, Any]:
+        """The card of a model, which the settings may not have any more."""
+        return self._cards.get(id) or model_card(Model(id=id, provider="unknown")) | {"is_active": False}
+
     def card(self, session: Session, side: str | None) -> dict[str, Any] | None:
         """The model on one side: its card, or in a blind battle a slot that says nothing about it."""
         hidden = {"a": session.model_a, "b": session.model_b}.get(side or "")
@@ -71,8 +75,7 @@ class Mask:
             slot = hashlib.sha256(f"{session.id}:{side}".encode()).hexdigest()[:32]
             name = "Model A" if side == "a" else "Model B"
             return {"id": slot, "display_name": name, "provider": "Random", "is_thinking_model": False}
-        id = hidden.for_server()
-        return self._cards.get(id) or model_card(Model(id=id, provider="unknown")) | {"is_active": False}
+        return self.model(hidden.for_server())
 
     def _author(self, session: Session, row: Row) -> dict[str, Any] | None:
         """Return the card of whoever said a message: of its side's model, or of a person; None for the user's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,21 +40,13 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A line of the leaderboard: the rating, and points of sequential Elo (K = 4) won over the period."""
-
-    rating: Rating
-    change: float
-
-
-@dataclass(frozen=True)
 class Board:
     """A leaderboard, best first, models without a rating last, and its facts.
 
     tally: how each pair met and ended; left_out: how many votes were stored and not counted, by reason.
     """
 
-    standings: list[Standing]
+    standings: list[Rating]
     tally: list[Tally]
     left_out: list[tuple[str, int]]
 
@@ -170,7 +162,7 @@ class Leaderboard:
         computed = partial(self._computed, period, modes)
         return await self._boards.setdefault((period, modes), Cached(self._kept, computed)).get()
 
-    async def standings(self, period: str, modes: tuple[str, ...]) -> list[Standing]:
+    async def standings(self, period: str, modes: tuple[str, ...]) -> list[Rating]:
         return (await self.board(period, modes)).standings
 
     async def _computed(self, period: str, modes: tuple[str, ...]) -> Board:
@@ -185,14 +177,13 @@ class Leaderboard:
         return Board(standings, votes, await _select_left_out(self._database, since, modes))
 
 
-def _standings(votes: list[Tally], earlier: list[Tally], later: list[tuple[str, str, str]]) -> list[Standing]:
+def _standings(votes: list[Tally], earlier: list[Tally], later: list[tuple[str, str, str]]) -> list[Rating]:
     """Ratings by `votes`; changes by sequential Elo over `later`, from where the `earlier` votes had put everyone."""
     start = {each.model: each.rating for each in ratings.bradley_terry(earlier) if each.rating is not None}
     elo = ratings.elo(later, start)
     mean = ratings.MEAN
-    return [
-        Standing(each, elo.get(each.model, mean) - start.get(each.model, mean)) for each in ratings.bradley_terry(votes)
-    ]
+    ratings_now = ratings.bradley_terry(votes)
+    return [replace(each, change=elo.get(each.model, mean) - start.get(each.model, mean)) for each in ratings_now]
 
 
 def _modes(modes: tuple[str, ...]) -> dict[str, Any]:
