@@ -189,7 +189,7 @@ async def cast(database: Database, first: int, count: int, at: int) -> None:
 
 
 async def test_the_votes_are_read_once_however_many_ask(tmp_path: Path) -> None:
-    """Those of the last seconds again each time; ten who ask at once read along while the file grows."""
+    """Those of the last seconds again each time; ten who ask at once wait for one reading."""
     database = Counting(f"sqlite:///{tmp_path / 'votes.db'}")
     await database.connect()
     try:

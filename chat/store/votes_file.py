@@ -35,28 +35,18 @@ class VotesFile:
         self._file.close()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All votes there are, oldest first, whole lines. A caller reads along while the file is still growing."""
-        offset = 0
-        while (after := await self._reach(offset)) is None:
-            piece = await asyncio.to_thread(os.pread, self._file.fileno(), min(PIECE, self._size - offset), offset)
-            offset += len(piece)
-            yield piece
+        """All votes there are, oldest first, whole lines. The file first grows by what it lacks, for all callers."""
+        async with self._growing:
+            while page := await select_votes(self._database, self._last, PAGE, self._database.now() - SETTLED):
+                lines = b"".join(map(self._line, page))
+                await asyncio.to_thread(os.pwrite, self._file.fileno(), lines, self._size)
+                self._size, self._last = self._size + len(lines), _place(page[-1])
+            size, after = self._size, self._last
+        for offset in range(0, size, PIECE):
+            yield await asyncio.to_thread(os.pread, self._file.fileno(), min(PIECE, size - offset), offset)
         while page := await select_votes(self._database, after, PAGE):  # the last moments' few
             yield b"".join(map(self._line, page))
             after = _place(page[-1])
-
-    async def _reach(self, offset: int) -> Place | None:
-        """None once the file goes beyond `offset`; where all that is settled ends there, the last vote of it."""
-        async with self._growing:
-            if offset < self._size:
-                return None
-            page = await select_votes(self._database, self._last, PAGE, self._database.now() - SETTLED)
-            if not page:
-                return self._last
-            lines = b"".join(map(self._line, page))
-            await asyncio.to_thread(os.pwrite, self._file.fileno(), lines, self._size)
-            self._size, self._last = self._size + len(lines), _place(page[-1])
-            return None
 
 
 def _place(vote: Row) -> Place:
