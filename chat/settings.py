@@ -209,6 +209,7 @@ HOST = re.compile(r"\*|(\*\.)?[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 WEB = re.compile(r"https?://[^/\s]")
 IN_HEADER = re.compile(r"[!-~]*")  # what clients can send behind `Bearer`
+SECTIONS = ("service", "storage", "relay", "turns", "limits", "sockets", "arena", "widget")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 ENVIRONMENT_ONLY = {"database_url", "redis_url", "admin_token", "api_keys", "secret_keys"}
 
@@ -260,6 +261,8 @@ def _from_file(path: Path) -> dict[str, Any]:
             values["models"] = content
         elif not isinstance(content, dict):
             raise StartupError(f"settings: {path.name}: `{section}` stands outside every section")
+        elif section not in SECTIONS:
+            raise StartupError(f"settings: {path.name} has an unknown section `{section}`{_perhaps(section, SECTIONS)}")
         elif twice := values.keys() & content.keys():
             raise StartupError(f"settings: {path.name} has `{min(twice)}` twice, in two sections")
         else:

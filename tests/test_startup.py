@@ -170,6 +170,7 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
         (f'[service]\nadmin_token = "{CANARY}"\n', "is a secret"),
         ("port = 1\n", "stands outside every section"),
     ):
+        ("[limts]\nprompt_max = 1\n", "unknown section `limts`: is limits meant?"),
         for name in ("service.py", "chat", "routes", "consumers", "models.sql"):
             if not (tmp_path / name).exists():
                 (tmp_path / name).symlink_to(ROOT / name)
