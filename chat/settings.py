@@ -386,6 +386,8 @@ def _checked(settings: Settings) -> Settings:
         raise StartupError("settings: public_url and base_url must start with https:// or http://")
     if settings.production and any(len(key) < 32 for key in settings.secret_keys):
         raise StartupError("SECRET_KEY is too short: use 32 or more random characters.")
+    if settings.production and 0 < len(settings.admin_token) < 16:
+        raise StartupError("ADMIN_TOKEN is too short: use 16 or more random characters.")
     if settings.workers > 1 and not settings.redis_url:
         raise StartupError(
             f"{settings.workers} workers need REDIS_URL: without Redis a reader on one worker would miss what another "

@@ -29,13 +29,13 @@ class Change(msgspec.Struct, forbid_unknown_fields=True):
 
 async def listing(request: Request) -> Response:
     """The sessions that changed last."""
-    inputs.check_operator(request)
+    await inputs.check_operator(request)
     return inputs.answer(await operator.select_latest(inputs.state(request).database))
 
 
 async def opened(request: Request) -> Response:
     """A token that opens the session's socket, to read, and to speak once the session is taken over."""
-    chat, secret = inputs.state(request), inputs.check_operator(request)
+    chat, secret = inputs.state(request), await inputs.check_operator(request)
     session = await sessions.select_unchecked(chat.database, request.path_params["session_id"])
     token = chat.tokens.make("admin", session.key, operator_version(secret))
     body = {"id": session.id, "title": session.title, "operator": session.operator}
@@ -44,7 +44,7 @@ async def opened(request: Request) -> Response:
 
 async def change(request: Request) -> Response:
     """Take the session over, which ends the model's running answer, or hand it back."""
-    chat, _ = inputs.state(request), inputs.check_operator(request)
+    chat, _ = inputs.state(request), await inputs.check_operator(request)
     wish = await inputs.body(request, Change)
     session = await operator.update_operator(chat.database, request.path_params["session_id"], wish.operator)
     if wish.operator is not None and await chat.generation.stop(session, session.account_id):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from chat import callers
 from chat.errors import ChatError, invalid, not_found
 from chat.formats.completions import failure
-from chat.limits import buckets
+from chat.limits import buckets, is_loopback
 from chat.live.choices import Choice, chosen
 from chat.state import State
 from chat.store import accounts
@@ -22,6 +23,7 @@ from chat.store.pages import LAST, select_page
 from chat.store.queries import Row
 
 T = TypeVar("T")
+WRONG_TOKENS = 10  # of the operator, a minute and address
 OBJECT_MAX = 16_384  # bytes of `metadata` or `preferences` as JSON
 OBJECT_DEPTH = 8  # what is nearly as deep as the parser goes could be stored and never read again
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
@@ -93,14 +95,34 @@ async def account(connection: HTTPConnection) -> Account:
     return found
 
 
-def check_operator(connection: HTTPConnection) -> str:
-    """Return ADMIN_TOKEN, which the caller has. Raises `not_found` where none is set, `authentication_required`."""
-    token, found = state(connection).settings.admin_token, credential(connection)
+async def check_operator(connection: HTTPConnection) -> str:
+    """Return ADMIN_TOKEN, which the caller has. Raises `not_found` where none is set, `authentication_required`.
+
+    An address with too many wrong tokens is refused with `rate_limited`, the right token included: guessing would go on
+    otherwise.
+    """
+    chat, found = state(connection), credential(connection)
+    token, wrong = chat.settings.admin_token, ChatError("authentication_required", "This needs the operator's token.")
     if not token:
         raise not_found("page")
-    if found is None or not secrets.compare_digest(found[1].encode(), token.encode()):
-        raise ChatError("authentication_required", "This needs the operator's token.")
-    return token
+    if found is None:
+        raise wrong
+    places = await _operators_places(chat, address(connection))
+    if secrets.compare_digest(found[1].encode(), token.encode()):
+        chat.limits.leave(places)
+        return token
+    asyncio.get_running_loop().call_later(60, chat.limits.leave, places)
+    raise wrong
+
+
+async def _operators_places(chat: State, address: str) -> list[str]:
+    """Take the place of one try of the operator's token, which a wrong token keeps for a minute."""
+    if not chat.settings.production and is_loopback(address):
+        return []
+    places = buckets("operator", address, WRONG_TOKENS)
+    if not await chat.limits.enter(places):
+        raise ChatError("rate_limited", "Too many wrong tokens came from this address.", retry_after=60)
+    return [name for name, _ in places]
 
 
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:

@@ -53,7 +53,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """This worker's metrics, for whoever has ADMIN_TOKEN; nothing is here where none is set."""
     chat = inputs.state(request)
-    inputs.check_operator(request)
+    await inputs.check_operator(request)
     return Response(chat.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

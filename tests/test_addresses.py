@@ -87,6 +87,31 @@ async def test_a_refused_page_is_named_with_the_setting(tmp_path: Path) -> None:
         assert "ERROR" not in log, log[-2000:]
 
 
+async def test_a_page_without_an_address_is_not_told_to_be_listed(tmp_path: Path) -> None:
+    """`null` cannot be allowed: every sandboxed frame sends it."""
+    async with service(tmp_path) as running:
+        assert (await call(running.url, "GET", "/api/models/", headers={"Origin": "null"})).status_code == 403
+        log = running.log()
+        assert "refused the page 'null'" in log and "ALLOWED_ORIGINS" not in log
+
+
+async def test_the_operators_token_is_guessed_ten_times_a_minute(tmp_path: Path) -> None:
+    """From one address; then the right one is refused there as well, or the limit would not end the guessing."""
+    token = "the-operators-token"
+    environment = {"PARLEY_TRUSTED_PROXIES": "1", "ADMIN_TOKEN": token}
+    async with service(tmp_path, **environment) as running:
+
+        async def status(place: str, shown: str | None) -> int:
+            headers = {"X-Forwarded-For": place}
+            return (await call(running.url, "GET", "/metrics", shown, headers=headers)).status_code
+
+        for shown in [None, token] * 11:
+            assert await status("1.2.3.4", shown) == (200 if shown else 401)
+        assert [await status("1.2.3.4", f"guess-{n}") for n in range(12)] == [401] * 10 + [429] * 2
+        assert await status("1.2.3.4", token) == 429
+        assert await status("1.2.3.5", token) == 200
+
+
 async def test_one_address_behind_a_proxy_has_so_many_requests_under_way(tmp_path: Path) -> None:
     """Its connections are the proxy's: the gate counts what is not answered yet."""
     environment = {"PARLEY_TRUSTED_PROXIES": "1", "PARLEY_CONNECTIONS_PER_ADDRESS": "3"}

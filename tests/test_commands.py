@@ -30,7 +30,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
 
 
 def test_settings_says_where_each_value_is_from_and_no_secret(tmp_path: Path) -> None:
-    secrets = {"ADMIN_TOKEN": CANARY, "API_KEYS": f"{CANARY},{CANARY}2", "REDIS_URL": f"redis://:{CANARY}@localhost"}
+    secrets = {"ADMIN_TOKEN": CANARY * 2, "API_KEYS": f"{CANARY},{CANARY}2", "REDIS_URL": f"redis://:{CANARY}@localhost"}
     code, said = start(tmp_path, "service.py", "settings", PARLEY_PROMPT_MAX="77", WEB_CONCURRENCY="2", **secrets)
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert code == 0 and CANARY not in said

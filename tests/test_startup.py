@@ -54,6 +54,7 @@ def start(tmp_path: Path, *command: str, **environment: str) -> tuple[int, str]:
         ({"PARLEY_RELAY_PREFIX": "two words"}, "relay_prefix must be"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": "k" * 31}, "SECRET_KEY is too short"),
         ({"PARLEY_ENV": "production", "SECRET_KEY": f"{'k' * 40},{'k' * 31}"}, "SECRET_KEY is too short"),
+        ({"PARLEY_ENV": "production", "ADMIN_TOKEN": CANARY[:15]}, "ADMIN_TOKEN is too short"),
         ({"PARLEY_LOG_LEVEL": "trace"}, "log_level must be one of"),
         ({"WEB_CONCURRENCY": "2"}, "2 workers need REDIS_URL"),
         ({"PORT": "99999"}, "<= 65535"),
@@ -169,8 +170,8 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
         ("[limits]\nport = 1\n[service]\nport = 2\n", "has `port` twice"),
         (f'[service]\nadmin_token = "{CANARY}"\n', "is a secret"),
         ("port = 1\n", "stands outside every section"),
-    ):
         ("[limts]\nprompt_max = 1\n", "unknown section `limts`: is limits meant?"),
+    ):
         for name in ("service.py", "chat", "routes", "consumers", "models.sql"):
             if not (tmp_path / name).exists():
                 (tmp_path / name).symlink_to(ROOT / name)
