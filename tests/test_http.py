@@ -446,6 +446,23 @@ async def test_what_is_wrong_is_named_by_its_path(
     refused(await call(service.url, method, path, ann.access, content=sent), "invalid", field)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field", "allowed"),
+    [
+        ("/api/sessions/", {"mode": "duel"}, "mode", "direct, compare, random"),
+        ("/api/messages/stream/", {"messages": [{"role": "user"}, {"role": "bot"}]}, "messages[1].role", "user, assistant, system"),
+        ("/api/feedback/", {"session_id": "s", "message_id": "m", "feedback_type": "vote"}, "feedback_type", "preference, rating, report"),
+        ("/api/ag-ui", {"threadId": "t", "runId": "r", "messages": [], "forwardedProps": {"mode": "x"}}, "forwardedProps.mode",
+         "direct, compare, random"),
+    ],
+)  # fmt: skip
+async def test_the_words_that_a_field_may_have_are_named(
+    service: Service, ann: Owner, path: str, body: Any, field: str, allowed: str
+) -> None:
+    answer = await call(service.url, "POST", path, ann.access, json=body)
+    assert answer.json()["fields"] == {field: f"expected one of {allowed}"}
+
+
 @pytest.mark.parametrize("text", ['{"title": "a\\u0000b"}', '{"title": "\\\\\\u0000"}', '{"metadata": {"\\u0000": 1}}'])
 async def test_nul_characters_are_refused_in_any_text(service: Service, ann: Owner, text: str) -> None:
     """PostgreSQL stores none; a backslash before them must not hide them."""
