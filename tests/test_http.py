@@ -774,6 +774,7 @@ async def test_a_model_is_obeyed_however_it_is_named(service: Service, ann: Owne
         ({"mode": "compare", "model_a_id": "demo-poet", "model_b_id": "nobody"}, "model_b_id"),
         ({"mode": "compare", "model_a_id": "demo-poet", "model_b_id": "demo-poet"}, "model_b_id"),
         ({"mode": "compare", "model_a_id": "gpt-5-mini", "model_b_id": "demo-poet"}, "model_a_id"),  # no key, no offer
+        ({"model_a_id": "demo-scholar", "model_b_id": "demo-poet"}, "model_b_id"),
     ],
 )
 async def test_a_session_needs_models_that_are_offered(service: Service, ann: Owner, wish: Any, field: str) -> None:

@@ -48,6 +48,8 @@ async def choose(
     if mode == "random":
         ratings = await leaderboard.standings("all_time", ("random",))
         return mode, matches.draw(fighters(offered), generation.outages(), ratings, dice)
+    if mode == "direct" and choice.model_b_id is not None:
+        raise invalid("model_b_id", "direct mode has one model")
     first = choice.model_a_id or choice.model or (next(iter(offered), None) if mode == "direct" else None)
     field = "model" if choice.model and not choice.model_a_id else "model_a_id"
     wanted = {field: first} | ({"model_b_id": choice.model_b_id} if mode == "compare" else {})
