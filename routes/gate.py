@@ -142,9 +142,10 @@ class Gate:
             self._warn_once(f"refused the host name {host[:200]!r}: add it to ALLOWED_HOSTS if it is ours")
             return ChatError("bad_request", "This host name is not served here. Set ALLOWED_HOSTS to allow it.")
         if b"origin" in headers and not self._origin_allowed(origin, host):
-            self._warn_once(
-                f"refused the page {origin[:200]!r} (its Origin header): add it to ALLOWED_ORIGINS if it may call here"
-            )
+            advice = "add it to ALLOWED_ORIGINS if it may call here"
+            if origin == "null":
+                advice = "a page without an address (a sandboxed frame, a file, say) cannot be allowed"
+            self._warn_once(f"refused the page {origin[:200]!r} (its Origin header): {advice}")
             return ChatError("origin_not_allowed", "This page may not call here. Set ALLOWED_ORIGINS to allow it.")
         return None
 
