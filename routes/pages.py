@@ -6,6 +6,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ FOLDER = HERE / "widget"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
 STYLE = FOLDER / "pages.css"
 LINK = '<link rel="stylesheet" href="/widget/pages.css">'  # becomes the style: another request delays the first paint
+GZIP = re.compile(r"\bgzip\b(?! *; *q=0(\.0*)?( *,| *$))", re.IGNORECASE)  # `q=0` says that it is not understood
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'sha256-{}'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'self'; "
@@ -64,9 +66,10 @@ def _send(request: Request, name: str, more: dict[str, str]) -> Response:
     path = FOLDER / name
     file = _read(path, path.stat().st_mtime_ns, STYLE.stat().st_mtime_ns)
     headers = {"ETag": file.tag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | file.policy | more
-    if file.tag in request.headers.get("if-none-match", ""):
+    known = request.headers.get("if-none-match", "")
+    if known == "*" or file.tag in known:  # in a list, and marked as weak, as well
         return Response(status_code=304, headers=headers)
-    if "gzip" in request.headers.get("accept-encoding", ""):
+    if GZIP.search(request.headers.get("accept-encoding", "")):
         return Response(file.packed, headers=headers | {"Content-Encoding": "gzip"}, media_type=file.media)
     return Response(file.plain, headers=headers, media_type=file.media)
 

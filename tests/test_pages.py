@@ -88,8 +88,13 @@ async def test_files_are_sent_small_and_once(service: Service) -> None:
     assert "content-encoding" not in plain.headers and packed.headers["content-encoding"] == "gzip"
     assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) / 2
     assert plain.headers["cross-origin-resource-policy"] == "cross-origin"
-    again = await call(service.url, "GET", "/widget.js", headers={"If-None-Match": plain.headers["etag"]})
-    assert (again.status_code, again.content) == (304, b"")
+    for coding, sent in (("GZIP", True), ("br, gzip;q=0.5", True), ("gzip;q=0", False), ("br, gzip ; q=0.00", False), ("gzipped", False)):
+        answer = await call(service.url, "GET", "/widget.js", headers={"Accept-Encoding": coding})
+        assert ("content-encoding" in answer.headers) == sent, coding
+    tag = plain.headers["etag"]
+    for known, status in ((tag, 304), (f'"x", W/{tag}', 304), ("*", 304), ('"x"', 200), (tag[:-2] + '"', 200)):
+        again = await call(service.url, "GET", "/widget.js", headers={"If-None-Match": known})
+        assert (again.status_code, again.content == b"") == (status, status == 304), known
     for path in ("/widget/nothing.js", "/widget/..%2fsettings.toml", "/widget/%2e%2e/models.sql"):
         assert (await call(service.url, "GET", path)).status_code == 404
 
