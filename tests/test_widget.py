@@ -75,6 +75,7 @@ class Visit:
         self.tab = tab
         self.requests: list[str] = []
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         tab.on("pageerror", lambda problem: self.problems.append(str(problem)))
         tab.on("console", self._listen)
         tab.on("request", lambda request: self.requests.append(request.url))
@@ -83,6 +84,8 @@ class Visit:
     def _listen(self, message: Any) -> None:
         if re.search(r"Content Security|Trusted", message.text):
             self.problems.append(message.text)
+        if message.type == "warning":
+            self.warnings.append(message.text)
 
     @property
     def sockets(self) -> list[str]:
@@ -980,6 +983,14 @@ async def test_it_is_drawn_from_right_to_left(visit: Any, pages: Pages) -> None:
     sides = "const [log, you] = ['.log', '.you'].map((each) => $(each).getBoundingClientRect()); return [you.left - log.left, log.right - you.right]"
     near, far = await shop.ask(sides)
     assert near < far
+
+
+async def test_words_that_are_not_json_are_a_warning(visit: Any, pages: Pages) -> None:
+    """The widget speaks its own words then."""
+    pages.attributes = """data-strings='{"open": "Ouvrir"'"""
+    shop = await (await (await visit()).there()).open()
+    await shop.see("$('.hello')?.textContent === 'What is it?'")
+    assert shop.warnings == ["data-strings is not JSON"]
 
 
 async def test_on_a_phone_it_fills_the_screen(visit: Any) -> None:

@@ -1,7 +1,12 @@
 (() => {
 if (customElements.get('parley-chat')) return
-const SCRIPT = document.currentScript, STRINGS = JSON.parse(SCRIPT.dataset.strings || '{}')
-// The service adds more.
+const SCRIPT = document.currentScript
+let STRINGS
+try {
+	STRINGS = JSON.parse(SCRIPT.dataset.strings || '{}')
+} catch {
+	console.warn('data-strings is not JSON')
+}
 const words = {
 	title: 'Chat', open: 'Open chat', close: 'Close', write: 'Write a message', send: 'Send', again: 'Try again',
 	offline: 'Offline', lost: 'This chat cannot be reached.', ...STRINGS,
@@ -410,7 +415,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 
 	closed(code) {
 		this.socket = null
-		if (/4401|4404/.test(code)) this.keep({[this.mode]: undefined, ...code === 4401 && {guest: undefined}})
+		if (/440[14]/.test(code)) this.keep({[this.mode]: undefined, ...code === 4401 && {guest: undefined}})
 		if (/1009|440[0134]/.test(code)) return this.end({code})
 		if (code === 4429) this.tries = 6
 		this.timer = setTimeout(() => this.connect(), Math.random() * Math.min(3e4, 500 * 2 ** this.tries++))
@@ -454,7 +459,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			this.session = event.session.id
 			this.cursor = event.turn?.cursor
 		}
-		if (/session_state|resumed/.test(type)) {
+		if (/state|resumed/.test(type)) {
 			this.tries = 0
 			this.become('live')
 		}
@@ -475,7 +480,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 			this.tell('request_state')
 		}
 		if (type === 'error' && !/busy|draining/.test(event.code)) this.refuse(event.message_id, event) // those wait
-		if (event.cursor) this.cursor = event.cursor
+		this.cursor = event.cursor || this.cursor
 		if (/state|resumed|turn/.test(type)) this.flush()
 		this.changed()
 	}
@@ -533,7 +538,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		if (opened) this.unread = false
 		const kids = [
 			h('header', {}, h('div', {}, h('h2', {}, title), h('div.state', {role: 'status'}, words[state])),
-				this.messages.size > 0 && !shared && button('reset', () => this.reset()), inline || button('close', () => this.toggle())),
+				this.messages.size && !shared && button('reset', () => this.reset()), inline || button('close', () => this.toggle())),
 			this.log(),
 			this.follows || button('latest', () => this.down(this.follows = true), 'latest'),
 			problem && h('div.alert', {role: 'alert'}, sentence(problem), button('close', () => this.changed(this.problem = null))),
@@ -562,7 +567,7 @@ customElements.define('parley-chat', class extends HTMLElement {
 		return h('div.log', {role: 'log', 'aria-live': 'off', 'aria-label': words.log, tabindex: 0, onscroll: ({target}) => {
 			const follows = target.scrollHeight - target.scrollTop - target.clientHeight < 40
 			if (follows !== this.follows) this.changed(this.follows = follows)
-		}}, turns[0]?.[0].position % 1e9 > 0 && button('earlier', () => this.earlier(), 'plain.earlier', words.earlier), turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
+		}}, turns[0]?.[0].position % 1e9 && button('earlier', () => this.earlier(), 'plain.earlier', words.earlier), turns.map((turn, i) => this.turn(turn, !turns[i + 1])), !turns[0] && !this.shared && h('div.empty', {},
 			h('p.hello', {}, this.option('greeting') || (this.arena ? words.battle : words.greeting)),
 			(this.option('suggestions')?.split('|') || words.suggestions)?.map((text) => button(0, () => this.send(text), 'plain', text))))
 	}
