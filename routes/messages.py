@@ -181,11 +181,11 @@ async def follow(
     spoken: type[Format],
     *,
     headers: dict[str, str] | None = None,
-    ticket: str | None = None,
+    cut: Callable[[], object] = lambda: None,
 ) -> Response:
     """Return a response that tells the rest of the cursor's turn. A client that leaves changes nothing.
 
-    ticket: the one that opened the stream, if one did; the ticket of a stream that is cut is given back.
+    cut: called when the stream ends before the turn's end was told.
     """
     chat = inputs.state(request)
     places = await inputs.stream_places(request, right.account)
@@ -193,12 +193,10 @@ async def follow(
         leaving.callback(chat.limits.leave, places)
         follower = await chat.relay.join(right, spoken.dialect, one_turn=True)
         leaving.callback(chat.relay.part, follower)
-        if ticket is not None:
-            give = partial(give_back, chat.database, chat.tokens, ticket)
-            leaving.callback(lambda: None if follower.cursor.over else chat.generation.tasks.spawn(give()))
         follower.polls = request.query_params.get("poll") == "1"
         if not await chat.relay.resume(follower, cursor):
             raise not_found("turn")
+        leaving.callback(lambda: follower.cursor.over or cut())
         release = leaving.pop_all().close
     fixed = {
         "Cache-Control": "no-store, no-transform",
@@ -276,17 +274,32 @@ async def session_stream(request: Request) -> Response:
     """Tell the running or latest turn as SSE, after `Last-Event-ID` if given; 204 when there is nothing to read."""
     chat = inputs.state(request)
     account = await _reader(request)
+    ticket = None if inputs.credential(request) is not None else request.query_params.get("ticket")
+    if not ticket:
+        return await _read_stream(request, account)
+    give = partial(give_back, chat.database, chat.tokens, ticket)
+    try:
+        return await _read_stream(request, account, ticket, lambda: chat.generation.tasks.spawn(give()))
+    except ChatError as problem:
+        if problem.retryable:  # the client comes again with the address it has
+            await give()
+        raise
+
+
+async def _read_stream(
+    request: Request, account: Account | None, ticket: str = "", cut: Callable[[], object] = lambda: None
+) -> Response:
+    chat = inputs.state(request)
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id(account))
     given = request.headers.get("last-event-id") or request.query_params.get("after")
     cursor = await _where_to_read(chat, session, parse_cursor(given))
     if cursor is None:
         return Response(status_code=204)
 
-    right = Right(chat.database, session, account, member=False)
-    ticket = (inputs.credential(request) is None and request.query_params.get("ticket")) or None
-    if ticket is not None:
+    if ticket:
         await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
-    return await follow(request, right, cursor, EventStream, ticket=ticket)
+    right = Right(chat.database, session, account, member=False)
+    return await follow(request, right, cursor, EventStream, cut=cut)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:

@@ -18,7 +18,7 @@ from chat.limits import WIDER, RateLimits, buckets
 from tests.conftest import CLOSED, SECRET, STORES
 from tests.conftest import store as stored
 from tests.harness import until
-from tests.harness.api import call, guest, http, new_session
+from tests.harness.api import call, guest, http, new_session, ticket
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
@@ -166,7 +166,7 @@ async def test_at_debug_a_bare_uvicorn_prints_no_token_and_no_prompt(tmp_path: P
 async def test_an_account_and_an_address_read_so_many_answers(
     store: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Over all workers; who leaves makes room, and whoever is refused can read on later."""
+    """Over all workers; who leaves makes room, and whoever is refused can read on later, with the same ticket too."""
     environment = CLOSED | stored(store, request, tmp_path)
     environment |= {"PARLEY_STREAMS_PER_ACCOUNT": "2", "PARLEY_STREAMS_PER_ADDRESS": "3"}
     async with Service(environment, workers=1 if store == "sqlite" else 2) as running:
@@ -184,17 +184,21 @@ async def test_an_account_and_an_address_read_so_many_answers(
                         await asyncio.sleep(0.05)
             own, others = (f"/api/sessions/{sessions[one.access]}/stream/" for one in (ann, ben))
             assert await status(running.urls[-1], "GET", own, ann.access) == 429, "the account has two"
+            by_ticket = f"{own}?ticket={await ticket(running.url, ann.access)}"
+            for base in (*running.urls, running.url):
+                assert await status(base, "GET", by_ticket) == 429, "the ticket is not used up"
             client = await readers.enter_async_context(http(running.url, ben.access))
             async with asyncio.timeout(5):  # the posts that nobody waited for may still be counted
                 while (await readers.enter_async_context(client.stream("GET", others))).status_code == 429:
                     await asyncio.sleep(0.05)
             assert await status(running.urls[0], "GET", others, ben.access) == 429, "the address has three"
         async with asyncio.timeout(5):
-            while await status(running.urls[-1], "GET", own, ann.access) == 429:
+            while (last := await status(running.urls[-1], "GET", by_ticket)) == 429:
                 await asyncio.sleep(0.05)
+        assert last == 200
 
 
-async def status(base: str, method: str, path: str, token: str, **options: Any) -> int:
+async def status(base: str, method: str, path: str, token: str | None = None, **options: Any) -> int:
     """The status of an answer whose body nobody waits for."""
     async with http(base, token) as client, client.stream(method, path, **options) as response:
         return int(response.status_code)
