@@ -13,6 +13,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from chat import callers
 from chat.direct import direct_of
 from chat.errors import ChatError, invalid, not_found
 from chat.formats import Format, Id, last_of_user
@@ -273,33 +274,42 @@ async def _pings(follower: Follower, ping: bytes, every: float) -> None:
 async def session_stream(request: Request) -> Response:
     """Tell the running or latest turn as SSE, after `Last-Event-ID` if given; 204 when there is nothing to read."""
     chat = inputs.state(request)
-    account = await _reader(request)
-    ticket = None if inputs.credential(request) is not None else request.query_params.get("ticket")
-    if not ticket:
-        return await _read_stream(request, account)
-    give = partial(give_back, chat.database, chat.tokens, ticket)
+    account, ticket = await _reader(request)
     try:
-        return await _read_stream(request, account, ticket, lambda: chat.generation.tasks.spawn(give()))
+        return await _read(request, account, ticket)
     except ChatError as problem:
-        if problem.retryable:  # the client comes again with the address it has
-            await give()
+        if ticket and problem.retryable:  # the client comes again with the address it has
+            await give_back(chat.database, chat.tokens, ticket)
         raise
 
 
-async def _read_stream(
-    request: Request, account: Account | None, ticket: str = "", cut: Callable[[], object] = lambda: None
-) -> Response:
+async def _reader(request: Request) -> tuple[Account | None, str]:
+    """Return who reads, and the ticket that says so, if one does. EventSource sends no headers: its URL says it."""
+    chat, query = inputs.state(request), request.query_params
+    found = callers.credential(request.headers, query, token_in_query=chat.settings.token_in_query)
+    if found is None:
+        return None, ""
+    if found[0] != "ticket":
+        return await accounts.verified(chat.database, chat.tokens, *found), ""
+    cursor = parse_cursor(request.headers.get("last-event-id"))
+    turn_id = "" if cursor is None else cursor.turn_id
+    session_id, ticket = request.path_params["session_id"], found[1]
+    return await open_stream(chat.database, chat.tokens, ticket, session_id, turn_id), ticket
+
+
+async def _read(request: Request, account: Account | None, ticket: str) -> Response:
     chat = inputs.state(request)
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id(account))
     given = request.headers.get("last-event-id") or request.query_params.get("after")
     cursor = await _where_to_read(chat, session, parse_cursor(given))
     if cursor is None:
         return Response(status_code=204)
-
-    if ticket:
-        await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
     right = Right(chat.database, session, account, member=False)
-    return await follow(request, right, cursor, EventStream, cut=cut)
+    if not ticket:
+        return await follow(request, right, cursor, EventStream)
+    await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
+    give = partial(give_back, chat.database, chat.tokens, ticket)
+    return await follow(request, right, cursor, EventStream, cut=lambda: chat.generation.tasks.spawn(give()))
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
@@ -315,21 +325,6 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
             return start_of(past.next_id) if past.next_id else None
     latest = await turns.select_latest_turn(chat.database, session.id)
     return None if latest is None else start_of(latest["id"])
-
-
-async def _reader(request: Request) -> Account | None:
-    """Return the reader's account. EventSource sends no headers, so the URL may hold a token or a ticket."""
-    chat = inputs.state(request)
-    if inputs.credential(request) is not None:
-        return await inputs.optional_account(request)
-    if ticket := request.query_params.get("ticket"):
-        cursor = parse_cursor(request.headers.get("last-event-id"))
-        turn_id = "" if cursor is None else cursor.turn_id
-        return await open_stream(chat.database, chat.tokens, ticket, request.path_params["session_id"], turn_id)
-    for name, kind in (("token", "access"), ("anonymous_token", "anonymous")):
-        if (text := request.query_params.get(name)) and chat.settings.token_in_query:
-            return await accounts.verified(chat.database, chat.tokens, kind, text)
-    return None
 
 
 async def stop(request: Request) -> Response:
