@@ -64,8 +64,7 @@ async def refresh(request: Request) -> Response:
 
 async def revoke(request: Request) -> Response:
     """End every token of the account, the one shown included; its sockets and streams close."""
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     try:
         await accounts.revoke_tokens(chat.database, account.id)
     finally:  # storage may have revoked them without an answer
@@ -75,8 +74,7 @@ async def revoke(request: Request) -> Response:
 
 async def delete_me(request: Request) -> Response:
     """Delete the account with all that is its own, after its running answers have been ended."""
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     for session in await sessions.select_running(chat.database, account.id):
         await chat.generation.stop(session, account.id)
     try:
@@ -87,8 +85,8 @@ async def delete_me(request: Request) -> Response:
 
 
 async def ticket(request: Request) -> Response:
-    account = await inputs.account(request)
-    text = inputs.state(request).tokens.make("ticket", account.id, account.token_version)
+    chat, account = await inputs.caller(request)
+    text = chat.tokens.make("ticket", account.id, account.token_version)
     return inputs.answer({"ticket": text, "expires_in": LIFETIMES["ticket"]})
 
 
@@ -97,10 +95,8 @@ async def me(request: Request) -> Response:
 
 
 async def change_me(request: Request) -> Response:
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     change = await inputs.body(request, AccountChange)
     inputs.check_object("preferences", change.preferences)
-    changed = await accounts.update_account(
-        inputs.state(request).database, account.id, change.display_name, change.preferences
-    )
+    changed = await accounts.update_account(chat.database, account.id, change.display_name, change.preferences)
     return inputs.answer(account_json(changed))

@@ -33,8 +33,7 @@ class Feedback(msgspec.Struct):
 
 
 async def feedback(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     said = await inputs.body(request, Feedback)
     body = await (_vote if said.feedback_type == "preference" else _rate)(chat, account, said)
     return inputs.answer(body, 201)
@@ -42,9 +41,7 @@ async def feedback(request: Request) -> Response:
 
 async def given(request: Request) -> Response:
     """The owner's feedback on a session: the votes, and the likes and reports with their words."""
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)
+    chat, account, session = await inputs.own_session(request)
     found = await votes.select_feedback(chat.database, session.id, account.id)
     return inputs.answer([_given(row) for row in found])
 

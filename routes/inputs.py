@@ -17,10 +17,11 @@ from chat.formats.completions import failure
 from chat.limits import buckets, is_loopback
 from chat.live.choices import Choice, chosen
 from chat.state import State
-from chat.store import accounts
+from chat.store import accounts, sessions
 from chat.store.accounts import Account
 from chat.store.pages import LAST, select_page
 from chat.store.queries import Row
+from chat.store.sessions import Session
 
 T = TypeVar("T")
 WRONG_TOKENS = 10  # of the operator, a minute and address
@@ -94,6 +95,20 @@ async def account(connection: HTTPConnection) -> Account:
     if found is None:
         raise ChatError("authentication_required", "This needs a token. Get one at /api/auth/anonymous/.")
     return found
+
+
+async def caller(connection: HTTPConnection) -> tuple[State, Account]:
+    """Return the worker's objects and the account that calls. Raises as `account` does."""
+    return state(connection), await account(connection)
+
+
+async def own_session(request: Request) -> tuple[State, Account, Session]:
+    """Return the caller's session that the path or `?session_id=` names. Raises `not_found` as well."""
+    chat, found = await caller(request)
+    id = request.path_params.get("session_id") or request.query_params.get("session_id")
+    if not id:
+        raise invalid("session_id", "name the session")
+    return chat, found, await sessions.select_session(chat.database, id, found.id)
 
 
 async def check_operator(connection: HTTPConnection) -> str:
@@ -260,12 +275,6 @@ def number(request: Request, name: str, default: int, least: int, most: int) -> 
     if not NUMBER.fullmatch(text) or not least <= int(text) <= most:
         raise invalid(name, f"expected a whole number from {least} to {most}, got {text[:20]!r}")
     return int(text)
-
-
-def named_session(request: Request) -> str:
-    if not (id := request.query_params.get("session_id", "")):
-        raise invalid("session_id", "name the session")
-    return id
 
 
 async def page(request: Request, session_id: str, default: int, most: int) -> tuple[list[Row], dict[str, str]]:

@@ -328,16 +328,14 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
 
 
 async def stop(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    chat, account, session = await inputs.own_session(request)
     return inputs.answer({"stopped": await chat.generation.stop(session, account.id)})
 
 
 async def regenerate(request: Request) -> Response:
     """Answer again: one reply under its own id, or all replies. The stream tells these replies alone."""
-    chat, spoken = inputs.state(request), chosen_format(request)
-    account = await inputs.account(request)
+    spoken = chosen_format(request)
+    chat, account = await inputs.caller(request)
     message_id = request.path_params["message_id"]
     session = await sessions.select_session_of_message(chat.database, message_id, account.id)
     turn = await chat.generation.again(session, account, message_id, address=inputs.address(request))
@@ -352,8 +350,6 @@ def _again(turn: StoredTurn) -> Cursor:
 
 async def listing(request: Request) -> Response:
     """Return a page of a session's last messages; `Link` leads to the page before."""
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, inputs.named_session(request), account.id)
+    chat, account, session = await inputs.own_session(request)
     rows, headers = await inputs.page(request, session.id, 500, 1000)
     return inputs.answer(chat.mask.messages(session, rows, audience(session, account.id)), headers=headers)

@@ -46,8 +46,7 @@ class SessionChange(msgspec.Struct, forbid_unknown_fields=True):
 
 
 async def create(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     wish = await inputs.body(request, NewSession)
     session, made = await make(chat, account, wish)
     return inputs.answer(chat.mask.session(session, audience(session, account.id)), 201 if made else 200)
@@ -79,8 +78,7 @@ async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool
 
 
 async def listing(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     limit = inputs.number(request, "limit", 50, 1, 200)
     found = await sessions.select_sessions(
         chat.database,
@@ -128,8 +126,7 @@ async def _with_messages(request: Request, session: Session, reader: Audience) -
 
 
 async def change(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     wish = await inputs.body(request, SessionChange)
     session = await sessions.update_session(
         chat.database,
@@ -146,9 +143,7 @@ async def change(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    chat, account, session = await inputs.own_session(request)
     if await chat.generation.stop(session, account.id):
         await wait_for_end(chat, session.id)
     with chat.relay.doubtful(session):
@@ -177,8 +172,7 @@ async def unshare(request: Request) -> Response:
 
 
 async def _shared(request: Request, share: bool) -> Session:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
+    chat, account = await inputs.caller(request)
     session = await sessions.update_share(chat.database, request.path_params["session_id"], account.id, share)
     if not share:
         chat.relay.check_rights(session)
@@ -186,9 +180,7 @@ async def _shared(request: Request, share: bool) -> Session:
 
 
 async def generate_title(request: Request) -> Response:
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    chat, account, session = await inputs.own_session(request)
     first = await turns.select_first_message(chat.database, session.id)
     title = turns.first_words(first or "") or "New chat"
     if session.account_id == account.id and title != session.title:
@@ -199,9 +191,7 @@ async def generate_title(request: Request) -> Response:
 
 async def export(request: Request) -> Response:
     """The whole session as a file, read and sent page by page."""
-    chat = inputs.state(request)
-    account = await inputs.account(request)
-    session = await sessions.select_session(chat.database, request.path_params["session_id"], account.id)
+    chat, account, session = await inputs.own_session(request)
     kind: Kind = inputs.choice(request, "format", tuple(EXTENSIONS)) or "json"  # type: ignore[assignment]
     await inputs.hit_long_read(request, account)
     reader = audience(session, account.id)
