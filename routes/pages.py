@@ -62,7 +62,7 @@ def _read(path: Path, *changed: int) -> File:
     return File(plain, gzip.compress(plain, 9, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"', media, policy)
 
 
-def _send(request: Request, name: str, more: dict[str, str]) -> Response:
+async def _send(name: str, more: dict[str, str], request: Request) -> Response:
     path = FOLDER / name
     file = _read(path, path.stat().st_mtime_ns, STYLE.stat().st_mtime_ns)
     headers = {"ETag": file.tag, "Cache-Control": "no-cache", "Vary": "Accept-Encoding"} | file.policy | more
@@ -74,39 +74,26 @@ def _send(request: Request, name: str, more: dict[str, str]) -> Response:
     return Response(file.plain, headers=headers, media_type=file.media)
 
 
-async def index(request: Request) -> Response:
-    return _send(request, "index.html", PAGE)
-
-
-async def arena(request: Request) -> Response:
-    return _send(request, "arena.html", PAGE)
-
-
-async def leaderboard(request: Request) -> Response:
-    return _send(request, "leaderboard.html", PAGE)
-
-
-async def shared(request: Request) -> Response:
-    """The page is the same for every token: its script asks whether there is such a session."""
-    return _send(request, "shared.html", SECRET | {"X-Robots-Tag": "noindex"})
+index = functools.partial(_send, "index.html", PAGE)
+arena = functools.partial(_send, "arena.html", PAGE)
+leaderboard = functools.partial(_send, "leaderboard.html", PAGE)
+# The page is the same for every token: its script asks whether there is such a session.
+shared = functools.partial(_send, "shared.html", SECRET | {"X-Robots-Tag": "noindex"})
+widget = functools.partial(_send, "widget.js", ANYWHERE)
 
 
 async def debug(request: Request) -> Response:
     """A session's events as they come; on a local start only."""
     if inputs.state(request).settings.production:
         raise not_found("page")
-    return _send(request, "debug.html", SECRET)
+    return await _send("debug.html", SECRET, request)
 
 
 async def admin(request: Request) -> Response:
     """The operator's page, where ADMIN_TOKEN is set: its script asks for the token and keeps it in its memory."""
     if not inputs.state(request).settings.admin_token:
         raise not_found("page")
-    return _send(request, "admin.html", SECRET)
-
-
-async def widget(request: Request) -> Response:
-    return _send(request, "widget.js", ANYWHERE)
+    return await _send("admin.html", SECRET, request)
 
 
 async def asset(request: Request) -> Response:
@@ -114,7 +101,7 @@ async def asset(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in ASSETS:
         raise not_found("file")
-    return _send(request, name, {})
+    return await _send(name, {}, request)
 
 
 ASSETS = {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".svg")} - {"widget.js"}
