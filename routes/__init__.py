@@ -55,8 +55,8 @@ table = [
     Route("/api/arena/votes.jsonl",                   arena.export),
 
     Route("/api/chat",                                ai_sdk.chat,                methods=["POST"]),
-    Route("/api/chat/{chat_id}/stream",               ai_sdk.stream),
-    Route("/api/chat/{chat_id}/stop",                 ai_sdk.stop,                methods=["POST"]),
+    Route("/api/chat/{session_id}/stream",            ai_sdk.stream),
+    Route("/api/chat/{session_id}/stop",              messages.stop,              methods=["POST"]),
     Route("/api/ag-ui",                               ag_ui.run,                  methods=["POST"]),
     Route("/api/ag-ui",                               ag_ui.join),
 

@@ -12,15 +12,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.errors import not_found
 from chat.formats import Id
 from chat.formats.ui_messages import UIMessage, UIMessages, last_words
 from chat.live.answers import start_of
 from chat.store import sessions, turns
-from chat.store.accounts import Account, account_id
+from chat.store.accounts import account_id
 from chat.store.database import new_id
 from chat.store.rights import Right
-from chat.store.sessions import Session
 from chat.store.turns import Ask
 
 from . import inputs, messages
@@ -51,29 +49,15 @@ async def chat(request: Request) -> Response:
     return await messages.start(request, known, wish, ask, makes=True, spoken=UIMessages)
 
 
-async def _asked(request: Request) -> tuple[Session | None, Account | None]:
-    """Return the chat's session and who asks; on a local start an open session needs no account."""
-    account = await messages.speaker(request)
-    database, id = inputs.state(request).database, request.path_params["chat_id"]
-    return await sessions.find_session(database, id, account_id(account)), account
-
-
 async def stream(request: Request) -> Response:
     """Tell the running turn again from its start; 204 when none runs, also where there is no such chat yet.
 
     These clients cannot go on in the middle, whatever number of chunks they say they have.
     """
-    session, account = await _asked(request)
-    database = inputs.state(request).database
+    account = await messages.speaker(request)
+    database, id = inputs.state(request).database, request.path_params["session_id"]
+    session = await sessions.find_session(database, id, account_id(account))
     turn = None if session is None else await turns.select_latest_turn(database, session.id)
     if session is None or turn is None or turn["status"] != "running":
         return Response(status_code=204)
     return await messages.follow(request, Right(database, session, account), start_of(turn["id"]), spoken=UIMessages)
-
-
-async def stop(request: Request) -> Response:
-    session, account = await _asked(request)
-    if session is None:
-        raise not_found("session")
-    stopped = await inputs.state(request).generation.stop(session, account_id(account))
-    return inputs.answer({"stopped": stopped})

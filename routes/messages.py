@@ -328,8 +328,9 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
 
 
 async def stop(request: Request) -> Response:
-    chat, account, session = await inputs.own_session(request)
-    return inputs.answer({"stopped": await chat.generation.stop(session, account.id)})
+    chat, asking = inputs.state(request), account_id(await speaker(request))
+    session = await sessions.select_session(chat.database, request.path_params["session_id"], asking)
+    return inputs.answer({"stopped": await chat.generation.stop(session, asking)})
 
 
 async def regenerate(request: Request) -> Response:

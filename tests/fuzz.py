@@ -253,7 +253,6 @@ async def known(base: str) -> dict[str, str]:
     turn = await post_turn(base, someone.access, session["id"], "hello")
     return {
         "session_id": session["id"],
-        "chat_id": session["id"],
         "message_id": turn.events[0]["message"]["id"],
         "model": session["model_a"]["id"],
         "model_id": session["model_a"]["id"],

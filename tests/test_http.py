@@ -152,8 +152,8 @@ CASES = {
     "GET /api/leaderboard/details": Case(200),
     "GET /api/arena/votes.jsonl": Case(200),
     "POST /api/chat": Case(body=UI_CHAT),
-    "GET /api/chat/{chat_id}/stream": Case(),
-    "POST /api/chat/{chat_id}/stop": Case(owned=True),
+    "GET /api/chat/{session_id}/stream": Case(),
+    "POST /api/chat/{session_id}/stop": Case(owned=True),
     "POST /api/ag-ui": Case(body=AG_UI_RUN),
     "GET /api/ag-ui": Case(owned=True, query="?runId={message_id}&offset=-1"),
     "GET /v1/models": Case(),
@@ -213,7 +213,6 @@ async def ask(base: str, name: str, owner: Owner, token: str | None, slash: str 
     """Ask a route by its name in `CASES`, about what is the owner's."""
     values = {
         "{session_id}": owner.session_id,
-        "{chat_id}": owner.session_id,
         "{message_id}": owner.message_id,
         "{model_id:path}": "demo-scholar",
         "{token}": "nobodys-share-token",
