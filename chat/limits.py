@@ -77,7 +77,7 @@ class RateLimits:
         except (RelayUnavailable, TimeoutError):
             return None
 
-    async def enter(self, limits: Iterable[tuple[str, int]]) -> list[str]:
+    async def enter(self, limits: Iterable[tuple[str, int]]) -> list[str] | None:
         """Take one place under each of these names; return the names, to give to `leave`. None when one is full."""
         names = [name for name, _ in limits]
         self.open.update(names)
@@ -85,7 +85,7 @@ class RateLimits:
         if all(count <= limit for count, (_, limit) in zip(counts, limits, strict=True)):
             return names
         self.leave(names)
-        return []
+        return None
 
     def leave(self, names: Iterable[str]) -> None:
         for name in names:

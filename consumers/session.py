@@ -38,14 +38,15 @@ HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
 async def session(socket: WebSocket) -> None:
     """The consumer of `/ws/chat/session/<session_id>`. Refusals are sent after accept, so that a browser sees them."""
     chat: State = socket.scope["state"]["chat"]
-    places = await chat.limits.enter(admission.outside(socket, chat))
+    outside = await chat.limits.enter(admission.outside(socket, chat))
+    places = outside or []
     try:
         await socket.accept(subprotocol=admission.subprotocol(socket))
-        if not places:
+        if outside is None:
             raise Closed(4429, "too many sockets")
         right = await admission.admit(socket, chat)
         inside = await chat.limits.enter(admission.inside(chat, right))
-        if not inside:
+        if inside is None:
             raise Closed(4429, "too many sockets")
         places += inside
         await _converse(socket, chat, right)

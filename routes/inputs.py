@@ -123,22 +123,15 @@ async def check_operator(connection: HTTPConnection) -> str:
         raise not_found("page")
     if found is None:
         raise wrong
-    places = await _operators_places(chat, address(connection))
+    place = address(connection)
+    is_developer = is_loopback(place) and not chat.settings.production
+    limits = [] if is_developer else buckets("operator", place, WRONG_TOKENS)
+    places = await _places(chat, limits, "Too many wrong tokens came from this address.")
     if secrets.compare_digest(found[1].encode(), token.encode()):
         chat.limits.leave(places)
         return token
     asyncio.get_running_loop().call_later(60, chat.limits.leave, places)
     raise wrong
-
-
-async def _operators_places(chat: State, address: str) -> list[str]:
-    """Take the place of one try of the operator's token, which a wrong token keeps for a minute."""
-    if not chat.settings.production and is_loopback(address):
-        return []
-    places = buckets("operator", address, WRONG_TOKENS)
-    if not await chat.limits.enter(places):
-        raise ChatError("rate_limited", "Too many wrong tokens came from this address.", retry_after=60)
-    return [name for name, _ in places]
 
 
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:
@@ -165,8 +158,13 @@ async def stream_places(connection: HTTPConnection, account: Account | None) -> 
     limits = buckets("streams", address(connection), chat.settings.streams_per_address)
     if account is not None:
         limits.append((f"streams:{account.id}", chat.settings.streams_per_account))
-    if not (places := await chat.limits.enter(limits)):
-        raise ChatError("rate_limited", "You are reading too many answers at once.", retry_after=5)
+    return await _places(chat, limits, "You are reading too many answers at once.")
+
+
+async def _places(chat: State, limits: list[tuple[str, int]], message: str) -> list[str]:
+    """Take a place under each limit; return the names to give to `limits.leave`. Raises `rate_limited` at a limit."""
+    if (places := await chat.limits.enter(limits)) is None:
+        raise ChatError("rate_limited", message, retry_after=5)
     return places
 
 

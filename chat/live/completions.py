@@ -59,10 +59,10 @@ class Completion:
             raise ChatError("draining", "The service is restarting. Please try again in a moment.", retry_after=2)
         per_minute = settings.messages_per_minute * people
         await generation.rate_limits.hit(f"messages:{name}", per_minute, 60, "You are sending messages too quickly.")
-        place = f"completions:{name}"
-        if not await generation.rate_limits.enter([(place, settings.turns_per_account * people)]):
+        limit = (f"completions:{name}", settings.turns_per_account * people)
+        if (place := await generation.rate_limits.enter([limit])) is None:
             raise ChatError("rate_limited", "Too many answers are running already. Wait for one.", retry_after=5)
-        self._place = [place]
+        self._place = place
         await self._reserve()
 
     async def _reserve(self) -> None:
