@@ -38,6 +38,7 @@ from chat.store.turns import Ask, StoredTurn
 from . import inputs
 from .sessions import NewSession, Title, make
 
+STREAMED = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}  # proxies pass each part on
 EARLIEST = "earliest"  # the X-Cursor of a stream that begins at a turn's start
 
 
@@ -199,24 +200,23 @@ async def follow(
             raise not_found("turn")
         leaving.callback(lambda: follower.cursor.over or cut())
         release = leaving.pop_all().close
-    fixed = {
-        "Cache-Control": "no-store, no-transform",
-        "X-Accel-Buffering": "no",
-        "X-Turn-Id": cursor.turn_id,
-        "X-Cursor": str(cursor) if cursor.begun else EARLIEST,
-        "Content-Type": spoken.content_type,
-    } | spoken.headers
+    told = {"X-Turn-Id": cursor.turn_id, "X-Cursor": str(cursor) if cursor.begun else EARLIEST}
     pieces = _told(chat, follower, spoken, direct_of(request.scope))
-    return ReleasedResponse(pieces, release, fixed | (headers or {}))
+    return ReleasedResponse(pieces, release, spoken, told | (headers or {}))
 
 
 class ReleasedResponse(StreamingResponse):
     """A stream that is released at its end, even when its reader is gone before the first byte."""
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes, None], release: Callable[[], None], headers: dict[str, str]
+        self,
+        pieces: AsyncGenerator[bytes, None],
+        release: Callable[[], None],
+        spoken: type[Format],
+        headers: dict[str, str],
     ) -> None:
-        super().__init__(pieces, headers=headers)
+        fixed = STREAMED | {"Content-Type": spoken.content_type} | spoken.headers
+        super().__init__(pieces, headers=fixed | headers)
         self._pieces = pieces
         self._release = release
 

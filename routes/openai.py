@@ -26,12 +26,11 @@ from chat.settings import Settings
 
 from . import inputs
 from .inputs import ContentPart, text_of
-from .messages import ReleasedResponse
+from .messages import STREAMED, ReleasedResponse
 
 TOKENS_MAX = 8000  # of one answer, as of a turn's reply; clients that ask for more by default get these
 LOOK_EVERY = 1.0  # seconds between two looks whether a client that waits for the whole answer is still there
 STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refused": 400}  # the others: 502
-HEADERS = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
 
 
 class Entry(msgspec.Struct):
@@ -156,14 +155,14 @@ class Exchange:
                         look_at = time.monotonic() + LOOK_EVERY
                         if await self._request.is_disconnected():
                             break
-            return inputs.answer(spoken.whole(self._head, "".join(said), self._finish, self._usage), 200, HEADERS)
+            return inputs.answer(spoken.whole(self._head, "".join(said), self._finish, self._usage), headers=STREAMED)
         except ProviderError as problem:
             return inputs.answer(_failure(problem), STATUS.get(problem.code, 502))
         finally:
             self.release()
 
     def streamed(self) -> Response:
-        return ReleasedResponse(self._events(), self.release, HEADERS | {"Content-Type": EventFormat.content_type})
+        return ReleasedResponse(self._events(), self.release, EventFormat, {})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         direct, settings = direct_of(self._request.scope), self._chat.settings
