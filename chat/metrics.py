@@ -6,10 +6,13 @@ Model names are labels here, so it is for operators' eyes only. This file does n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from .live.turn import Result
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 COUNTED = {  # what the relay counts → its metric
@@ -48,15 +51,13 @@ class Metrics:
             registry=self._registry,
         )
 
-    def reply(
-        self, model: str, error: str | None, seconds: float, first: float | None, tokens: tuple[int | None, int | None]
-    ) -> None:
-        """Count one reply that ended. Seconds; tokens in and out, where the provider told."""
-        self._duration.labels(model, error or "").observe(seconds)
-        if first is not None:
-            self._first.labels(model).observe(first)
-        for kind, count in zip(("input", "output"), tokens, strict=True):
-            if count:
+    def reply(self, model: str, result: Result) -> None:
+        """Count one reply that ended."""
+        self._duration.labels(model, result.reason or "").observe(time.monotonic() - result.started)
+        if result.first_token is not None:
+            self._first.labels(model).observe(result.first_token)
+        for kind in ("input", "output"):
+            if count := getattr(result.finish, f"{kind}_tokens", None):
                 self._tokens.labels(model, kind).inc(count)
 
     def collect(self) -> Iterable[Metric]:

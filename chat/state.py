@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -131,13 +130,7 @@ def _metrics(relay: Relay, generation: Generation, bus: RedisBus | None) -> Metr
             "event_loop_lag_seconds": ("How late the loop was at the last beat", lambda: generation.tasks.lag),
         },
     )
-    generation.observe = lambda model, result: metrics.reply(
-        model,
-        result.reason,
-        time.monotonic() - result.started,
-        result.first_token,
-        (result.finish.input_tokens, result.finish.output_tokens) if result.finish else (None, None),
-    )
+    generation.observe = metrics.reply
     return metrics
 
 
