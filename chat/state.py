@@ -52,14 +52,6 @@ class State:
     dice: random.Random  # draws the pairs of blind battles
 
 
-def open_database(settings: Settings) -> Database:
-    # Without Redis a second process on the same file would be a second service that hears nothing of this one.
-    exclusive = not settings.redis_url
-    return Database(
-        settings.database_url, pool_size=settings.pool_size, timeout=settings.storage_timeout, exclusive=exclusive
-    )
-
-
 async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
     """Open everything; `stack` closes it. Raises `StartupError` with the one line to print."""
     worker = secrets.token_hex(4)
@@ -76,7 +68,9 @@ async def open_state(settings: Settings, stack: AsyncExitStack) -> State:
         if settings.redis_url
         else None
     )
-    database = open_database(settings)
+    # Without Redis a second process on the same file would be a second service that hears nothing of this one.
+    exclusive, patience = not settings.redis_url, settings.storage_timeout
+    database = Database(settings.database_url, pool_size=settings.pool_size, timeout=patience, exclusive=exclusive)
     stack.push_async_callback(database.disconnect)
     await database.connect()
     await database.migrate((HERE / "models.sql").read_text())
