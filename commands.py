@@ -21,7 +21,7 @@ from chat.live.wire import Address, Wire
 from chat.providers import ChatMessage, Limits, ProviderError, Providers
 from chat.settings import HERE, Model, Secret, Settings, origins
 from chat.store.database import Database, new_id
-from chat.store.schema import schema_steps
+from chat.store.schema import Migration, schema_steps
 
 QUESTION = [ChatMessage("user", "Say OK.")]
 SECONDS = 20.0  # each check may take
@@ -139,21 +139,14 @@ async def _database_problem(settings: Settings) -> str:
     database = Database(settings.database_url, pool_size=1, timeout=settings.storage_timeout)
     try:
         await database.connect()
-        behind = len(schema_steps((HERE / "models.sql").read_text())) - await _steps_applied(database)
+        steps = schema_steps((HERE / "models.sql").read_text())
+        applied = await Migration(steps, database.postgres, database.now, database.fetch_all).applied()
+        behind = len(steps) - len(applied)
         return f"the schema lacks {behind} steps: run `python service.py release`" if behind > 0 else ""
     except (StartupError, ChatError) as problem:
         return f"{problem}. Is DATABASE_URL right, and does the server run?"
     finally:
         await database.disconnect()
-
-
-async def _steps_applied(database: Database) -> int:
-    tables = "SELECT name FROM sqlite_master WHERE name = 'schema_steps'"
-    if database.postgres:
-        tables = "SELECT tablename FROM pg_tables WHERE tablename = 'schema_steps'"
-    if not await database.fetch_all(tables):
-        return 0
-    return len(await database.fetch_all("SELECT step FROM schema_steps"))
 
 
 async def _redis_problem(settings: Settings) -> str:

@@ -49,7 +49,7 @@ class Migration:
 
     async def run(self, transact: Callable[[Work], Awaitable[Any]]) -> int:
         """Apply what is not applied yet; return how many steps that were. transact: runs work in a transaction."""
-        done = await self._done()
+        done = await self.applied()
         if not (todo := [step for step in self.steps if step[0] not in done]):
             return 0  # without a lock: workers that start together would wait for each other
         saying = asyncio.create_task(self._say())
@@ -59,7 +59,7 @@ class Migration:
             saying.cancel()
             await asyncio.gather(saying, return_exceptions=True)
 
-    async def _done(self) -> set[int]:
+    async def applied(self) -> set[int]:
         if not await self.ask(POSTGRES_TABLE if self.postgres else SQLITE_TABLE, {}):
             return set()
         return {row["step"] for row in await self.ask("SELECT step FROM schema_steps", {})}
