@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -38,7 +37,7 @@ class Service(Starlette):
     def __init__(self, settings: Settings) -> None:
         super().__init__(
             routes=[*routes.table, *consumers.table],
-            exception_handlers={ChatError: _chat_error, HTTPException: _http_error, Exception: _any_error},
+            exception_handlers={ChatError: _chat_error, 405: _not_allowed, Exception: _any_error},
         )
         self.router.redirect_slashes = False
         self.router.default = _nothing_here
@@ -121,17 +120,11 @@ async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
     await refuse(problem, scope, receive, send)
 
 
-async def _http_error(request: Request, problem: Exception) -> Response:
-    assert isinstance(problem, HTTPException)
-    sentences = {
-        405: ("method_not_allowed", "This method is not allowed here."),
-        413: ("too_large", "The body is too large."),
-    }
-    code, sentence = sentences.get(problem.status_code, ("bad_request", "The request was not understood."))
-    answer = error_answer(ChatError(code, sentence), request.scope["path"])
-    if problem.status_code == 405:  # Starlette names the methods of the first route of this path only
-        found = [route for route in routes.table if route.matches(request.scope)[0] is not Match.NONE]
-        answer.headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
+async def _not_allowed(request: Request, problem: Exception) -> Response:
+    answer = error_answer(ChatError("method_not_allowed", "This method is not allowed here."), request.scope["path"])
+    # Starlette names the methods of the first route of this path only.
+    found = [route for route in routes.table if route.matches(request.scope)[0] is not Match.NONE]
+    answer.headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
     return answer
 
 

@@ -1,4 +1,4 @@
-"""The checks of every request and socket before its route: hosts, origins, sizes; and headers on every answer.
+"""The checks of every request and socket before its route: hosts and origins; and headers on every answer.
 
 Starlette's own TrustedHost and CORS middleware leave sockets open to every page on the web.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chat import callers
@@ -41,7 +40,6 @@ class Gate:
         self.app = app
         self.sockets = sockets
         self.settings = settings
-        self.bounded = RequestBodyLimitMiddleware(app, settings.body_max)
         self._under_way = Crowd()  # requests, where proxies stand in front
         self._warned: set[str] = set()
 
@@ -85,14 +83,11 @@ class Gate:
                 self._under_way.leave(address)
 
     def _app(self, problem: ChatError | None, method: str, headers: Lines) -> ASGIApp:
-        length = headers.get(b"content-length", b"0")
-        if problem is None and (not length.isdigit() or int(length) > self.settings.body_max):
-            problem = ChatError("too_large", "The body is too large.")  # Starlette would say it in words of its own
         if problem is not None:
             return functools.partial(refuse, problem)
         if method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers:
             return _preflight
-        return self.app if method in ("GET", "HEAD") else self.bounded  # else there is no body to bound
+        return self.app
 
     def _added(self, path: str, headers: Lines, own: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return what every answer carries, as far as the route has not said otherwise."""

@@ -173,8 +173,12 @@ async def _places(chat: State, limits: list[tuple[str, int]], message: str) -> l
 
 async def body(request: Request, kind: type[T]) -> T:
     """Return the JSON body as a struct; an empty body counts as `{}`. Raises `invalid` with the path of the field."""
+    raw, most = bytearray(), state(request).settings.body_max
     try:
-        raw = await request.body()
+        async for part in request.stream():
+            raw += part
+            if len(raw) > most:
+                raise ChatError("too_large", "The body is too large.")
     except ClientDisconnect:
         raise ChatError("bad_request", "The body broke off.") from None
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
@@ -182,7 +186,7 @@ async def body(request: Request, kind: type[T]) -> T:
     content_type = (request.headers.get("content-type") or "application/json").partition(";")[0].strip().lower()
     if raw and content_type not in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
         raise ChatError("unsupported_media_type", f"Send JSON (application/json), not {content_type}.")
-    return decode(raw or b"{}", kind)
+    return decode(bytes(raw) or b"{}", kind)
 
 
 def decode(raw: bytes, kind: type[T]) -> T:
