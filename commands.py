@@ -196,7 +196,7 @@ def chat(options: argparse.Namespace) -> int:
     """
     url = options.url if "://" in options.url else f"http://{options.url}"
     try:
-        return _chat(Talk(url.rstrip("/")), options.model, options.arena)
+        return _chat(Talk(url.rstrip("/"), options.model, options.arena))
     except urllib.error.HTTPError as refusal:
         sys.stderr.write(f"parley: {_sentence(refusal)}\n")
     except OSError as problem:
@@ -207,22 +207,18 @@ def chat(options: argparse.Namespace) -> int:
 class Talk:
     """A guest with a session of a service, reached over HTTP."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, model: str | None, arena: bool) -> None:
         self._url = url
         self._headers = {"Content-Type": "application/json"}
         token = self.ask("/api/auth/anonymous/", {})["tokens"]["access"]
         self._headers["Authorization"] = f"Bearer {token}"
-        self._session = ""
-        self._message = ""
-
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        with self._open(path, body) as response:
-            return json.load(response)
-
-    def begin(self, model: str | None, arena: bool) -> None:
-        model = model or self.ask("/api/models/")[0]["id"]
         wish = {"mode": "random"} if arena else {"mode": "direct", "model_a_id": model}
         self._session = self.ask("/api/sessions/", wish)["id"]
+        self._message = ""
+
+    def ask(self, path: str, body: dict[str, Any]) -> Any:
+        with self._open(path, body) as response:
+            return json.load(response)
 
     def say(self, content: str) -> None:
         """Print the answer as it comes. Ctrl-C stops it; what was said until then is printed."""
@@ -243,16 +239,13 @@ class Talk:
         session = self.ask("/api/feedback/", body | {"preference": preference})["session_update"]
         return "  ".join(f"{side}: {session[f'model_{side}']['display_name']}" for side in "ab")
 
-    def _open(self, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
-        data = None if body is None else json.dumps(body).encode()
-        found: http.client.HTTPResponse = urllib.request.urlopen(
-            urllib.request.Request(self._url + path, data, self._headers)
-        )
+    def _open(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
+        found: http.client.HTTPResponse = urllib.request.urlopen(request)
         return found
 
 
-def _chat(talk: Talk, model: str | None, arena: bool) -> int:
-    talk.begin(model, arena)
+def _chat(talk: Talk) -> int:
     with suppress(EOFError):
         while True:
             said = input("> ").strip()
