@@ -283,10 +283,13 @@ async def page(request: Request, session_id: str, default: int, most: int) -> tu
     """Return the rows of the page that `?before` and `?limit` name, and the `Link` header of the page before."""
     before, limit = number(request, "before", LAST, 0, LAST), number(request, "limit", default, 1, most)
     rows, more = await select_page(state(request).database, session_id, limit, before)
-    if not more:
-        return rows, {}
-    query = request.url.include_query_params(before=rows[0]["position"]).query
-    return rows, {"Link": f'<{request.url.path}?{query}>; rel="next"'}
+    return rows, next_page(request, rows[0]["position"]) if more else {}
+
+
+def next_page(request: Request, before: Any) -> dict[str, str]:
+    """Return the `Link` header of the same list from this cursor on."""
+    query = request.url.include_query_params(before=before).query
+    return {"Link": f'<{request.url.path}?{query}>; rel="next"'}
 
 
 def choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:

@@ -90,8 +90,7 @@ async def listing(request: Request) -> Response:
     )
     shown, headers = found[:limit], {}
     if len(found) > limit:
-        query = request.url.include_query_params(before=f"{shown[-1].updated_at}.{shown[-1].id}").query
-        headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+        headers = inputs.next_page(request, f"{shown[-1].updated_at}.{shown[-1].id}")
     return inputs.answer([chat.mask.summary(session) for session in shown], headers=headers)
 
 
