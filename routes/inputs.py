@@ -77,15 +77,10 @@ def address(connection: HTTPConnection) -> str:
     return callers.address(connection.scope.get("client"), forwarded, state(connection).settings.trusted_proxies)
 
 
-def credential(connection: HTTPConnection) -> tuple[str, str] | None:
-    """Return the kind and the text of the first credential in the headers."""
-    return callers.credential(connection.headers)
-
-
 async def optional_account(connection: HTTPConnection) -> Account | None:
     """Return the caller, or None for one without a credential. A bad credential is refused."""
     chat = state(connection)
-    found = credential(connection)
+    found = callers.credential(connection.headers)
     return None if found is None else await accounts.verified(chat.database, chat.tokens, *found)
 
 
@@ -117,7 +112,7 @@ async def check_operator(connection: HTTPConnection) -> str:
     An address with too many wrong tokens is refused with `rate_limited`, the right token included: guessing would go on
     otherwise.
     """
-    chat, found = state(connection), credential(connection)
+    chat, found = state(connection), callers.credential(connection.headers)
     token, wrong = chat.settings.admin_token, ChatError("authentication_required", "This needs the operator's token.")
     if not token:
         raise not_found("page")

@@ -15,6 +15,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chat import callers
 from chat.direct import direct_of
 from chat.errors import REPLY_SENTENCES, ChatError, invalid
 from chat.formats import EventFormat
@@ -109,7 +110,7 @@ async def completions(request: Request) -> Response:
 
 async def _caller(request: Request) -> Caller:
     """The account of an access token, or one of the operator's keys."""
-    found = inputs.credential(request)
+    found = callers.credential(request.headers)
     text = found[1].encode() if found else b""
     for key in inputs.state(request).settings.api_keys:
         if secrets.compare_digest(text, key.encode()):
