@@ -6,7 +6,9 @@ environment alone. Everything wrong is one `StartupError` line that names the se
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import os
 import re
 import secrets
@@ -345,14 +347,10 @@ def _local_key(path: Path) -> Secret:
     """A key made once and kept readable for its owner alone, so that tokens outlive a restart on a laptop."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return Secret(path.read_text().strip())
-        with os.fdopen(descriptor, "w") as file:
-            key = secrets.token_urlsafe(48)
-            file.write(key + "\n")
-        return Secret(key)
+        private = functools.partial(os.open, mode=0o600)
+        with contextlib.suppress(FileExistsError), open(path, "x", opener=private) as file:
+            file.write(secrets.token_urlsafe(48) + "\n")
+        return Secret(path.read_text().strip())
     except OSError as problem:
         raise StartupError(f"settings: cannot keep a local key in {path.name}: {problem.strerror}") from None
 
