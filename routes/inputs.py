@@ -112,21 +112,18 @@ async def check_operator(connection: HTTPConnection) -> str:
     An address with too many wrong tokens is refused with `rate_limited`, the right token included: guessing would go on
     otherwise.
     """
-    chat, found = state(connection), callers.credential(connection.headers)
-    token, wrong = chat.settings.admin_token, ChatError("authentication_required", "This needs the operator's token.")
+    chat, found, place = state(connection), callers.credential(connection.headers), address(connection)
+    token = chat.settings.admin_token
     if not token:
         raise not_found("page")
-    if found is None:
-        raise wrong
-    place = address(connection)
-    is_developer = is_loopback(place) and not chat.settings.production
-    limits = [] if is_developer else buckets("operator", place, WRONG_TOKENS)
+    counts = found is not None and (chat.settings.production or not is_loopback(place))
+    limits = buckets("operator", place, WRONG_TOKENS) if counts else []
     places = await _places(chat, limits, "Too many wrong tokens came from this address.")
-    if secrets.compare_digest(found[1].encode(), token.encode()):
+    if found is not None and secrets.compare_digest(found[1].encode(), token.encode()):
         chat.limits.leave(places)
         return token
     asyncio.get_running_loop().call_later(60, chat.limits.leave, places)
-    raise wrong
+    raise ChatError("authentication_required", "This needs the operator's token.")
 
 
 async def hit_long_read(connection: HTTPConnection, account: Account | None) -> None:
