@@ -6,7 +6,6 @@ Starlette's own TrustedHost and CORS middleware leave sockets open to every page
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -72,7 +71,12 @@ class Gate:
         try:
             if address and not self._under_way.enter(address, self.settings.connections_per_address):
                 problem = ChatError("rate_limited", "There are too many requests at once from this address.")
-            await self._app(problem, scope["method"], headers)(scope, receive, send_safely)
+            if problem is not None:
+                await refuse(problem, scope, receive, send_safely)
+            elif scope["method"] == "OPTIONS" and {b"origin", b"access-control-request-method"} <= headers.keys():
+                await _preflight(scope, receive, send_safely)
+            else:
+                await self.app(scope, receive, send_safely)
         except asyncio.CancelledError:
             # A server that stops has no patience left; what it cancelled and nobody catches it prints as a traceback.
             if not begun:
@@ -81,13 +85,6 @@ class Gate:
         finally:
             if address:
                 self._under_way.leave(address)
-
-    def _app(self, problem: ChatError | None, method: str, headers: Lines) -> ASGIApp:
-        if problem is not None:
-            return functools.partial(refuse, problem)
-        if method == "OPTIONS" and b"origin" in headers and b"access-control-request-method" in headers:
-            return _preflight
-        return self.app
 
     def _added(self, path: str, headers: Lines, own: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return what every answer carries, as far as the route has not said otherwise."""
