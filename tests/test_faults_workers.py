@@ -165,8 +165,8 @@ async def test_the_owner_is_killed_before_it_said_a_word(scene: Scene) -> None:
     posted it is answered with that turn."""
     stage = scene.stage
     far = await scene.socket("far", 1)
-    stage.redis.pause()  # a room waits a second for Redis: so long the turn is stored and unsaid
-    asking = asyncio.create_task(scene.sse("poster", (0, 1), content="/count 50"))
+    stage.redis.pause()  # the turn begins, its model thinks, and nothing of either is told
+    asking = asyncio.create_task(scene.sse("poster", (0, 1), content="/silent"))
     await until(lambda: turn_stored(scene), 5, "the turn's row")
     scene.journal.fault("the owner is killed, redis goes on")
     stage.service.kill(0)
