@@ -149,7 +149,7 @@ class Connections:
 
 
 def _in_thread(connection: sqlite3.Connection, calls: Line, loop: asyncio.AbstractEventLoop) -> None:
-    """Run calls until none is left. The loop gets each answer at once; a loop that is busy does not hold up the next."""
+    """Run calls until none is left. The loop gets each answer at once; a busy loop does not hold up the next call."""
     while calls:
         try:
             call, answer = calls.popleft()
