@@ -39,6 +39,7 @@ IN_LINE = 20.0  # seconds a call may wait behind others while the database answe
 PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
 CLOCK_WAIT, CLOCK_TRIES = 0.2, 3  # seconds an exact answer about the clock may take, and how often it is asked for
+STALL = 1.0  # seconds of silence in which owners may have missed to renew a lease
 CLOCK_SET = 1000  # milliseconds that the database's clock gains or loses when somebody sets it
 LOCK_WAIT = 3  # seconds a statement waits for a row that another transaction holds, on PostgreSQL
 # Seconds that a worker frozen in the middle of a transaction keeps its locks in PostgreSQL. Not longer than
@@ -105,7 +106,7 @@ class Database:
         self.postgres = self.url.startswith("postgres")
         self._failures = Failures.of(self.postgres)
         self.timeout = timeout
-        self.failed_at = 0.0  # monotonic: when the database was last found away, or its clock set; 0: never
+        self.failed_at = 0.0  # monotonic: when the database was last found away or silent, or its clock set; 0: never
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
         self._answered_at = {True: 0.0, False: 0.0}  # monotonic: the last answer to a read (True) and to a write
         self._exclusive = exclusive
@@ -214,6 +215,8 @@ class Database:
             answered = time.monotonic()
             if answered - asked < CLOCK_WAIT:
                 break
+            if answered - asked > STALL:
+                self.failed_at = answered
         # Half the wait is the error. After a stall, leases would be too short or seem to have run out: one more try.
         before, self._clock_offset = self._clock_offset, (row or {})["now"] - (asked + answered) / 2 * 1000
         if before and abs(self._clock_offset - before) > CLOCK_SET:

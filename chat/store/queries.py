@@ -156,6 +156,7 @@ def _in_thread(connection: sqlite3.Connection, calls: Line, loop: asyncio.Abstra
         except IndexError:
             return  # another connection has taken the last one
         loop.call_soon_threadsafe(_tell, answer, *_outcome(connection, call))
+        del call, answer  # a cycle: the answer has the error, whose traceback knows this frame
 
 
 def _outcome(connection: sqlite3.Connection, call: Call) -> Outcome:
