@@ -51,6 +51,7 @@ PIPELINE_MAX = 32  # requests that wait for the answers before them
 BODIES_MAX = 4 * 1024 * 1024  # bytes of unanswered bodies of one address: 16 of the largest
 FRAMES_MAX = 500  # control frames and fragments a second of one socket: a few bytes each, but each costs CPU time
 CONTROL = (Opcode.PING, Opcode.PONG, Opcode.CLOSE)
+QUEUE = 65_535  # connections that wait to be accepted; the kernel allows fewer, as net.core.somaxconn says
 DESCRIPTORS = 65_536  # descriptors we ask for: with an unlimited number some libraries loop over all of them
 
 
@@ -80,6 +81,7 @@ def serve(settings: Settings, hello: Callable[[], None]) -> None:
         workers=settings.workers,
         http=HeadProtocol,
         ws=DirectProtocol,
+        backlog=QUEUE,
         ws_max_size=settings.frame_max,
         ws_per_message_deflate=False,
         ws_ping_interval=settings.ping_interval,
@@ -119,7 +121,7 @@ def _listen(settings: Settings) -> socket.socket:
     except (OSError, OverflowError) as problem:
         reason = getattr(problem, "strerror", None) or "a port is a number up to 65535"
         raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
-    listener.listen(2048)
+    listener.listen(QUEUE)
     listener.set_inheritable(True)
     return listener
 
