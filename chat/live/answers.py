@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from ..formats.tellings import Begun, Ended, Message, Over, Telling, Words
 
 ENDED = ("success", "stopped", "interrupted", "failed")  # the statuses a reply can end with
+# The fields of a reply's Message that change while the reply runs, as they are when its turn begins.
+BLANK: Message = {
+    "content": "",
+    "status": "pending",
+    "failure_reason": None,
+    "latency_ms": None,
+    "first_token_ms": None,
+}
 TOLD = -1  # in a cursor, in place of a number of characters: the reader was told how this reply ended
 START, END = "start", "end"
 CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(start|end|(?:e|[0-9]{1,9})(?:\.(?:e|[0-9]{1,9}))?)")
@@ -91,7 +99,7 @@ class Answer:
         self.user_messages = [message for message in messages if message["participant"] is None]
         said = [message for message in messages if message["participant"] is not None]
         replies = sorted(said, key=lambda message: str(message["participant"]))
-        self.replies = {message["participant"]: Reply(blank(message)) for message in replies}
+        self.replies = {message["participant"]: Reply(message | BLANK) for message in replies}
         for message in replies:
             if message["status"] in ENDED:
                 self.learn_ending(message["participant"], message)
@@ -191,12 +199,6 @@ class Answer:
         messages = [*self.user_messages, *(reply.message for reply in self.replies.values())]
         last = len(messages) - 1
         return [Begun(str(after if n == last else before), message) for n, message in enumerate(messages)]
-
-
-def blank(message: Message) -> Message:
-    """Return a reply's Message as it was when the turn began."""
-    nothing: dict[str, Any] = {"content": "", "status": "pending", "failure_reason": None}
-    return message | nothing | {"latency_ms": None, "first_token_ms": None}
 
 
 def _running(reply: Reply) -> Message:

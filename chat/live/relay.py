@@ -22,7 +22,7 @@ from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
-from .answers import ENDED, Answer, Cursor
+from .answers import BLANK, ENDED, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Room, latest_cursor
@@ -33,7 +33,6 @@ from .wire import settle
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
-NEWS = ("content", "status", "failure_reason", "latency_ms", "first_token_ms")  # what changes while a reply runs
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
 UNTOLD_MAX = 10_000  # sessions remembered while Redis is away
 
@@ -327,6 +326,6 @@ def _as_told(answer: Answer, messages: list[dict[str, Any]]) -> list[dict[str, A
     for message in messages:
         now = told.pop(message["id"], message)
         if message["status"] not in ENDED:
-            message = message | {name: now[name] for name in NEWS}
+            message = message | {name: now[name] for name in BLANK}
         merged.append(message)
     return [*merged, *told.values()]
