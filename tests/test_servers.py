@@ -263,9 +263,11 @@ async def test_sigterm_ends_it_cleanly(server: str, tmp_path: Path, journal: Jou
             service.terminate()
             assert await service.ended(within=25) in (0, -signal.SIGTERM), service.log()
             await service.launch(0)
-            await reader.until(lambda: reader.connections == 2, what="a new connection")
+            await reader.until(lambda: reader.connections > len(reader.codes), what="a new connection")
             await reader.turn_ended()
-            assert reader.codes == [FAREWELL[server]], journal.story()
+            assert reader.codes[0] == FAREWELL[server], journal.story()
+            # Daphne accepts connections until its process is gone: a reader that is quick is cut off there once more.
+            assert set(reader.codes[1:]) <= ({1006, 4408} if server == "daphne" else set()), journal.story()
             stored = (await messages(service.url, someone.access, session_id))[1]
             assert stored["status"] == "interrupted"
             assert reader.view.texts() == [stored["content"]]
