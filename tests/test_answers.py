@@ -68,8 +68,9 @@ class Reader:
                 assert side not in self.ended, "ended twice"
                 assert self.texts[side] == message["content"]
                 self.ended[side] = message["content"]
-            case Over():
+            case Over(_, endings):
                 assert not self.over and self.ended.keys() == self.texts.keys()
+                assert [message["status"] for message in endings] == ["success"] * len(self.ended)
                 self.over = True
 
 
@@ -239,3 +240,11 @@ def test_a_cursor_beyond_the_text_is_told_the_end_alone() -> None:
     assert [type(telling) for telling in tellings] == [Ended, Over] and after.over
     assert answer("ab").fits(start_of("turn")) and not answer("ab").fits(Cursor("turn", (3,)))
     assert answer("a").owed(NOTHING) == ([], NOTHING)
+
+
+def test_a_reply_that_a_reader_has_is_not_begun_again() -> None:
+    """One side is made anew: its reader knows how the other one ended, and would wait for a second ending of it."""
+    known = answer("ab", {"b": ("kept", True)})
+    tellings, after = known.owed(Cursor("turn", (0, TOLD), begun=False))
+    assert [telling.message["id"] for telling in tellings if isinstance(telling, Begun)] == ["u", "reply-a"]
+    assert str(after) == "turn.0.e"

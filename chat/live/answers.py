@@ -185,18 +185,19 @@ class Answer:
                 parts[place] = TOLD
                 cursor = Cursor(self.turn_id, tuple(parts))
                 tellings.append(Ended(str(cursor), side, reply.ending))
-        if parts.count(TOLD) == len(parts):
+        endings = [reply.ending for reply in self.replies.values() if reply.ending is not None]
+        if parts.count(TOLD) == len(parts) == len(endings):  # a reader may know of endings that are not known here
             end = end_of(self.turn_id)
-            endings = tuple(reply.ending or reply.message for reply in self.replies.values())
-            return [*tellings, Over(str(end), endings)], end
+            return [*tellings, Over(str(end), tuple(endings))], end
         return tellings, cursor if cursor.begun else Cursor(self.turn_id, tuple(parts))
 
     def _beginning(self, before: Cursor, after: Cursor) -> list[Telling]:
-        """Return the turn's messages as they began. Only the last one moves the cursor.
+        """Return the turn's messages as they began, but no reply whose ending the reader has.
 
-        A reader that is cut before the last one is told the whole beginning again.
+        Only the last one moves the cursor: a reader that is cut before it is told the whole beginning again.
         """
-        messages = [*self.user_messages, *(reply.message for reply in self.replies.values())]
+        replies = zip(self.replies.values(), after.parts, strict=True)
+        messages = [*self.user_messages, *(reply.message for reply, part in replies if part != TOLD)]
         last = len(messages) - 1
         return [Begun(str(after if n == last else before), message) for n, message in enumerate(messages)]
 
