@@ -20,7 +20,7 @@ from chat.errors import RelayRefused, RelayUnavailable, StartupError
 from chat.live.answers import Answer
 from chat.live.bus import BURST, GAP, Gather, RedisBus
 from chat.live.events import decode_bus
-from chat.live.voice import Voice
+from chat.live.voice import Voice, joined, text_key
 from chat.live.wire import Address, Wire
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Redis, make_certificate
@@ -373,6 +373,24 @@ async def test_a_text_is_safe_once_redis_has_all_that_was_shown() -> None:
             async with asyncio.timeout(5):
                 while not voice.safe:
                     await asyncio.sleep(0.01)
+
+
+async def test_redis_is_given_both_texts_that_it_has_forgotten() -> None:
+    """Both texts of a battle are evicted at once: one of them was repaired, and the other a second later at best."""
+    with Redis() as server:
+        async with opened(server.url) as (bus, _):
+            rows = [{"id": side, "participant": side, "status": "pending", "content": ""} for side in "ab"]
+            answer = Answer("turn", 1, "", rows)
+            voice = Voice(answer, lambda: None, lambda message: None, lambda: True, bus.gather, bus=bus, channel="c")
+            for text in ("one ", "two "):
+                for side in "ab":
+                    voice.say(side, text)
+                async with asyncio.timeout(5):
+                    await asyncio.gather(*[voice.settled(side) for side in "ab"])
+                if text == "one ":
+                    await bus.command("FLUSHALL")
+            values = await asyncio.gather(*[bus.command("GET", text_key(bus, "turn", side)) for side in "ab"])
+            assert [joined("", value) for value in values] == ["one two "] * 2
 
 
 @pytest.mark.parametrize("address, name", [("/0", "parley:0:session:x"), ("/3", "parley:3:session:x")])

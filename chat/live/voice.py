@@ -26,7 +26,7 @@ from .events import BusMessage, ReplyEnded, TurnBegun, TurnWords, encode
 KEEP = 900  # seconds that Redis keeps the text of a running turn: longer than any reply may take (`reply_timeout`)
 KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
 PIECE = re.compile(r"\0([0-9]{1,9})\0([^\0]*)")  # a piece in Redis: its offset and its text, which holds no NUL
-REPAIR_EVERY = 1.0  # seconds between two SETs: Redis may evict all the time, and a SET sends the whole text again
+REPAIR_EVERY = 1.0  # seconds between two SETs of a reply: Redis may evict all the time, and a SET sends the whole text again
 
 
 class Voice:
@@ -65,7 +65,7 @@ class Voice:
         self._forgotten: set[str] = set()  # sides of which Redis has less than it was sent
         self._silent = False
         self._kept = False  # an EXPIRE has told Redis how long to keep the texts
-        self._repaired_at = 0.0  # monotonic
+        self._repaired_at = dict.fromkeys(answer.replies, 0.0)  # monotonic
         self._moved = asyncio.Event()  # set when text was shown or dropped
 
     # -- what generation calls
@@ -188,9 +188,10 @@ class Voice:
     # -- a Redis that forgot
 
     def _repair(self, side: str) -> None:
+        """Send Redis a reply's whole text, at most once a second: the answer to a later piece asks for it again."""
         now = time.monotonic()
-        if now - self._repaired_at > REPAIR_EVERY:
-            self._repaired_at = now
+        if now - self._repaired_at[side] > REPAIR_EVERY:
+            self._repaired_at[side] = now
             self._set(side)
 
     def _set(self, side: str) -> None:
