@@ -22,7 +22,7 @@ from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
-from .answers import BLANK, ENDED, Answer, Cursor
+from .answers import BLANK, ENDED, TOLD, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Room, latest_cursor
@@ -194,8 +194,8 @@ class Relay(Source):
         if answer is not None and answer.turn_id == cursor.turn_id:
             if not answer.fits(cursor):
                 return False
-            if cursor.over and not answer.over:
-                room.learn_again()  # the reader has more than this room
+            if (cursor.over or TOLD in cursor.parts) and not answer.over:
+                room.learn_again()  # the reader may have more than this room
         else:
             past = await room.past(cursor.turn_id)
             if past.answer is None or not past.resumable or not past.answer.fits(cursor):
