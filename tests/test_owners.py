@@ -289,6 +289,75 @@ async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owne
     assert rows == [{"id": first, "stop_requested": 0}, {"id": "next", "stop_requested": 0}]
 
 
+async def test_a_stop_beside_a_message_that_will_be_refused_reaches_the_running_turn(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn runs on another worker, and a second message is on its way to storage here when the visitor stops."""
+    session, insert, gate = await owner.session(), turns.insert_turn, asyncio.Event()
+    running = await owner.orphan(session, Ask(new_id(), "one", {}), "other", 60_000)
+
+    async def slow(*given: Any) -> Any:
+        await gate.wait()
+        return await insert(*given)
+
+    monkeypatch.setattr(turns, "insert_turn", slow)
+    second = asyncio.create_task(owner.begin(session, "/echo two"))
+    await until(lambda: owner.state.generation.turns, 5, "the second turn to begin")
+    assert await owner.state.generation.stop(session, owner.someone.id)
+    gate.set()
+    with pytest.raises(ChatError, match="still being written"):
+        await second
+    rows = await owner.state.database.fetch_all("SELECT id, stop_requested FROM turns")
+    assert rows == [{"id": running, "stop_requested": 1}]
+
+
+async def test_a_stop_does_not_clear_a_models_record(owner: Owner) -> None:
+    """Visitors stop a model that says nothing: it would be drawn for battles all the time."""
+    session, generation = await owner.session(), owner.state.generation
+    for _ in range(3):
+        await owner.over(await owner.begin(session, "/fail"))
+    assert generation.outages() == {"demo-scholar"}
+    turn_id = await owner.begin(session, "/slow 60 one two three")
+    await generation.stop(session, owner.someone.id)
+    assert (await owner.over(turn_id))["a"][0] == "stopped"
+    assert generation.outages() == {"demo-scholar"}
+    await owner.over(await owner.begin(session, "/echo well again"))
+    assert generation.outages() == set()
+
+
+async def test_a_room_keeps_the_newest_session_it_has_read(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readings run at once, and the one that began first ends last."""
+    session, relay = await owner.session(), owner.state.relay
+    readings = [replace(session, version=session.version + n) for n in (1, 0)]
+
+    async def latest(*given: Any) -> Any:
+        return readings.pop(0), None
+
+    monkeypatch.setattr(relay, "latest", latest)
+    room = relay.enter(session)
+    newest = readings[0]
+    await room.learn()
+    await room.learn()
+    assert room.session is newest
+    relay.leave(room)
+
+
+async def test_the_relays_lag_is_that_of_the_sign_which_came_back(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sign of life takes longer than a second, and the next one has left meanwhile."""
+    relay, signs = owner.state.relay, []
+
+    async def publish(channel: str, sign: str) -> None:
+        signs.append(sign)
+
+    monkeypatch.setattr(relay.broadcast, "publish", publish)
+    await relay.beat()
+    await relay.beat()
+    relay._hear_own(signs[0])
+    assert relay.lag == relay.heard_at - float(signs[0]) > relay.heard_at - float(signs[1])
+
+
 async def test_an_abort_of_one_turn_does_not_stop_another(owner: Owner) -> None:
     """The abort of a request takes effect after a moment, in which the turn may have ended and the next begun."""
     session, generation = await owner.session(), owner.state.generation

@@ -269,7 +269,7 @@ class Generation:
     async def conclude(self, turn: Turn, room: Room) -> None:
         """The post-condition of a turn: every reply has an ending, in the database and for every reader."""
         try:
-            turn.rhythm = None  # the pace is over: text that was held back leaves with the ending
+            turn.rhythm = None  # nothing shows the text that is still held back: no ending may wait for it
             while turn.open and turn.state != "lost" and turn.voice is not None:
                 status = turn.early or "failed"
                 reason = {"failed": "internal", "interrupted": "interrupted"}.get(status)
@@ -299,7 +299,7 @@ class Generation:
             turn.moved.set()
             turn.out.cut(side)
         else:
-            await self.streams.shown(turn, side)  # a side of a blind battle fails at its pace as well
+            await self.streams.shown(turn, side)  # a model's text before its failure is shown first
         await turn.out.settled(side)
         async with turn.lock:
             if side not in turn.open or turn.state == "lost":
@@ -351,6 +351,8 @@ class Generation:
 
     def _count_failure(self, model: str, result: Result) -> None:
         """Note whether a reply of this model failed: `outages` looks for failures in a row."""
+        if result.status in ("stopped", "interrupted"):
+            return  # the end says nothing about the model: visitors who stop a silent one would clear its record
         failures, _ = self._failures.get(model, (0, 0.0))
         failed = result.status == "failed" and result.reason != "provider_refused"
         self._failures[model] = (failures + 1 if failed else 0, time.monotonic())
@@ -365,8 +367,9 @@ class Generation:
             for turn in own:
                 turn.end_early("stopped")
         try:
-            if not turn_id:
-                turn_id = own[0].id if own else await turns.select_running_turn(self.database, session.id)
+            if not turn_id:  # a turn that is not written yet may be refused, as another one runs elsewhere
+                written = [turn.id for turn in own if turn.stored is not None]
+                turn_id = written[0] if written else await turns.select_running_turn(self.database, session.id)
             row = await turns.request_stop(self.database, turn_id, account_id)
         except StorageUnavailable:
             if not own:

@@ -55,7 +55,6 @@ class Relay(Source):
         self.voices: set[Voice] = set()
         self.lag = 0.0  # seconds that our own sign of life took through the bus
         self.heard_at = 0.0  # monotonic: when the sign of life last came back
-        self._sent_at = 0.0
         self._beat_channel = self._channel("worker", worker)
         self._everyone = self._channel("workers")
         self._gather = Gather(settings.publish_every) if bus is None else bus.gather
@@ -109,9 +108,10 @@ class Relay(Source):
                     hear(payload)
 
     def _hear_own(self, payload: str) -> None:
-        if payload != GAP:
+        with contextlib.suppress(ValueError):  # a gap marker
+            sent_at = float(payload)
             self.heard_at = time.monotonic()
-            self.lag = self.heard_at - self._sent_at
+            self.lag = self.heard_at - sent_at
 
     def _hear_everyone(self, payload: str) -> None:
         with contextlib.suppress(ValueError):
@@ -123,10 +123,9 @@ class Relay(Source):
 
     async def beat(self) -> None:
         """Send a sign of life through the bus; look after silent turns and expired credentials. Called every second."""
-        self._sent_at = time.monotonic()
         with contextlib.suppress(RelayUnavailable, TimeoutError):
             async with asyncio.timeout(self.settings.relay_ack):
-                await self.broadcast.publish(self._beat_channel, "alive")
+                await self.broadcast.publish(self._beat_channel, str(time.monotonic()))
             self._tell_untold()
         now, date = time.monotonic(), time.time()
         for room in list(self.rooms.values()):

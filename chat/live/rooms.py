@@ -321,7 +321,10 @@ class Room:
 
     def _compare(self, session: Session) -> None:
         """Tell followers of a change in the session's row whose notice may have been lost."""
-        before, self.session = self.session, session
+        before = self.session
+        if session.version < before.version:
+            return  # another reading began later and ended earlier
+        self.session = session
         if self._loaded is not None and not self._loaded.done():
             self.version = session.version  # the first reading: nobody here was told anything older
         elif session.version > self.version:
