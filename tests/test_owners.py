@@ -311,6 +311,18 @@ async def test_a_stop_beside_a_message_that_will_be_refused_reaches_the_running_
     assert rows == [{"id": running, "stop_requested": 1}]
 
 
+async def test_each_model_of_a_battle_has_the_whole_history_budget(owner: Owner) -> None:
+    """The other side's replies, which a model is not shown, took their share of it."""
+    streams = owner.state.generation.streams
+    long = owner.state.settings.history_tokens * 4 - 10
+    said = [("user", None, "first"), ("assistant", "a", "a" * long), ("assistant", "b", "b" * long)]
+    said.append(("user", None, "second"))
+    history: list[Any] = [dict(zip(("role", "participant", "content"), each, strict=True)) for each in reversed(said)]
+    for side in "ab":
+        prompt = streams.prompt("demo-scholar", side, history, "third")
+        assert [message.content[:6] for message in prompt] == [side * 6, "second", "third"]
+
+
 async def test_a_stop_does_not_clear_a_models_record(owner: Owner) -> None:
     """Visitors stop a model that says nothing: it would be drawn for battles all the time."""
     session, generation = await owner.session(), owner.state.generation

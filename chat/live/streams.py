@@ -39,29 +39,31 @@ class Streams:
     # -- what a model is shown
 
     async def history(self, session: Session, before: int) -> list[Row]:
-        """Return the newest messages below a position, newest first, cut to the token budget of the settings.
+        """Return the newest messages below a position that models may be shown, newest first.
 
         Raises `StorageUnavailable`: a model that is not shown the conversation would answer something else.
         """
         if not before:
             return []
         rows, _ = await select_page(self.database, session.id, HISTORY_MESSAGES, before)
-        budget = self.settings.history_tokens * CHARS_PER_TOKEN
-        history: list[Row] = []
-        for row in rows[::-1]:
-            budget -= len(row["content"])
-            if budget < 0:
-                break
-            if row["content"] and row["status"] in ("success", "stopped", "interrupted"):
-                history.append(row)
-        return history
+        return [row for row in rows[::-1] if row["content"] and row["status"] in ("success", "stopped", "interrupted")]
 
     def prompt(self, model_id: str, side: str, history: list[Row], content: str) -> list[ChatMessage]:
-        """Return what one model is shown: its own side of the conversation, oldest first, and the user's message."""
+        """Return what one model is shown: its own side of the conversation, oldest first, and the user's message.
+
+        `history_tokens` bounds each model's own side: the other model's replies take nothing of it.
+        """
         model = self.providers.known.get(model_id)
         system = [ChatMessage("system", model.system)] if model is not None and model.system else []
-        seen = [row for row in history[::-1] if row["role"] == "user" or row["participant"] == side]
-        return [*system, *(ChatMessage(row["role"], row["content"]) for row in seen), ChatMessage("user", content)]
+        budget = self.settings.history_tokens * CHARS_PER_TOKEN
+        shown: list[ChatMessage] = []
+        for row in history:
+            if row["role"] == "user" or row["participant"] == side:
+                budget -= len(row["content"])
+                if budget < 0:
+                    break
+                shown.append(ChatMessage(row["role"], row["content"]))
+        return [*system, *shown[::-1], ChatMessage("user", content)]
 
     def begin(self, turn: Turn, history: list[Row], limits: Limits) -> None:
         """Begin the stream of every reply. Never waits: a stop finds either no stream or all streams."""
