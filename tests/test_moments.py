@@ -125,14 +125,15 @@ async def test_an_id_used_again_is_another_session(service: Service, two_owners:
         assert journal.events("back", "session_state") and not [t for t in back.view.texts() if "ann" in t]
 
 
-@pytest.mark.parametrize("end", ["unshare", "revoke", "private"])
+@pytest.mark.parametrize("end", ["unshare", "delete the account", "revoke", "private"])
 async def test_a_right_that_ends_ends_open_readers(service: Service, end: str) -> None:
     """Unshared, made private, revoked: open sockets are closed within seconds, on every worker, in a quiet session."""
     someone, journal = await guest(service.url), Journal()
     session_id = (await new_session(service.url, someone.access))["id"]
     path = f"/api/sessions/{session_id}"
     options: dict[str, object] = {"token": someone.access}
-    if end == "unshare":
+    shared = end in ("unshare", "delete the account")
+    if shared:
         token = (await call(service.url, "POST", f"{path}/share/", someone.access)).json()["share_token"]
         options = {"query": {"share_token": token}}
     async with contextlib.AsyncExitStack() as stack:
@@ -142,6 +143,8 @@ async def test_a_right_that_ends_ends_open_readers(service: Service, end: str) -
         ]
         if end == "unshare":
             await call(service.url, "POST", f"{path}/unshare/", someone.access)
+        elif end == "delete the account":
+            assert (await call(service.url, "DELETE", "/api/users/me/", someone.access)).status_code == 204
         elif end == "revoke":
             answer = await call(service.url, "POST", "/api/auth/revoke/", someone.access)
             assert answer.status_code == 204
@@ -154,7 +157,7 @@ async def test_a_right_that_ends_ends_open_readers(service: Service, end: str) -
             return
         for reader in readers:
             await reader.ended()
-            assert reader.codes == [4404 if end == "unshare" else 4401]
+            assert reader.codes == [4404 if shared else 4401]
 
 
 async def test_a_retry_after_a_refusal_is_answered(tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ class LearnAgain(msgspec.Struct, array_like=True, tag="again", frozen=True):
 
 
 class RightsChanged(msgspec.Struct, array_like=True, tag="rights", frozen=True):
-    """Followers are to be admitted again: on a session's channel all of its, on the workers' channel an account's."""
+    """Followers are to be admitted again: on a session's channel all; on the workers' channel those of an account.
+
+    These are the account's own, and all readers of its sessions: these end with the account.
+    """
 
     account_id: str = ""
 

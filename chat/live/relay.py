@@ -281,7 +281,10 @@ class Relay(Source):
             raise
 
     def check_account(self, account_id: str) -> None:
-        """Have every follower of the account admitted again, on all workers: its tokens were revoked."""
+        """Have the account's followers and its sessions' readers admitted again, on all workers.
+
+        Its tokens were revoked, or the account was deleted.
+        """
         self._check_account(account_id)
         self._publish(self._everyone, RightsChanged(account_id))
 

@@ -402,10 +402,10 @@ class Room:
     # -- rights
 
     def check_rights(self, account_id: str = "") -> None:
-        """Admit the followers of an account, or all, again; followers whose right has ended are sent away."""
+        """Admit followers again: all, or an account's and those of its session. Whose right has ended is sent away."""
         groups: dict[tuple[str, int, bool, str, bool], list[Follower]] = {}
         for follower in self.followers:
-            if account_id in ("", follower.right.account_id):
+            if account_id in ("", self.session.account_id, follower.right.account_id):
                 groups.setdefault(follower.right.grounds, []).append(follower)
         for group in groups.values():
             self._source.tasks.spawn(self._check(group))
