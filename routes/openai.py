@@ -142,8 +142,7 @@ class Exchange:
         self._usage_wanted = bool(wish.stream_options and wish.stream_options.include_usage)
 
     def release(self) -> None:
-        """In a task of its own: the one that answers may be cancelled already."""
-        self._chat.generation.tasks.spawn(self._completion.release())
+        self._completion.release()
 
     async def whole(self) -> Response:
         said: list[str] = []

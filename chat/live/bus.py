@@ -31,7 +31,7 @@ log = logging.getLogger("parley.bus")
 
 GAP = encode(LearnAgain()).decode()  # a channel gets this message whenever Redis has confirmed its subscription
 BACKOFF = (0.05, 2.0)  # seconds, first and longest wait between two tries
-IDLE_PING = 5.0  # seconds of silence on the listening connection before it is asked whether it lives
+IDLE_PING = 5.0  # seconds; the listening connection is pinged after half as long a silence, and dead after twice
 BURST = 4  # gathered runs one after the other before they are spread out
 
 Serve = Callable[[], Awaitable[None]]
@@ -88,8 +88,7 @@ class RedisBus(BroadcastBackend):
         self.address = Address(url, verify)
         self._name = f"{prefix}:{self.address.db}:"
         self.gather = Gather(every, self._flush)
-        self.origin = origin  # messages that start with it are our own echo
-        self._origin = origin.encode()
+        self._origin = origin.encode()  # messages that start with it are our own echo
         self._heard: asyncio.Queue[Event] = asyncio.Queue()  # broadcaster empties it before the loop reads again
         self._stopping = False
         self.failures = 0  # connections that were lost or could not be made

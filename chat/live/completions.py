@@ -95,7 +95,7 @@ class Completion:
         finally:
             self._generation.observe(self.model, result)
 
-    async def release(self) -> None:
+    def release(self) -> None:
         """Free the slot and release the unused reservation. A second call does nothing."""
         place, self._place = self._place, []
         self._generation.rate_limits.leave(place)

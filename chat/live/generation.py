@@ -370,15 +370,15 @@ class Generation:
             if not turn_id:  # a turn that is not written yet may be refused, as another one runs elsewhere
                 written = [turn.id for turn in own if turn.stored is not None]
                 turn_id = written[0] if written else await turns.select_running_turn(self.database, session.id)
-            row = await turns.request_stop(self.database, turn_id, account_id)
+            runs = await turns.request_stop(self.database, turn_id, account_id)
         except StorageUnavailable:
             if not own:
                 raise
             return True
-        if row is not None and row["id"] not in self.turns:
-            # The owner finds the request in the database while Redis carries nothing.
-            self.relay.tell(session, StopTurn(row["id"]))
-        return row is not None or bool(own)
+        if runs and turn_id not in self.turns:
+            # While Redis carries nothing, the owner finds the request in the database.
+            self.relay.tell(session, StopTurn(turn_id))
+        return runs or bool(own)
 
     def stop_here(self, turn_id: str) -> None:
         turn = self.turns.get(turn_id)

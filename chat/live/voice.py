@@ -26,7 +26,7 @@ from .events import BusMessage, ReplyEnded, TurnBegun, TurnWords, encode
 KEEP = 900  # seconds that Redis keeps the text of a running turn: longer than any reply may take (`reply_timeout`)
 KEEP_ENDED = 60  # seconds after the end, for rooms that still read; the database has the whole text by then
 PIECE = re.compile(r"\0([0-9]{1,9})\0([^\0]*)")  # a piece in Redis: its offset and its text, which holds no NUL
-REPAIR_EVERY = 1.0  # seconds between two SETs of a reply: Redis may evict all the time, and a SET sends the whole text again
+REPAIR_EVERY = 1.0  # seconds between two SETs of a reply, which send its whole text: Redis may evict all the time
 
 
 class Voice:

@@ -38,7 +38,7 @@ class Right:
 
     def writer(self) -> Account:
         """Return who may write. Raises `forbidden` for a reader of a share."""
-        if self.account is None:
+        if self.account is None or not self.member:
             raise ChatError("forbidden", "This is a read-only view of the session.")
         return self.account
 

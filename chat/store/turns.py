@@ -467,19 +467,20 @@ async def select_running_turn(database: Database, session_id: str) -> str:
     return "" if row is None else str(row["id"])
 
 
-async def request_stop(database: Database, turn_id: str, account_id: str) -> Row | None:
-    """Ask the owner of a running turn to end the turn. Returns the turn, or None when the turn does not run.
+async def request_stop(database: Database, turn_id: str, account_id: str) -> bool:
+    """Ask the owner of a running turn to end the turn. False when the turn does not run.
 
     The stop names its turn: the session's next turn may have begun before storage carries the statement out.
     """
-    return await database.fetch_one(
+    row = await database.fetch_one(
         """UPDATE turns SET stop_requested = 1
             WHERE id = :id AND status = 'running'
               AND EXISTS (SELECT 1 FROM sessions s
                            WHERE s.id = turns.session_id AND (s.account_id = :account_id OR s.is_open = 1))
-           RETURNING id, owner""",
+           RETURNING id""",
         {"id": turn_id, "account_id": account_id},
     )
+    return row is not None
 
 
 async def take_over(database: Database, owner: str, lease: int) -> list[Row]:
