@@ -12,7 +12,7 @@ import pytest
 from chat.store import database as door
 from chat.store.budgets import Refunds, Reservation
 from chat.store.database import Database, StorageUnavailable
-from chat.store.queries import PostgresQuery, Query
+from chat.store.queries import Call, Fate, PostgresQuery, Query
 from tests.harness import until
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Postgres
@@ -132,15 +132,15 @@ async def test_a_caller_without_patience_for_its_line_has_done_nothing(
 
 
 async def test_who_waits_to_the_end_gets_the_answer(postgres_server: Postgres) -> None:
-    database = Database(postgres_server.create_database(), timeout=0.5)  # to make a connection has to fit as well
+    database = Database(postgres_server.create_database())
     await database.connect()
 
     async def work(query: Query) -> int:
-        await query.fetch_all("SELECT pg_sleep(1.5)")
+        await query.fetch_all("SELECT pg_sleep(0.6)")
         return 7
 
     with pytest.raises(StorageUnavailable) as refused:
-        await database.transaction(work)
+        await database.transaction(work, patience=0.2)
     assert isinstance(refused.value.__cause__, TimeoutError) and not refused.value.in_doubt
     assert await database.transaction(work, patience=None) == 7
     await database.disconnect()
@@ -150,9 +150,8 @@ async def test_a_write_that_was_refused_is_not_carried_out_later(
     database: Database, holder: asyncpg.Connection
 ) -> None:
     """Its caller has told an error, and perhaps made another change since."""
-    database.timeout = 0.2
     with pytest.raises(StorageUnavailable) as refused:
-        await database.execute("UPDATE counts SET count = 7 WHERE name = 'row 0'")
+        await count(database, "row 0", patience=0.2)
     assert not refused.value.in_doubt
     await holder.execute("ROLLBACK")
     await until(lambda: not database._running, what="the statement to end")
@@ -169,28 +168,36 @@ async def proxy(database: Database) -> AsyncIterator[Proxy]:
 @pytest.fixture
 async def away(database: Database, proxy: Proxy) -> AsyncIterator[Database]:
     """The database at the end of that way."""
-    away = Database(proxy.through(database.url), timeout=1.0)
+    away = Database(proxy.through(database.url))
     await away.connect()
-    away.timeout = 0.2
     yield away
     proxy.ok()
     await away.disconnect()
 
 
-async def test_a_commit_on_its_way_is_waited_for(database: Database, proxy: Proxy, away: Database) -> None:
+async def test_a_commit_on_its_way_is_waited_for(
+    database: Database, proxy: Proxy, away: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives when its caller's patience is over, and not before."""
+    decide = Call.decide
+
+    def decided(self: Call, fate: Fate) -> bool:
+        if fate == "give up":
+            proxy.ok()
+        return decide(self, fate)
+
     async def work(query: Query) -> int:
         await query.execute("UPDATE counts SET count = 7 WHERE name = 'row 0'")
         proxy.stall("to_server")
-        asyncio.get_running_loop().call_later(0.5, proxy.ok)
         return 7
 
-    assert await away.transaction(work) == 7
+    monkeypatch.setattr(Call, "decide", decided)
+    assert await away.transaction(work, patience=1.0) == 7
     assert await counted(database, "row 0") == 7
 
 
 async def test_the_clock_is_right_after_a_stall(database: Database, proxy: Proxy, away: Database) -> None:
     """The answer was held up on its way: the time in it is long past."""
-    away.timeout = 5.0
     proxy.stall("to_client")
     asyncio.get_running_loop().call_later(1.0, proxy.ok)
     await away.set_clock()
@@ -206,20 +213,27 @@ async def test_tokens_are_not_given_back_twice(
     refunds, execute_many = Refunds(away), PostgresQuery.execute_many
     refunds.settle(Reservation("today", ("service",), 40), [])
 
+    async def committed() -> bool:
+        return await database.fetch_all("SELECT tokens FROM budgets") == [{"tokens": 60}]
+
+    async def cut() -> None:
+        await until(committed, what="the COMMIT")
+        proxy.rst()
+
     async def before_the_cut(self: PostgresQuery, *given: Any) -> None:
         await execute_many(self, *given)
         proxy.stall("to_client")
-        asyncio.get_running_loop().call_later(0.3, proxy.rst)
+        cutting.append(asyncio.create_task(cut()))
 
+    cutting: list[asyncio.Task[None]] = []
     with monkeypatch.context() as patch:
         patch.setattr(PostgresQuery, "execute_many", before_the_cut)
         with pytest.raises(StorageUnavailable) as lost:
             await refunds.give_back()
     assert lost.value.in_doubt
     proxy.ok()
-    away.timeout = 1.0
     await refunds.give_back()
-    assert await database.fetch_all("SELECT tokens FROM budgets") == [{"tokens": 60}]
+    assert await committed()
 
 
 async def test_a_table_that_is_missing_for_a_moment_is_storage_that_is_away(database: Database) -> None:
