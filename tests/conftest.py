@@ -20,11 +20,6 @@ SECRET = "test-secret-key-of-more-than-32-characters"
 CLOSED = {"SECRET_KEY": SECRET, "PARLEY_ENV": "local", "PARLEY_OPEN_SESSIONS": "false"}
 STORES = ("sqlite", "postgres+redis")
 
-# Hypothesis holds an example of 200 ms, or slow drawing, for a failure: on a busy machine either is chance.
-settings.register_profile("parley", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("parley")
-
-
 # The files that take longest, the longest first. Most of their time they wait, so others compute beside them.
 LONGEST = (
     *("test_faults_relay", "test_faults_workers", "test_widget", "test_faults_providers", "test_servers"),
@@ -33,6 +28,11 @@ LONGEST = (
 )
 
 SEED = int(os.environ.get("PARLEY_TEST_SEED", "0"))
+
+# Hypothesis holds an example of 200 ms, or slow drawing, for a failure: on a busy machine either is chance. So is what
+# it draws: the same examples each time, others with a seed.
+settings.register_profile("parley", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=SEED == 0)
+settings.load_profile("parley")
 
 
 def pytest_report_header() -> str:
