@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tests.browser import chromium, website
 from tests.conftest import CLOSED, store
-from tests.harness.api import Guest, guest, messages, new_session, ticket
+from tests.harness.api import Guest, guest, messages, new_session, stop, ticket
 from tests.harness.proxy import Proxy
 from tests.harness.service import ROOT, Service
 from tests.harness.view import put_together
@@ -109,8 +109,9 @@ const hear = (url, protocols, last, say) => within(new Promise((done) => {
     socket.onclose = ({code, reason, wasClean}) => done({events, code, reason, wasClean, protocol: socket.protocol});
 }), 'the end of a socket');
 
-// Posts a message and reads the answer piece by piece; at the first piece it asks how far the answer is.
-const post = async (accept, content) => {
+// Posts a message and reads the answer piece by piece; at the first one it asks how far the answer is. `most`: after so
+// many pieces it stops the answer.
+const post = async (accept, content, most) => {
     const answer = await fetch(`${given.base}/api/messages/stream/`, {method: 'POST', headers: {...json, Accept: accept},
         body: JSON.stringify({session_id: given.session, content})});
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader(), pieces = [];
@@ -121,6 +122,8 @@ const post = async (accept, content) => {
         pieces.push(value);
         if (!then && pieces.join('').includes('⟨0⟩'))
             then = await (await fetch(`${given.base}/api/messages/?session_id=${given.session}`, {headers: bearer})).json();
+        if (pieces.length === most)
+            await fetch(`${given.base}/api/sessions/${given.session}/stop/`, {method: 'POST', headers: bearer});
     }
     return {status: answer.status, type: answer.headers.get('content-type'), turn: answer.headers.get('x-turn-id'),
         pieces, then: then.at(-1).status};
@@ -265,31 +268,32 @@ DIALECTS = {
 
 @pytest.mark.parametrize("accept", DIALECTS)
 async def test_fetch_reads_an_answer_token_by_token(service: Service, page: Any, accept: str) -> None:
-    _, given = await home(service.url)
-    answer = await (await page(own(service))).run("return post(given.accept, '/count 60')", accept=accept, **given)
+    someone, given = await home(service.url)
+    answer = await (await page(own(service))).run("return post(given.accept, '/count 2000', 20)", accept=accept, **given)
     assert (answer["status"], answer["type"]) == (200, DIALECTS[accept])
     assert answer["turn"]
     assert answer["then"] in ("pending", "streaming"), "the first token is there long before the last is made"
-    assert len(answer["pieces"]) > 5  # a busy page reads several tokens at once
+    whole = (await messages(service.url, someone.access, given["session"]))[1]["content"]
+    assert len(answer["pieces"]) >= 20 and counted(2000).startswith(whole.strip())
     said = "".join(answer["pieces"])
     if accept == "*/*":
         lines = said.splitlines()
         assert lines.pop() == 'ad:{"finishReason":"stop"}'
-        assert "".join(line.removeprefix('a0:"').removesuffix('"') for line in lines) == counted(60)
+        assert "".join(line.removeprefix('a0:"').removesuffix('"') for line in lines) == whole
     else:
         found = re.findall(r"^(?:data: )?(\{.*\})$", said, re.MULTILINE)
         chunks = [event["chunk"] for event in map(json.loads, found) if event.get("type") == "message_chunk"]
-        assert "".join(chunks) == counted(60)
+        assert "".join(chunks) == whole
 
 
 async def test_an_event_source_resumes_by_itself_and_ends_by_itself(service: Service, page: Any) -> None:
     """It comes back with `Last-Event-ID` when its connection breaks, and once more at the end: 204 tells it to stop."""
-    _, given = await home(service.url)
+    someone, given = await home(service.url)
     tab = await page(own(service))
     await tab.run(
         """
         await fetch(`${given.base}/api/messages/stream/`, {method: 'POST', headers: json,
-            body: JSON.stringify({session_id: given.session, content: '/count 150'})});
+            body: JSON.stringify({session_id: given.session, content: '/count 2000'})});
         """,
         **given,
     )
@@ -311,10 +315,12 @@ async def test_an_event_source_resumes_by_itself_and_ends_by_itself(service: Ser
         )
         await tab.tab.wait_for_function("window.said.events.length > 20")
         proxy.close_all()
+        await tab.tab.wait_for_function("window.said.opened === 2")
+        assert await stop(service.url, someone.access, given["session"])
         await tab.tab.wait_for_function("window.said.source.readyState === EventSource.CLOSED")
         said = await tab.run("return {...window.said, source: null}")
     events = said["events"]
-    assert put_together(events).texts() == [counted(150)]
+    assert put_together(events).texts() == [(await messages(service.url, someone.access, given["session"]))[1]["content"]]
     assert said["ids"] == [event["cursor"] for event in events]
     assert (said["opened"], said["done"]) == (2, 1)
 

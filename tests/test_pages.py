@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from tests.browser import chromium
 from tests.conftest import CLOSED, store
-from tests.harness.api import call, guest, messages, new_session, post_turn
+from tests.harness.api import call, guest, messages, new_session, post_turn, stop
 from tests.harness.service import ROOT, Service
 from tests.test_widget import Visit, accessibility, axe, counted
 
@@ -126,11 +126,13 @@ async def test_a_shared_chat_is_read_live_and_only_read(visit: Any, service: Ser
     assert await reader.shown() == counted(5)
     assert await reader.ask("return [...chat.root.querySelectorAll('textarea, .alert, [title=\"Try again\"]')].length") == 0
     assert await axe(reader) == []
-    turn = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 300"))
-    await reader.see("talk.running && $('.prose')?.textContent")
+    turn = asyncio.create_task(post_turn(service.url, someone.access, session["id"], "/count 2000"))
+    await reader.see("talk.running && [...chat.root.querySelectorAll('.prose')].at(-1).textContent.length > 400")
     assert await axe(reader) == []
+    assert await stop(service.url, someone.access, session["id"])
     await turn
-    await reader.see("$('.log').textContent.includes(given)", given=counted(300))
+    whole = (await messages(service.url, someone.access, session["id"]))[-1]["content"]
+    await reader.see("$('.log').textContent.includes(given)", given=whole.strip())
     await reader.tab.set_viewport_size({"width": 500, "height": 300})
     await reader.tab.emulate_media(media="print")
     assert await reader.ask("return $('.log').clientHeight === $('.log').scrollHeight && document.body.clientHeight > innerHeight"), "all is printed"
@@ -168,6 +170,7 @@ async def test_the_leaderboard_shows_what_was_voted(visit: Any, service: Service
 
 async def test_a_developer_sees_every_event_and_its_cursor(visit: Any, accessibility: None) -> None:
     page = await visit("/debug")
+    await page.tab.get_by_label("Message").fill("/count 200")
     await page.tab.get_by_role("button", name="Send").click()
     await page.see("[...document.querySelectorAll('.message_chunk')].length > 5")
     await page.tab.get_by_role("button", name="Cut the socket").click()
@@ -176,7 +179,7 @@ async def test_a_developer_sees_every_event_and_its_cursor(visit: Any, accessibi
     said = await page.ask("""
         return [...document.querySelectorAll('tr.message_chunk .json')].map((each) => JSON.parse(each.textContent).chunk).join('');
     """)
-    assert said == counted(40)
+    assert said == counted(200)
 
 
 async def test_a_person_answers_a_visitor(visit: Any, browser: Any, service: Service, accessibility: None) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,15 +17,15 @@ HERE = ROOT / "tests" / "interop"
 PATIENCE = 20.0  # seconds for a client to do what it is told; Node.js alone takes one to start on a busy machine
 
 
-def packages() -> str:
-    """Install the packages, once per change of their lock file. Return what went wrong, or nothing."""
-    lock, stamp = HERE / "package-lock.json", HERE / "node_modules" / ".installed"
+def packages(folder: Path = HERE) -> str:
+    """Install a folder's packages, once per change of their lock file. Return what went wrong, or nothing."""
+    lock, stamp = folder / "package-lock.json", folder / "node_modules" / ".installed"
     with open(lock) as asked:
         fcntl.flock(asked, fcntl.LOCK_EX)  # test processes that install at once would remove each other's packages
         if not stamp.exists() or stamp.read_text() != lock.read_text():
-            done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=HERE, capture_output=True, text=True)
+            done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True)
             if done.returncode:
-                return f"npm could not install {HERE.name}/package.json: {done.stderr.strip()[-300:]}"
+                return f"npm could not install {folder.name}/package.json: {done.stderr.strip()[-300:]}"
             stamp.write_text(lock.read_text())
     return ""
 
