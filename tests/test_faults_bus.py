@@ -16,7 +16,8 @@ from redis.asyncio import Redis as RedisClient
 from tests.harness import until
 from tests.harness.api import call, post_turn, stop
 from tests.harness.client import SocketReader
-from tests.harness.scene import ENVIRONMENT, Scene, Stage, counted, now, text_of
+from tests.harness.noise import prompt
+from tests.harness.scene import ENVIRONMENT, Scene, Stage, counted, text_of
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
 
@@ -65,7 +66,8 @@ async def test_a_redis_that_forgets_is_given_each_text_again_once_a_second(scene
         await redis.flushall()
         far = await scene.socket(f"far{n}", 1)
         have = text_of(near)
-        await far.until(lambda far=far, have=have: len(text_of(far)) >= len(have), 1.5, "the text others have")
+        async with prompt(1.5, *scene.stage.service.pids):
+            await far.until(lambda far=far, have=have: len(text_of(far)) >= len(have), what="the text others have")
     await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert len({text_of(reader) for reader in scene.readers}) == 1
     await scene.check()
@@ -114,7 +116,8 @@ async def test_a_title_given_while_redis_is_away_is_told_when_it_is_back(scene: 
     scene.stage.redis.kill()
     path = f"/api/sessions/{scene.id}/"
     await call(scene.stage.service.urls[0], "PATCH", path, scene.someone.access, json={"title": "while away"})
-    await near.until(lambda: "while away" in _titles(scene, near), 1, "the title on the same worker")
+    async with prompt(1, *scene.stage.service.pids):
+        await near.until(lambda: "while away" in _titles(scene, near), what="the title on the same worker")
     await scene.stage.redis.start()
     await far.until(lambda: "while away" in _titles(scene, far), 3, "the title on the other worker")
     await scene.check()
@@ -170,10 +173,9 @@ async def test_a_stop_through_another_worker_needs_no_redis(scene: Scene) -> Non
     await near.say("/count 2000")
     await near.tokens(10)
     async with redis_paused(scene):
-        asked = now()
-        assert await stop(scene.stage.service.urls[1], scene.someone.access, scene.id)
-        await near.until(lambda: near.view.turns_ended, 2, "the end")
-        assert now() - asked < 1.5
+        async with prompt(1.5, *scene.stage.service.pids):
+            assert await stop(scene.stage.service.urls[1], scene.someone.access, scene.id)
+            await near.turn_ended()
     await scene.check()
 
 

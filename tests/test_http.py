@@ -33,6 +33,7 @@ from routes.operations import VERSION
 from tests.conftest import CLOSED, SECRET
 from tests.harness import until
 from tests.harness.api import call, guest, http, messages, new_session, post_turn, stop, ticket, unescape
+from tests.harness.noise import prompt
 from tests.harness.proxy import Proxy
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
@@ -831,7 +832,8 @@ async def listed(base: str, token: str, query: str = "") -> list[dict[str, Any]]
 
 async def test_the_list_is_ones_own_newest_change_first(service: Service) -> None:
     someone, other = await guest(service.url), await guest(service.url)
-    made = [await new_session(base, someone.access, title=f"n{n}") for n, base in enumerate(every_worker(service, 3))]
+    # On one worker: two workers know the database's time to some milliseconds, and would stamp them in another order.
+    made = [await new_session(service.url, someone.access, title=f"n{n}") for n in range(3)]
     await new_session(service.url, other.access, title="another's")
     await call(service.url, "PATCH", f"/api/sessions/{made[0]['id']}/", someone.access, json={"is_pinned": True})
     lines = await listed(service.urls[-1], someone.access)
@@ -1127,7 +1129,7 @@ async def running(base: str, token: str, session_id: str, accept: str = "*/*", *
     ):
         assert response.status_code == 200, await response.aread()
         bytes_ = response.aiter_bytes()
-        yield Following(response, await asyncio.wait_for(anext(bytes_), 2), bytes_)
+        yield Following(response, await asyncio.wait_for(anext(bytes_), 5), bytes_)
 
 
 async def post(base: str, token: str | None, body: dict[str, Any], query: str = "", **headers: str) -> httpx.Response:
@@ -1520,10 +1522,9 @@ async def test_stop_ends_the_turn_from_any_worker_within_a_second(service: Servi
     """What was said is kept, and only that."""
     session = await compare(service.url, ann.access)
     async with running(service.url, ann.access, session["id"]) as following:
-        asked = time.monotonic()
-        assert await following.stopped(service.urls[-1])
-        rest = await following.rest()
-    assert time.monotonic() - asked < 1.0
+        async with prompt(1.0, *service.pids):
+            assert await following.stopped(service.urls[-1])
+            rest = await following.rest()
     lines = (following.first + rest).decode().splitlines()
     assert {line for line in lines if line[1:2] == "d"} == {f'{side}d:{{"finishReason":"stop"}}' for side in "ab"}
     _, *replies = await messages(service.urls[-1], ann.access, session["id"])

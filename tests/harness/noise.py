@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from bisect import bisect_left, bisect_right
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,3 +49,15 @@ class Noise:
 
     async def __aexit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         self._task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def prompt(within: float, *pids: int) -> AsyncIterator[None]:
+    """What happens inside takes less than `within` seconds, those not counted that these processes stood in line."""
+    async with Noise(*pids) as noise:
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        await asyncio.sleep(3 * POLL)  # until there is a sample after the end
+        lost = noise.between(started, ended)
+    assert ended - started - lost < within, f"took {ended - started:.2f} s, {lost:.2f} s of them in line"

@@ -142,10 +142,10 @@ def text_of(reader: Reader) -> str:
 
 
 def longest_silence(journal: Journal, reader: str, since: float, until: float) -> float:
-    """The longest time in a span that brought this reader no text."""
+    """The longest time without text for this reader that began in a span; after the last text nothing is missing."""
     came = [entry.at for entry in journal.of(reader, "event") if entry.data.get("type") == "message_chunk"]
-    inside = [since, *[at for at in came if since < at < until], until]
-    return max(later - at for at, later in pairwise(inside))
+    times = [since, *[at for at in came if at > since]]
+    return max((later - at for at, later in pairwise(times) if at < until), default=0.0)
 
 
 def first_beyond(journal: Journal, reader: str, characters: int) -> float | None:

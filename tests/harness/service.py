@@ -177,6 +177,10 @@ class Service:
             return psutil.Process(self.processes[i].pid)
         return self._shared_workers()[i]
 
+    @property
+    def pids(self) -> list[int]:
+        return [self.worker(i).pid for i in range(self.workers)]
+
     def resources(self, i: int = 0) -> dict[str, float]:
         """What worker `i` holds: open descriptors, threads, resident bytes."""
         process = self.worker(i)
