@@ -24,7 +24,7 @@ from tests.harness.api import call, guest, new_session, post_turn
 from tests.harness.checker import i8_bystander, i9_no_leak, tempo
 from tests.harness.client import SocketReader
 from tests.harness.evidence import counts
-from tests.harness.noise import Noise
+from tests.harness.noise import Noise, prompt
 from tests.harness.processes import Process, temporary_directory
 from tests.harness.proxy import Narrow, Proxy
 from tests.harness.scene import (
@@ -85,7 +85,7 @@ async def test_join_at_sixty_random_moments(scene: Scene) -> None:
     await asyncio.gather(*[join(n) for n in range(60)])
     await asyncio.gather(*[reader.replies_ended() for reader in scene.readers])
     assert {text for reader in scene.readers for text in reader.view.texts()} == {counted(100)}
-    await scene.check(codes={1011})  # a busy machine: sixty readers in one process answer a ping within a second, or not
+    await scene.check()
 
 
 async def test_sole_reader_on_an_idle_worker(postgres_server: Postgres, redis_server: Redis) -> None:
@@ -95,9 +95,8 @@ async def test_sole_reader_on_an_idle_worker(postgres_server: Postgres, redis_se
         async with await Stage(service, url, redis_server).scene() as scene:
             reader = await scene.socket("alone", 1)
             posting = asyncio.create_task(post_turn(service.url, scene.someone.access, scene.id, "/count 20"))
-            asked = now()
-            await reader.tokens(1, within=1)
-            measured("first delta at a sole reader of the other worker", now() - asked)
+            async with prompt(1, *service.pids):
+                await reader.tokens(1)
             await reader.turn_ended()
             await posting
             assert reader.view.texts() == [counted(20)]
@@ -219,10 +218,9 @@ async def test_a_message_after_a_long_silence(scene: Scene) -> None:
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     silent_since = now()
     await near.until(lambda: now() - silent_since > 12, 15, "silence")
-    asked = now()
-    await near.say("/count 10")
-    await far.tokens(1, within=1)
-    measured("first delta on the other worker after 12 idle seconds", now() - asked)
+    async with prompt(1, *scene.stage.service.pids):
+        await near.say("/count 10")
+        await far.tokens(1)
     await asyncio.gather(near.turn_ended(), far.turn_ended())
     await scene.check()
 
@@ -262,10 +260,9 @@ async def test_redis_is_away_when_the_turn_starts(scene: Scene) -> None:
     near, far = await scene.socket("near", 0), await scene.socket("far", 1)
     scene.journal.fault("redis killed")
     scene.stage.redis.kill()
-    asked = now()
-    await near.say("/count 200")
-    await near.tokens(1, within=2)
-    measured("redis away: first delta on the same worker", now() - asked)
+    async with prompt(2, *scene.stage.service.pids):
+        await near.say("/count 200")
+        await near.tokens(1)
     await near.tokens(20)
     await scene.stage.redis.start()
     back, text = scene.journal.fault("redis back"), text_of(near)
@@ -297,7 +294,7 @@ async def test_readers_join_elsewhere_while_redis_is_away(scene: Scene) -> None:
 
 
 async def test_half_open_client(stage: Stage) -> None:
-    """21. A client frozen with SIGSTOP is cut (2 s of pings in tests, 45 s else); the others notice nothing."""
+    """21. A client frozen with SIGSTOP is cut (4 s of pings in tests, 45 s else); the others notice nothing."""
     async with await stage.scene() as scene, Noise(stage.service.worker(0).pid) as noise:
         near = await scene.socket("near", 0)
         await near.say("/count 100")
@@ -315,7 +312,7 @@ async def test_half_open_client(stage: Stage) -> None:
             await near.tokens(110)
             frozen = scene.journal.fault("client frozen")
             client.send(signal.SIGSTOP)
-            await until(lambda: port not in _callers(stage.service), 4, "the connection's end")
+            await until(lambda: port not in _callers(stage.service), 7, "the connection's end")
             measured("a frozen client is cut after", now() - frozen)
         finally:
             client.kill()

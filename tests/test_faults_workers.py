@@ -20,6 +20,7 @@ from redis.asyncio import Redis as RedisClient
 from tests.harness import until
 from tests.harness.api import call
 from tests.harness.evidence import read_rows
+from tests.harness.noise import Noise, prompt
 from tests.harness.proxy import Narrow, Proxy
 from tests.harness.reader import Reader
 from tests.harness.scene import DRAIN, ENVIRONMENT, LEASE, SWEEP, Scene, Stage, counted, measured, now, text_of
@@ -257,11 +258,15 @@ async def _stored(scene: Scene, reply: str, turn: str) -> bool:
 async def test_the_only_worker_is_killed_without_redis(tmp_path: Path) -> None:
     """17 on SQLite: after the restart the text is there up to the last checkpoint, and it is `interrupted`."""
     url = f"sqlite:///{tmp_path / 'parley.db'}"
-    async with Service(ENVIRONMENT | {"DATABASE_URL": url}) as service, await Stage(service, url).scene() as scene:
+    async with (
+        Service(ENVIRONMENT | {"DATABASE_URL": url}) as service,
+        Noise(*service.pids) as noise,
+        await Stage(service, url).scene() as scene,
+    ):
         reader = await scene.socket("reader")
         await reader.say("/count 500")
         await reader.tokens(90)
-        scene.journal.fault("the worker is killed")
+        killed = scene.journal.fault("the worker is killed")
         service.kill()
         await reader.until(lambda: reader.codes, what="the end of its connection")
         shown = text_of(reader)
@@ -274,7 +279,7 @@ async def test_the_only_worker_is_killed_without_redis(tmp_path: Path) -> None:
         measured("only worker killed: text lost", lost)
         assert reply.status == "interrupted" and shown.startswith(reply.content)
         assert reader.view.texts() == [reply.content]
-        assert 0 <= lost <= CHECKPOINT + 0.1  # and what it takes to write one
+        assert 0 <= lost <= CHECKPOINT + 0.1 + noise.between(killed - 1, killed)  # and what it takes to write one
         await scene.check(codes=KILLED, lost=True)
 
 
@@ -288,7 +293,7 @@ async def test_sigterm_with_an_answer_shorter_than_the_drain(
     """19. The reader gets 1012 and resumes on the other worker, the answer is a `success`, and the process ends as
     uvicorn does: by the signal it was sent."""
     url = postgres_server.create_database()
-    environment = ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis_server.url}
+    environment = ENVIRONMENT | {"DATABASE_URL": url, "REDIS_URL": redis_server.url, "PARLEY_DRAIN": "10"}
     async with Service(environment, workers=2, server=server) as service, await Stage(service, url).scene() as scene:
         near, far = await scene.socket("near", (0, 1)), await scene.socket("far", 1)
         await near.say("/count 120")
@@ -445,9 +450,8 @@ async def test_a_battle_is_stopped_when_its_models_have_ended(whole: Stage) -> N
         await near.until(lambda: len(text_of(near)) > 200, what="some text")
         answer = await call(whole.service.urls[1], "POST", f"/api/sessions/{scene.id}/stop/", scene.someone.access)
         assert answer.json() == {"stopped": True}
-        stopped = now()
-        await ended([near, far], within=1)
-        measured("a battle that is only being said: stopped after", now() - stopped)
+        async with prompt(1, *whole.service.pids):
+            await ended([near, far])
         assert statuses(scene, near) == statuses(scene, far) == ["stopped", "stopped"]
         await idle(whole)
         await scene.check()

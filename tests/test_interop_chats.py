@@ -56,6 +56,7 @@ def service(
     offered = json.dumps([alpha, alpha | {"id": "beta", "model_code": "fake-beta", "display_name": "Beta", "vendor": "B"}])
     environment = CLOSED | store(request.param, request, tmp_path_factory.mktemp("service"))
     environment |= {"PARLEY_MODELS": offered, "VENDOR_KEY": KEY}
+    environment |= {"PARLEY_FIRST_TOKEN_TIMEOUT": "20", "PARLEY_IDLE_TIMEOUT": "20"}  # the vendor is in the tests' process
     with Service(environment, workers=1 if request.param == "sqlite" else 2) as running:
         yield running
         log = running.log()

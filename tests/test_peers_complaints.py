@@ -38,6 +38,7 @@ def service(
     request: pytest.FixtureRequest, vendors: Vendors, redis_server: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     environment = CLOSED | {"REDIS_URL": redis_server.url, "VENDOR_KEY": KEY}
+    environment |= {"PARLEY_FIRST_TOKEN_TIMEOUT": "2", "PARLEY_IDLE_TIMEOUT": "20"}  # the vendor is in the tests' process
     environment |= store(request.param, request, tmp_path_factory.mktemp("service"))
     demo = {"id": "demo", "provider": "demo", "personality": "scholar", "pace": 0.0001}
     environment |= {"PARLEY_MODELS": json.dumps([models(vendors)[0], demo])}  # one SDK: the other takes a second to import

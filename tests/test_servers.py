@@ -44,8 +44,8 @@ ENVIRONMENT = CLOSED | {
 }
 
 
-def under(server: str, folder: Path) -> Service:
-    environment = ENVIRONMENT | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"}
+def under(server: str, folder: Path, **more: str) -> Service:
+    environment = ENVIRONMENT | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"} | more
     return Service(environment, server=server, command=COMMANDS[server].split())
 
 
@@ -96,7 +96,7 @@ async def test_a_posted_turn_is_streamed_as_it_is_made(service: Service) -> None
         client.stream(
             "POST",
             "/api/messages/stream/",
-            json=short_body(session_id, "/count 60"),
+            json=short_body(session_id, "/count 150"),
             headers={"Accept": "text/event-stream"},
         ) as response,
     ):
@@ -110,12 +110,12 @@ async def test_a_posted_turn_is_streamed_as_it_is_made(service: Service) -> None
     assert status_then in ("pending", "streaming")
     assert events[-1].event == "done"
     chunks = [json.loads(event.data) for event in events if event.event == "message_chunk"]
-    assert "".join(chunk["chunk"] for chunk in chunks) == counted(60)
+    assert "".join(chunk["chunk"] for chunk in chunks) == counted(150)
     assert len(chunks) > 20, "one by one, or nearly"
     stored = await messages(service.url, someone.access, session_id)
     assert [(row["role"], row["status"], row["content"]) for row in stored] == [
-        ("user", "success", "/count 60"),
-        ("assistant", "success", counted(60)),
+        ("user", "success", "/count 150"),
+        ("assistant", "success", counted(150)),
     ]
 
 
@@ -172,11 +172,11 @@ async def test_stop_works_by_frame_and_by_request(service: Service, journal: Jou
         await reader.say("/count 100000")
         await reader.tokens(5)
         await reader.send({"type": "stop"})
-        await reader.turn_ended(1, within=2)
+        await reader.turn_ended(1)
         await reader.say("/count 100000")
         await reader.until(lambda: all(reader.view.texts()[1:] or [""]), what="the second turn's text")
         assert await stop(service.url, someone.access, session_id)
-        await reader.turn_ended(2, within=2)
+        await reader.turn_ended(2)
         replies = [row for row in await messages(service.url, someone.access, session_id) if row["role"] == "assistant"]
         assert [row["status"] for row in replies] == ["stopped"] * 2
         assert [row["content"] for row in replies] == reader.view.texts()
@@ -278,16 +278,16 @@ async def test_sigterm_ends_it_cleanly(server: str, tmp_path: Path, journal: Jou
 
 async def test_a_server_without_lifespan_lets_an_answer_finish(tmp_path: Path, journal: Journal) -> None:
     """Daphne says nothing of its end: the service takes the signal first, and starts nothing new meanwhile."""
-    async with under("daphne", tmp_path) as service:
+    async with under("daphne", tmp_path, PARLEY_DRAIN="15") as service:
         someone, session_id = await home(service.url)
         async with SocketReader(journal, "reader", service.url, session_id, token=someone.access) as reader:
-            await reader.say("/count 150")
+            await reader.say("/count 250")
             await reader.tokens(20)
             service.terminate()
             await until(lambda: refuses_new_turns(service, someone), what="a service that drains")
             service.terminate()  # a platform may say it twice
             await reader.turn_ended()
-            assert reader.view.texts() == [counted(150)]
+            assert reader.view.texts() == [counted(250)]
             assert await service.ended(within=25) == 0
 
 

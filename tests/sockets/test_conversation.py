@@ -150,7 +150,7 @@ async def test_stop_keeps_what_was_said(service: Service, journal: Journal) -> N
             await writer.say("/count 2000")
             await stopper.tokens(told + 5)  # of this turn: a stop before it is none of its
             await (stopper.send({"type": "stop"}) if turn == 1 else stop(base, someone.access, session_id))
-            await asyncio.gather(writer.turn_ended(turn, 3), stopper.turn_ended(turn, 3))
+            await asyncio.gather(writer.turn_ended(turn), stopper.turn_ended(turn))
             end = journal.events("stopper", "message_complete")[-1]
             assert (end["status"], end["failure_reason"]) == ("stopped", None)
             assert counted(2000).startswith(end["message"]["content"].strip()) and end["message"]["content"]
