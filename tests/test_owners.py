@@ -266,6 +266,22 @@ async def test_a_reply_made_again_without_an_answer_is_answered(owner: Owner) ->
     assert await owner.over(again) == before
 
 
+async def test_a_message_is_found_while_its_turn_is_made_again(owner: Owner) -> None:
+    """Another tab asks again, and again: whoever looks for the message's turn finds one turn or the next, whole."""
+    session, generation = await owner.session(), owner.state.generation
+    await owner.over(await owner.begin(session, "/echo hello", "said"))
+
+    async def made_again() -> None:
+        for _ in range(20):
+            await owner.over((await generation.again(session, owner.someone, "said")).id)
+
+    making = asyncio.create_task(made_again())
+    while not making.done():
+        found = await turns.select_turn_of_message(owner.state.database, session, "said")
+        assert found is not None and [row["role"] for row in found.rows] == ["user", "assistant"]
+    await making
+
+
 async def test_a_stop_held_up_by_storage_does_not_stop_the_next_turn(owner: Owner) -> None:
     """Somebody has the file's lock, ends the turn and begins the next one, before the stop is carried out."""
     session, database = await owner.session(), owner.state.database

@@ -336,16 +336,19 @@ async def select_turn_messages(query: Database | Query, turn_id: str) -> list[Ro
 
 
 async def select_turn_of_message(query: Database | Query, session: Session, message_id: str) -> StoredTurn | None:
-    """Return the turn a message of this session belongs to."""
-    row = await query.fetch_one(
-        """SELECT t.id, t.account_id, t.position FROM messages m JOIN turns t ON t.id = m.turn_id
-            WHERE m.session_id = :session_id AND m.id = :id""",
-        {"session_id": session.id, "id": message_id},
+    """Return the turn a message of this session belongs to; its position is that of its first message.
+
+    A turn that is made again between two statements would have no messages.
+    """
+    rows = await query.fetch_all(
+        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :session_id AND turn_id =
+                  (SELECT turn_id FROM messages WHERE session_id = :session_id AND id = :message_id)
+            ORDER BY position""",
+        {"session_id": session.id, "message_id": message_id},
     )
-    if row is None:
+    if not rows:
         return None
-    rows = await select_turn_messages(query, row["id"])
-    return StoredTurn(row["id"], session, row["account_id"], row["position"], "", tuple(rows), False)
+    return StoredTurn(rows[0]["turn_id"], session, session.account_id, rows[0]["position"], "", tuple(rows), False)
 
 
 async def select_first_message(database: Database, session_id: str) -> str | None:
