@@ -219,6 +219,25 @@ async def test_news_that_redis_did_not_take_is_told_without_a_new_connection(
         other.relay.part(follower)
 
 
+async def test_an_older_notice_that_comes_last_takes_nothing_back(
+    postgres_server: Postgres, redis_server: Redis
+) -> None:
+    """Two tabs rename a session on two workers. Its deletion is told whatever version the deleting worker knew."""
+    async with house(postgres_server, redis_server) as here:
+        follower, database = await here.follower(), here.state.database
+        renamed = [
+            await sessions.update_session(database, here.session.id, here.someone.id, title=title)
+            for title in ("first", "second")
+        ]
+        for session in reversed(renamed):
+            follower.room.hear(encode(here.relay.notice_of(session, "updated")).decode())
+        here.relay.tell_deleted(here.session)
+        events = [json.loads(frame) for frame in await follower.next()]
+        assert [event["session"].get("title") for event in events] == ["second", None]
+        assert events[-1]["action"] == "deleted"
+        here.relay.part(follower)
+
+
 def test_the_way_of_a_token_names_functions_that_exist() -> None:
     """The docstring of the core is what newcomers read first."""
     known = set[str]()

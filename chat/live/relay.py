@@ -259,7 +259,7 @@ class Relay(Source):
         event = session_event(
             "session_update", session={"id": session.id}, action="deleted", version=session.version + 1
         ).decode()
-        self.tell(session, SessionNotice(event, event, session.version + 1))
+        self.tell(session, SessionNotice(event, event))
         self.check_rights(session)
 
     def check_rights(self, session: Session) -> None:

@@ -182,6 +182,7 @@ class Room:
         self.followers: set[Follower] = set()
         self.writing = 0  # turns of this session that this process answers
         self.version = session.version  # the highest version of the session that followers were told
+        self._noticed = 0  # the highest version of a notice
         self.news_at = time.monotonic()  # when the last message about a turn came
         self._source = source
         self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)  # words that cannot be learned yet
@@ -390,7 +391,13 @@ class Room:
                 follower.rouse()
 
     def tell(self, notice: SessionNotice) -> None:
-        """Send a session event to every follower that may see it."""
+        """Send a session event to every follower that may see it.
+
+        Notices of two workers come in any order: readers would keep the state of an older one that comes last.
+        """
+        if 0 < notice.version < self._noticed:
+            return
+        self._noticed = notice.version or self._noticed
         self.version = max(self.version, notice.version)
         event, public = notice.json.encode(), notice.public_json.encode()
         for follower in list(self.followers):
