@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -297,7 +296,7 @@ async def _reader(request: Request) -> tuple[Account | None, str]:
     return await open_stream(chat.database, chat.tokens, ticket, session_id, turn_id), ticket
 
 
-async def _read(request: Request, account: Account | None, ticket: str) -> Response:
+async def _read(request: Request, account: Account | None, ticket: str, tries: int = 3) -> Response:
     chat = inputs.state(request)
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id(account))
     given = request.headers.get("last-event-id") or request.query_params.get("after")
@@ -305,11 +304,20 @@ async def _read(request: Request, account: Account | None, ticket: str) -> Respo
     if cursor is None:
         return Response(status_code=204)
     right = Right(chat.database, session, account, member=False)
-    if not ticket:
-        return await follow(request, right, cursor, EventStream)
-    await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
-    give = partial(give_back, chat.database, chat.tokens, ticket)
-    return await follow(request, right, cursor, EventStream, cut=lambda: chat.generation.tasks.spawn(give()))
+
+    def cut() -> None:
+        if ticket:
+            chat.generation.tasks.spawn(give_back(chat.database, chat.tokens, ticket))
+
+    if ticket:
+        await note_told(chat.database, chat.tokens, ticket, session.id, cursor.turn_id)
+    try:
+        return await follow(request, right, cursor, EventStream, cut=cut)
+    except ChatError as problem:
+        if problem.code != "not_found" or tries == 1:
+            raise
+        # The turn was made again a moment ago: an EventSource that is refused never comes back.
+        return await _read(request, account, ticket, tries - 1)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:

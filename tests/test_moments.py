@@ -160,6 +160,27 @@ async def test_a_right_that_ends_ends_open_readers(service: Service, end: str) -
             assert reader.codes == [4404 if shared else 4401]
 
 
+async def test_an_event_source_is_not_refused_while_its_turn_is_made_again(service: Service) -> None:
+    """Another tab asks again, and again: who opens the stream in between is told one turn or the next."""
+    someone = await guest(service.url)
+    session = await new_session(service.url, someone.access)
+    await post_turn(service.url, someone.access, session["id"], "/echo hello")
+    reply = (await messages(service.url, someone.access, session["id"]))[-1]
+
+    async def made_again() -> None:
+        for _ in range(30):
+            path = f"/api/messages/{reply['id']}/regenerate/"
+            assert (await post_turn(service.url, someone.access, None, "", body={}, path=path)).status == 200
+
+    async def read(base: str) -> None:
+        while not making.done():
+            answer = await call(base, "GET", f"/api/sessions/{session['id']}/stream/", someone.access)
+            assert answer.status_code == 200, answer.text
+
+    making = asyncio.create_task(made_again())
+    await asyncio.gather(making, *[read(base) for base in 2 * service.urls])
+
+
 async def test_a_retry_after_a_refusal_is_answered(tmp_path: Path) -> None:
     """A write lock held longer than a caller waits: 503, and the same message again is answered, with one call."""
     path = tmp_path / "parley.db"
