@@ -60,6 +60,11 @@ class RateLimits:
             message = "Too many new guests from this address."
             await self.hit_from(address, "guests", settings.guests_per_minute, 60, message)
 
+    async def hit_session(self, account_id: str, settings: Settings) -> None:
+        """Count one more session that this account makes. Raises `rate_limited`."""
+        message = "You are making sessions too quickly."
+        await self.hit(f"sessions:{account_id}", settings.sessions_per_minute, 60, message)
+
     async def hit_from(self, address: str, name: str, limit: int, window: float, message: str) -> None:
         """Count one more of `name` from this address, and from the network around it. Raises `rate_limited`."""
         for bucket, most in buckets(name, address, limit):
@@ -77,15 +82,21 @@ class RateLimits:
         except (RelayUnavailable, TimeoutError):
             return None
 
-    async def enter(self, limits: Iterable[tuple[str, int]]) -> list[str] | None:
-        """Take one place under each of these names; return the names, to give to `leave`. None when one is full."""
+    async def enter(self, limits: Iterable[tuple[str, int]], message: str) -> list[str]:
+        """Take one place under each of these names; return the names, to give to `leave`.
+
+        Raises `rate_limited` when one is full.
+        """
         names = [name for name, _ in limits]
         self.open.update(names)
-        counts = await self._places(names)
-        if all(count <= limit for count, (_, limit) in zip(counts, limits, strict=True)):
-            return names
-        self.leave(names)
-        return None
+        try:
+            counts = await self._places(names)
+            if any(count > limit for count, (_, limit) in zip(counts, limits, strict=True)):
+                raise ChatError("rate_limited", message, retry_after=5)
+        except BaseException:  # a caller that is cancelled while it waits for Redis would keep its places for ever
+            self.leave(names)
+            raise
+        return names
 
     def leave(self, names: Iterable[str]) -> None:
         for name in names:

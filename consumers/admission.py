@@ -17,6 +17,7 @@ from chat.store import accounts, sessions
 from chat.store.accounts import Account
 from chat.store.rights import Right
 from chat.store.sessions import Session
+from chat.store.tickets import give_back_if_refused
 from chat.tokens import SKEW, Token, operator_version
 
 from . import frames
@@ -45,28 +46,42 @@ REFUSALS = {
     "invalid": (4400, "no such choice of models"),
     "forbidden": (4403, "forbidden"),
     "not_found": (4404, "no such session"),
-    "rate_limited": (4429, "too many requests"),
+    "rate_limited": (4429, "too many sockets"),
 }
 
 
-async def admit(socket: WebSocket, chat: State) -> Right:
-    """Return the right by which this socket reads its session. Raises `Closed`."""
-    session_id = socket.path_params["session_id"]
-    if not SESSION_ID.fullmatch(session_id):
-        raise Closed(4404, "no such session")
+async def admit(socket: WebSocket, chat: State, places: list[str]) -> Right:
+    """Return the right by which this socket reads its session. Raises `Closed`.
+
+    places: the function adds the names of all places it takes, for `limits.leave`, also those of a refused socket.
+    """
+    full = "Too many sockets are open."
     try:
-        return await _admit(socket, chat, session_id)
+        # Before authentication: a socket that says nothing costs memory as well.
+        outside = buckets("address", address(socket, chat), chat.settings.sockets_per_address)
+        places += await chat.limits.enter(outside, full)
+        if not SESSION_ID.fullmatch(socket.path_params["session_id"]):
+            raise not_found("session")
+        if (token := _operators_token(socket, chat)) is not None:
+            right = await _operators_right(socket, chat, token)
+            places += await chat.limits.enter(_inside(chat, right), full)
+            return right
+        account, expires_at, ticket = await _account(socket, chat)
+        async with give_back_if_refused(chat.database, chat.tokens, ticket):
+            right = await _right(socket, chat, account, expires_at)
+            places += await chat.limits.enter(_inside(chat, right), full)
+            return right
     except ChatError as problem:
-        raise Closed(*REFUSALS.get(problem.code, (1012, "try again"))) from None
+        raise closed_by(problem) from None
 
 
-async def _admit(socket: WebSocket, chat: State, session_id: str) -> Right:
-    if (token := _operators_token(socket, chat)) is not None:
-        session = await sessions.select_unchecked(chat.database, session_id)
-        if token.id != session.key:  # of another session, or of one that had this id before
-            raise Closed(4401, "authentication required")
-        return Right(chat.database, session, operator=True, member=False, expires_at=float(token.exp + SKEW))
-    account, expires_at = await _account(socket, chat)
+def closed_by(problem: ChatError) -> Closed:
+    """Return how a socket ends after this error. Other codes than `REFUSALS` pass: the client is to come back."""
+    return Closed(*REFUSALS.get(problem.code, (1012, "try again")))
+
+
+async def _right(socket: WebSocket, chat: State, account: Account | None, expires_at: float) -> Right:
+    session_id = socket.path_params["session_id"]
     share_token = socket.query_params.get("share_token")
     if share_token:
         return await _admit_by_share(chat, session_id, share_token, account, expires_at)
@@ -92,6 +107,13 @@ async def _admit_by_share(
     return Right(chat.database, session, share_token=share_token, member=False)
 
 
+async def _operators_right(socket: WebSocket, chat: State, token: Token) -> Right:
+    session = await sessions.select_unchecked(chat.database, socket.path_params["session_id"])
+    if token.id != session.key:  # of another session, or of one that had this id before
+        raise Closed(4401, "authentication required")
+    return Right(chat.database, session, operator=True, member=False, expires_at=float(token.exp + SKEW))
+
+
 def _operators_token(socket: WebSocket, chat: State) -> Token | None:
     """Return the operator's token for one session, where it is shown and ADMIN_TOKEN is still the same."""
     found = callers.credential(socket.headers, subprotocols=socket.scope["subprotocols"])
@@ -104,15 +126,21 @@ def _operators_token(socket: WebSocket, chat: State) -> Token | None:
     return token if token.tv == operator_version(chat.settings.admin_token) else None
 
 
-async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float]:
-    """Return the account behind the first credential present and when that expires; None without any."""
+async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, float, str]:
+    """Return the account behind the first credential present, when that expires, and the credential if it is a ticket.
+
+    Without any credential the account is None.
+    """
     found = callers.credential(
         socket.headers,
         socket.query_params,
         socket.scope["subprotocols"],
         token_in_query=chat.settings.token_in_query,
     )
-    return (None, 0.0) if found is None else await accounts.verified_until(chat.database, chat.tokens, *found)
+    if found is None:
+        return None, 0.0, ""
+    account, expires_at = await accounts.verified_until(chat.database, chat.tokens, *found)
+    return account, expires_at, found[1] if found[0] == "ticket" else ""
 
 
 async def _guest(socket: WebSocket, chat: State) -> Account:
@@ -147,19 +175,12 @@ async def _session(chat: State, id: str, account: Account, guest: bool, choice: 
     if not chat.settings.open_sessions:
         raise not_found("session")
     mode, models = await choices.choose(choice, chat.generation, chat.leaderboard, chat.dice)
+    await chat.limits.hit_session(account.id, chat.settings)
     made = await sessions.insert_session(chat.database, account.id, mode, models, id=id, is_open=guest)
     return made or await sessions.select_session(chat.database, id, account.id)
 
 
-# -- how many are open
-
-
-def outside(socket: WebSocket, chat: State) -> list[tuple[str, int]]:
-    """Return the limits of a socket before authentication: a socket that says nothing costs memory as well."""
-    return buckets("address", address(socket, chat), chat.settings.sockets_per_address)
-
-
-def inside(chat: State, right: Right) -> list[tuple[str, int]]:
+def _inside(chat: State, right: Right) -> list[tuple[str, int]]:
     """Return the limits of an admitted socket. Readers of a share, and the operator, have places of their own."""
     kind = "operator" if right.operator else "session" if right.member else "viewers"
     limits = [(f"{kind}:{right.session.key}", chat.settings.sockets_per_session)]

@@ -38,17 +38,10 @@ HELD = 65_536  # bytes a server's transport holds before it makes a sender wait
 async def session(socket: WebSocket) -> None:
     """The consumer of `/ws/chat/session/<session_id>`. Refusals are sent after accept, so that a browser sees them."""
     chat: State = socket.scope["state"]["chat"]
-    outside = await chat.limits.enter(admission.outside(socket, chat))
-    places = outside or []
+    places: list[str] = []
     try:
         await socket.accept(subprotocol=admission.subprotocol(socket))
-        if outside is None:
-            raise Closed(4429, "too many sockets")
-        right = await admission.admit(socket, chat)
-        inside = await chat.limits.enter(admission.inside(chat, right))
-        if inside is None:
-            raise Closed(4429, "too many sockets")
-        places += inside
+        right = await admission.admit(socket, chat, places)
         await _converse(socket, chat, right)
     except Closed as closed:
         await _close(socket, chat, closed)
@@ -74,8 +67,7 @@ async def _converse(socket: WebSocket, chat: State, right: Right) -> None:
             chat.relay.part(follower)
     except ChatError as problem:
         # The right to read has ended, the worker ends, or the database is away: the code says whether to come back.
-        code, reason = admission.REFUSALS.get(problem.code, (1012, "try again"))
-        await _close(socket, chat, Closed(code, reason), error_event(problem))
+        await _close(socket, chat, admission.closed_by(problem), error_event(problem))
 
 
 async def _close(socket: WebSocket, chat: State, closed: Closed, *last_words: bytes) -> None:

@@ -118,7 +118,7 @@ async def check_operator(connection: HTTPConnection) -> str:
         raise not_found("page")
     counts = found is not None and (chat.settings.production or not is_loopback(place))
     limits = buckets("operator", place, WRONG_TOKENS) if counts else []
-    places = await _places(chat, limits, "Too many wrong tokens came from this address.")
+    places = await chat.limits.enter(limits, "Too many wrong tokens came from this address.")
     if found is not None and secrets.compare_digest(found[1].encode(), token.encode()):
         chat.limits.leave(places)
         return token
@@ -150,14 +150,7 @@ async def stream_places(connection: HTTPConnection, account: Account | None) -> 
     limits = buckets("streams", address(connection), chat.settings.streams_per_address)
     if account is not None:
         limits.append((f"streams:{account.id}", chat.settings.streams_per_account))
-    return await _places(chat, limits, "You are reading too many answers at once.")
-
-
-async def _places(chat: State, limits: list[tuple[str, int]], message: str) -> list[str]:
-    """Take a place under each limit; return the names to give to `limits.leave`. Raises `rate_limited` at a limit."""
-    if (places := await chat.limits.enter(limits)) is None:
-        raise ChatError("rate_limited", message, retry_after=5)
-    return places
+    return await chat.limits.enter(limits, "You are reading too many answers at once.")
 
 
 # -- the body and the query

@@ -31,7 +31,7 @@ from chat.store.database import new_id
 from chat.store.mask import audience
 from chat.store.rights import Right
 from chat.store.sessions import Session
-from chat.store.tickets import give_back, note_told, open_stream
+from chat.store.tickets import give_back, give_back_if_refused, note_told, open_stream
 from chat.store.turns import Ask, StoredTurn
 
 from . import inputs
@@ -274,12 +274,8 @@ async def session_stream(request: Request) -> Response:
     """Tell the running or latest turn as SSE, after `Last-Event-ID` if given; 204 when there is nothing to read."""
     chat = inputs.state(request)
     account, ticket = await _reader(request)
-    try:
+    async with give_back_if_refused(chat.database, chat.tokens, ticket):
         return await _read(request, account, ticket)
-    except ChatError as problem:
-        if ticket and problem.retryable:  # the client comes again with the address it has
-            await give_back(chat.database, chat.tokens, ticket)
-        raise
 
 
 async def _reader(request: Request) -> tuple[Account | None, str]:

@@ -54,13 +54,11 @@ async def create(request: Request) -> Response:
 
 async def make(chat: State, account: Account, wish: NewSession, *, is_open: bool = False) -> tuple[Session, bool]:
     """The session a client wishes for, and whether it is new: an id that is already the account's is that session."""
-    limits = chat.settings
     inputs.check_object("metadata", wish.metadata)
     if wish.id is not None and (existing := await sessions.find_session(chat.database, wish.id, account.id)):
         return existing, False
     mode, models = await choices.choose(wish, chat.generation, chat.leaderboard, chat.dice)
-    message = "You are making sessions too quickly."
-    await chat.limits.hit(f"sessions:{account.id}", limits.sessions_per_minute, 60, message)
+    await chat.limits.hit_session(account.id, chat.settings)
     id = wish.id or new_id()
     made = await sessions.insert_session(
         chat.database,

@@ -62,6 +62,24 @@ async def test_a_whole_ipv6_network_is_a_second_bucket() -> None:
     assert buckets("guests", "1.2.3.4", 5) == [("guests:1.2.3.4", 5)]
 
 
+class Slow:
+    """Counters that all workers share and that never answer."""
+
+    def name(self, *parts: str) -> str:
+        return ":".join(parts)
+
+    def command(self, *command: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+
+async def test_who_leaves_while_places_are_counted_leaves_none_behind() -> None:
+    limits = RateLimits("worker", Slow())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await limits.enter([("address:1.2.3.4", 5)], "too many")
+    assert not limits.open
+
+
 def service(folder: Path, **environment: str) -> Service:
     return Service(CLOSED | {"DATABASE_URL": f"sqlite:///{folder / 'parley.db'}"} | environment, server="serve")
 

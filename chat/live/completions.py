@@ -60,9 +60,8 @@ class Completion:
         per_minute = settings.messages_per_minute * people
         await generation.rate_limits.hit(f"messages:{name}", per_minute, 60, "You are sending messages too quickly.")
         limit = (f"completions:{name}", settings.turns_per_account * people)
-        if (place := await generation.rate_limits.enter([limit])) is None:
-            raise ChatError("rate_limited", "Too many answers are running already. Wait for one.", retry_after=5)
-        self._place = place
+        message = "Too many answers are running already. Wait for one."
+        self._place = await generation.rate_limits.enter([limit], message)
         await self._reserve()
 
     async def _reserve(self) -> None:

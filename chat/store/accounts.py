@@ -118,10 +118,11 @@ async def verified_until(database: Database, tokens: Tokens, kind: str, text: st
     """
     kinds = {"access": ("access", "anonymous"), "anonymous": ("anonymous",), "ticket": ("ticket",)}[kind]
     token = tokens.verify(text, *kinds)
-    if token.kind == "ticket":
-        await insert_used_token(database, token.jti, token.exp)
     account = await select_account(database, token.id, token.tv)
-    return account, 0.0 if token.kind == "ticket" else float(token.exp + SKEW)
+    if token.kind != "ticket":
+        return account, float(token.exp + SKEW)
+    await insert_used_token(database, token.jti, token.exp)  # last: storage that fails before leaves the ticket
+    return account, 0.0
 
 
 async def update_account(

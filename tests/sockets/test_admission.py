@@ -213,8 +213,9 @@ async def test_no_token_reaches_a_log(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Started as a developer starts it, with nothing set."""
-    environment = store("sqlite", request, tmp_path_factory.mktemp("open")) | {"PARLEY_MODELS": offer(0.005)}
+    """Started as a developer starts it, with one limit that a test can reach."""
+    environment = store("sqlite", request, tmp_path_factory.mktemp("open"))
+    environment |= {"PARLEY_MODELS": offer(0.005), "PARLEY_SESSIONS_PER_MINUTE": "5"}
     with Service(environment, server="serve") as running:
         yield running
         log = running.log()
@@ -261,3 +262,20 @@ async def test_an_account_s_own_session_is_not_open(opened: Service) -> None:
             assert await fate(opened.url, id, **how) == (4404, "no such session")
         async with plain(opened.url, id, owner.access) as mine:
             await hear(mine, "session_state")
+
+
+async def test_sockets_make_no_more_sessions_than_requests_do(opened: Service) -> None:
+    """So many a minute and account, as over HTTP; the sessions that exist go on."""
+    someone = await guest(opened.url)
+    made: list[str] = []
+    for n in range(11):  # one more than two minutes' worth: the minute may end meanwhile
+        async with plain(opened.url, f"made-{n}", someone.access) as one:
+            try:
+                await hear(one, "session_state")
+            except websockets.ConnectionClosed:
+                assert one.close_code == 4429
+                break
+        made.append(f"made-{n}")
+    assert 5 <= len(made) < 11
+    async with plain(opened.url, made[0], someone.access) as again:
+        await hear(again, "session_state")

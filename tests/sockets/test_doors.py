@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 
 from tests.conftest import store
 from tests.harness import until
-from tests.harness.api import call, new_session
+from tests.harness.api import call, new_session, ticket
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.service import Service
@@ -114,8 +114,20 @@ async def test_a_session_an_account_and_an_address_have_so_many_sockets(strict: 
     await until(lambda: _admitted(urls[1], sessions[2], one.access), what="the places are given back")
 
 
-async def _admitted(base: str, session_id: str, token: str) -> bool:
-    async with plain(base, session_id, token) as opened:
+async def test_a_ticket_of_a_socket_that_found_no_room_is_good_again(strict: Service) -> None:
+    """Its client comes back with the address it has; once the ticket has let a socket in, it is used up."""
+    one, session_id = await home(strict.url)
+    text = await ticket(strict.url, one.access)
+    async with plain(strict.url, session_id, one.access) as first, plain(strict.url, session_id, one.access) as second:
+        await asyncio.gather(hear(first, "session_state"), hear(second, "session_state"))
+        for base in strict.urls:
+            assert await fate(base, session_id, query={"ticket": text}) == (4429, "too many sockets")
+    await until(lambda: _admitted(strict.url, session_id, None, ticket=text), what="the places are given back")
+    assert await fate(strict.url, session_id, query={"ticket": text}) == (4401, "authentication required")
+
+
+async def _admitted(base: str, session_id: str, token: str | None, **query: str) -> bool:
+    async with plain(base, session_id, token, **query) as opened:
         with contextlib.suppress(Exception):
             await hear(opened, "session_state")
         return opened.close_code is None
