@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from chat.decoding import wrong_field
 from chat.errors import ChatError
 from chat.formats import Id
 from chat.formats.ui_messages import UIMessage
@@ -84,6 +85,7 @@ def parse(text: str) -> Frame:
             raise msgspec.ValidationError("Object missing required field `cursor`")
         return frame
     except msgspec.ValidationError as problem:
-        raise ChatError("bad_request", f"This frame was not understood: {problem}.") from None
+        path, what = wrong_field(problem, Frame)
+        raise ChatError("bad_request", f"This frame was not understood: {path or 'frame'}: {what}.") from None
     except (msgspec.DecodeError, RecursionError) as problem:
         raise ChatError("bad_request", f"A frame is JSON text; this is not: {problem}.") from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 
 from chat import callers
+from chat.decoding import wrong_field
 from chat.errors import ChatError, invalid, not_found
 from chat.formats.completions import failure
 from chat.limits import buckets, is_loopback
@@ -28,8 +29,6 @@ WRONG_TOKENS = 10  # of the operator, a minute and address
 OBJECT_MAX = 16_384  # bytes of `metadata` or `preferences` as JSON
 OBJECT_DEPTH = 8  # what is nearly as deep as the parser goes could be stored and never read again
 NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`")
-NAME = re.compile(r"[A-Za-z_]+")
 NUMBER = re.compile(r"-?[0-9]{1,15}")  # Python's isdigit() takes "²" as well
 
 
@@ -180,34 +179,12 @@ def decode(raw: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as problem:
-        path, what = _path_and_problem(str(problem))
-        if what.startswith("Invalid enum value"):
-            what = f"expected one of {', '.join(_allowed(kind, NAME.findall(path)))}"
-        raise invalid(path, what) from None
+        path, what = wrong_field(problem, kind)
+        raise invalid(path or "body", what) from None
     except (msgspec.DecodeError, RecursionError) as problem:
         raise ChatError("bad_request", f"The body is not valid JSON: {problem}.") from None
     except UnicodeDecodeError:
         raise ChatError("bad_request", "The body is not valid UTF-8.") from None
-
-
-def _path_and_problem(text: str) -> tuple[str, str]:
-    """Return the path of the field (`messages[0].role`) and the problem of an error of msgspec."""
-    what, _, path = text.partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
-    found = FIELD.fullmatch(what)
-    if found is not None:
-        path = f"{path}.{found[2]}".lstrip(".")
-        what = "this is needed" if found[1] == "missing required" else "there is no such field"
-    return path or "body", what
-
-
-def _allowed(kind: Any, names: list[str]) -> tuple[str, ...]:
-    """Return the words that a type allows in the field of this path of names."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return _allowed(get_type_hints(kind).get(names[0]), names[1:])
-    return sum((_allowed(part, names) for part in get_args(kind)), ())
 
 
 class ContentPart(msgspec.Struct):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
+import pytest
+
+from chat.errors import ChatError
+from consumers.frames import parse
 from tests.harness.api import Guest
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
@@ -83,6 +88,7 @@ async def test_broken_frames_close_with_the_protocol_s_own_codes(service: Servic
     assert "Traceback" not in service.log(), traceback_in(service.log())
 
 
+SEND = {"type": "send", "requestId": "r", "id": "s", "messages": []}
 JUNK = [
     "",
     "hello",
@@ -110,6 +116,25 @@ JUNK = [
     '{"type": "ping", "timestamp": ' + "[" * 20_000 + "]" * 20_000 + "}",
     '{"type": "ping"',
 ]
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        ({"type": "dance"}, "type: expected one of ping, test, message, stop,"),
+        ({"type": "message", "content": "hi", "mode": "loud"}, "mode: expected one of direct, compare, random."),
+        (SEND | {"trigger": "again"}, "trigger: expected one of submit-message, regenerate-message."),
+        (SEND | {"messages": [{"role": "judge"}]}, "messages[0].role: expected one of system, user, assistant."),
+        (SEND | {"body": {"mode": "loud"}}, "body.mode: expected one of direct, compare, random."),
+        (SEND | {"id": None}, "id: Expected `str`, got `null`."),
+        ({"type": "message"}, "content: this is needed."),
+        ([], "frame: Expected `object`, got `array`."),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_ones(frame: object, words: str) -> None:
+    with pytest.raises(ChatError) as refused:
+        parse(json.dumps(frame))
+    assert words in refused.value.message
 
 
 async def test_what_is_not_understood_is_answered(service: Service) -> None:
