@@ -17,7 +17,7 @@ from chat.formats.transcripts import transcript
 from chat.settings import HERE
 from chat.store import pages
 from chat.store.database import Database
-from chat.store.votes_file import SETTLED, VotesFile
+from chat.store.votes_file import PAGE, SETTLED, VotesFile
 from tests.conftest import CLOSED, STORES, store
 from tests.harness.api import call, guest, http, messages, new_session, post_turn
 from tests.harness.service import Service
@@ -201,6 +201,7 @@ async def test_the_votes_are_read_once_however_many_ask(tmp_path: Path) -> None:
         async def read() -> list[str]:
             return b"".join([piece async for piece in votes.pieces()]).decode().splitlines()
 
+        assert await anext(votes.pieces()) and database.read == PAGE, "the first bytes wait for one page alone"
         assert await asyncio.gather(*(read() for _ in range(10))) == [expected] * 10
         assert database.read == len(expected)
         await cast(database, 2500, 11, database.now() - 1000)

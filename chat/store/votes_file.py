@@ -35,18 +35,27 @@ class VotesFile:
         self._file.close()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """All votes there are, oldest first, whole lines. The file first grows by what it lacks, for all callers."""
-        async with self._growing:
-            while page := await select_votes(self._database, self._last, PAGE, self._database.now() - SETTLED):
-                lines = b"".join(map(self._line, page))
-                await asyncio.to_thread(os.pwrite, self._file.fileno(), lines, self._size)
-                self._size, self._last = self._size + len(lines), _place(page[-1])
-            size, after = self._size, self._last
-        for offset in range(0, size, PIECE):
-            yield await asyncio.to_thread(os.pread, self._file.fileno(), min(PIECE, size - offset), offset)
-        while page := await select_votes(self._database, after, PAGE):  # the last moments' few
+        """Yield the lines of all votes, oldest first: the file, page by page what it lacks, then the last moments."""
+        offset = 0
+        while offset < self._size or await self._grows(offset):
+            piece = await asyncio.to_thread(os.pread, self._file.fileno(), min(PIECE, self._size - offset), offset)
+            yield piece
+            offset += len(piece)
+        after = self._last
+        while page := await select_votes(self._database, after, PAGE):
             yield b"".join(map(self._line, page))
             after = _place(page[-1])
+
+    async def _grows(self, offset: int) -> bool:
+        """Write the next page of settled votes if the file ends at this offset; return whether it goes on there now."""
+        async with self._growing:
+            settled = self._database.now() - SETTLED
+            if offset == self._size and (page := await select_votes(self._database, self._last, PAGE, settled)):
+                lines = b"".join(map(self._line, page))
+                await asyncio.to_thread(os.pwrite, self._file.fileno(), lines, self._size)
+                self._size += len(lines)
+                self._last = _place(page[-1])
+            return offset < self._size
 
 
 def _place(vote: Row) -> Place:
