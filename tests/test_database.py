@@ -55,7 +55,7 @@ async def test_who_stands_in_line_is_not_told_that_storage_is_away(database: Dat
 
     await asyncio.gather(*(database.transaction(lambda query, n=n: work(query, n)) for n in range(100)))  # type: ignore[misc]
     assert len(await words(database)) == 100
-    assert not database.failed_at
+    assert not database.disturbed_at
 
 
 async def test_storage_that_answers_no_write_is_away_in_time(database: Database, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ async def test_a_row_somebody_holds_does_not_make_storage_away(
     try:
         with pytest.raises(StorageUnavailable):
             await count(database, "row", patience=None)
-        assert not database.failed_at
+        assert not database.disturbed_at
     finally:
         await other.close()
         await database.disconnect()
@@ -124,7 +124,7 @@ async def test_a_caller_without_patience_for_its_line_has_done_nothing(
     await until(lambda: waiting(holder), what="the first to wait")
     with pytest.raises(StorageUnavailable) as refused:
         await count(database, "row 0", line="row 0", patience=0.1)
-    assert refused.value.__cause__ is None and not database.failed_at
+    assert refused.value.__cause__ is None and not database.disturbed_at
     await holder.execute("ROLLBACK")
     await first
     await count(database, "row 0", line="row 0")

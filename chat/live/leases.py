@@ -161,8 +161,8 @@ class Leases:
         """Take over turns whose worker died and end them with the longest text known."""
         await self.database.set_clock()
         # After an outage the owners renew as soon as they can; a sweep before that would take turns of live workers.
-        away_at = self.database.failed_at
-        if self.generation.draining or (away_at and time.monotonic() - away_at < self.settings.lease):
+        disturbed_at = self.database.disturbed_at
+        if self.generation.draining or (disturbed_at and time.monotonic() - disturbed_at < self.settings.lease):
             return
         for row in await turns.take_over(self.database, self.worker, int(self.settings.lease * 1000)):
             if row["ended_at"] is not None:  # else the turn is our own, not renewed in time, and is renewed now

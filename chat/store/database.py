@@ -106,7 +106,8 @@ class Database:
         self.postgres = self.url.startswith("postgres")
         self._failures = Failures.of(self.postgres)
         self.timeout = timeout
-        self.failed_at = 0.0  # monotonic: when the database was last found away or silent, or its clock set; 0: never
+        # monotonic: when the database was last found away or silent, or its clock set; 0: never. Leases may be missed.
+        self.disturbed_at = 0.0
         self._away_since = 0.0  # monotonic: the first of the failures since it last answered
         self._answered_at = {True: 0.0, False: 0.0}  # monotonic: the last answer to a read (True) and to a write
         self._exclusive = exclusive
@@ -216,11 +217,11 @@ class Database:
             if answered - asked < CLOCK_WAIT:
                 break
             if answered - asked > STALL:
-                self.failed_at = answered
+                self.disturbed_at = answered
         # Half the wait is the error. After a stall, leases would be too short or seem to have run out: one more try.
         before, self._clock_offset = self._clock_offset, (row or {})["now"] - (asked + answered) / 2 * 1000
         if before and abs(self._clock_offset - before) > CLOCK_SET:
-            self.failed_at = answered  # leases of live workers may seem to have run out until they are renewed
+            self.disturbed_at = answered  # leases of live workers may seem to have run out until they are renewed
             log.warning("the clock of storage was set by %.0f s", (self._clock_offset - before) / 1000)
 
     def now(self) -> int:
@@ -346,9 +347,9 @@ class Database:
             del running  # a cycle, as in `answer`
 
     def _note_away(self, problem: Exception) -> None:
-        self.failed_at = time.monotonic()
+        self.disturbed_at = time.monotonic()
         if not self._away_since:
-            self._away_since = self.failed_at
+            self._away_since = self.disturbed_at
             log.warning("storage %s is away: %s", place(self.url), _reason(problem))
 
     async def answer(self, running: asyncio.Future[T], reading: bool = False, patience: float | None = 0.0) -> T:

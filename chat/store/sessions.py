@@ -276,9 +276,10 @@ async def update_share(database: Database, id: str, account_id: str, share: bool
 
 async def delete_session(database: Database, session: Session, account_id: str) -> None:
     """Delete the session with all of its messages. The votes stay: they are facts about models."""
-    await fetch_session(
-        database,
-        f"""DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
-            RETURNING {COLUMNS}""",
+    row = await database.fetch_one(
+        """DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
+           RETURNING id""",
         session.life | {"account_id": account_id},
     )
+    if row is None:
+        raise not_found("session")
