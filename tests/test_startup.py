@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,16 @@ def test_a_file_that_is_no_database_ends_the_start(tmp_path: Path, command: str)
     (tmp_path / "parley.db").write_bytes(b"no database" * 500)
     code, said = start(tmp_path, "service.py", command)
     assert code != 0 and "file is not a database" in said and "Traceback" not in said, said
+
+
+def test_a_file_that_another_program_keeps_locked_is_one_line(tmp_path: Path) -> None:
+    """The reason was a timeout, after 30 s."""
+    with sqlite3.connect(tmp_path / "parley.db", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        code, said = start(tmp_path)
+    assert code != 0 and "parley.db: OperationalError database is locked" in said and "Traceback" not in said, said
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("command", ["serve", "release"])

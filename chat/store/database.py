@@ -35,6 +35,8 @@ logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it prints a traceba
 
 T = TypeVar("T")
 SQLITE = {False: 1, True: 2}  # connections for calls that write, and for those that read
+OPEN_WAIT = 5.0  # seconds a start waits for a file of SQLite that another program has locked
+BUSY_WAIT = 30_000  # milliseconds a statement waits for that lock later
 IN_LINE = 20.0  # seconds a call may wait behind others while the database answers those
 PIECE, PIECES_MAX = 500, 100  # rows that one DELETE of many takes at most, and how many such DELETEs run in a row
 COMMAND_TIMEOUT = 10.0  # seconds PostgreSQL has for a statement
@@ -121,7 +123,7 @@ class Database:
         self._writers = asyncio.Semaphore(max(1, pool_size - 1))
         self._keyed: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # locks in use, by `line`
         self._waiting: set[asyncio.Future[Any]] = set()  # calls that were not sent to PostgreSQL yet
-        options = self._postgres_options() if self.postgres else {"timeout": 30}  # seconds: SQLite's busy timeout
+        options = self._postgres_options() if self.postgres else {"timeout": OPEN_WAIT}
         self._database = databases.Database(self.url, **options)
 
     def _postgres_options(self, **changes: Any) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class Database:
         await connection.__aenter__()
         raw: Any = connection.raw_connection
         try:
-            for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", f"busy_timeout={BUSY_WAIT}"):
                 await raw.execute_fetchall(f"PRAGMA {pragma}")
             await raw.create_function("lower", 1, _folded, deterministic=True)  # SQLite's own knows ASCII alone
         except BaseException:  # no database, say: the thread of an open connection keeps the process from ending
