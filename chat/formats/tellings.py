@@ -13,6 +13,15 @@ import msgspec
 
 Message = dict[str, Any]
 
+# The fields of a reply's Message, and of its row, that change while the reply runs, as they are when its turn begins.
+BLANK: Message = {
+    "content": "",
+    "status": "pending",
+    "failure_reason": None,
+    "latency_ms": None,
+    "first_token_ms": None,
+}
+
 
 class Begun(msgspec.Struct, frozen=True, gc=False):
     """A message of the turn's beginning: the user's, whole, or an empty reply. Idempotent for readers."""

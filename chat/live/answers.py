@@ -14,17 +14,9 @@ from typing import Annotated
 
 import msgspec
 
-from ..formats.tellings import Begun, Ended, Message, Over, Telling, Words
+from ..formats.tellings import BLANK, Begun, Ended, Message, Over, Telling, Words
 
 ENDED = ("success", "stopped", "interrupted", "failed")  # the statuses a reply can end with
-# The fields of a reply's Message that change while the reply runs, as they are when its turn begins.
-BLANK: Message = {
-    "content": "",
-    "status": "pending",
-    "failure_reason": None,
-    "latency_ms": None,
-    "first_token_ms": None,
-}
 TOLD = -1  # in a cursor, in place of a number of characters: the reader was told how this reply ended
 START, END = "start", "end"
 CURSOR = re.compile(r"([A-Za-z0-9_-]{1,64})\.(start|end|(?:e|[0-9]{1,9})(?:\.(?:e|[0-9]{1,9}))?)")

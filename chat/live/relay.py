@@ -15,14 +15,14 @@ from typing import Any
 from broadcaster import Broadcast
 
 from ..errors import ChatError, RelayUnavailable
-from ..formats.tellings import Dialect
+from ..formats.tellings import BLANK, Dialect
 from ..settings import Settings
 from ..store.database import Database, StorageUnavailable
 from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
-from .answers import BLANK, ENDED, TOLD, Answer, Cursor
+from .answers import ENDED, TOLD, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Room, latest_cursor

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ..errors import ChatError, invalid, not_found
+from ..formats.tellings import BLANK
 from .budgets import Budget, Reservation, reserve
 from .database import Database, new_id
 from .queries import Query, Row, Values
@@ -77,14 +78,7 @@ MESSAGE = """session_id, id, turn_id, role, participant, model, content, status,
 NAMES = [name.strip() for name in MESSAGE.split(",")]
 INSERT_MESSAGE = f"INSERT INTO messages ({MESSAGE}) VALUES ({', '.join(':' + name for name in NAMES)})"
 
-UNANSWERED: Row = {
-    "content": "",
-    "status": "pending",
-    "failure_reason": None,
-    "latency_ms": None,
-    "first_token_ms": None,
-    "feedback": None,
-}
+UNANSWERED: Row = BLANK | {"feedback": None}
 PERSON = "person:"  # before a name, in a message's `model`: a person wrote the message
 
 
