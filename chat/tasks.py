@@ -63,6 +63,17 @@ class Tasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+def settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Give a future its result, or an exception, unless the future is done: its caller may have stopped waiting."""
+    if future.done():
+        return
+    if isinstance(answer, BaseException):
+        future.set_exception(answer)
+        future.exception()  # a caller that stopped waiting would otherwise be reported as never having looked
+    else:
+        future.set_result(answer)
+
+
 def _unexpected(problem: BaseException) -> BaseException | None:
     """Errors with a code are states of the world (storage away); anything else is a mistake and wants its traceback."""
     return None if hasattr(problem, "code") or isinstance(problem, TimeoutError) else problem

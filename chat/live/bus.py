@@ -23,9 +23,9 @@ import hiredis
 from broadcaster import BroadcastBackend, Event
 
 from ..errors import RelayUnavailable
-from ..tasks import Tasks
+from ..tasks import Tasks, settle
 from .events import LearnAgain, encode
-from .wire import ANSWER_TIMEOUT, Address, Answered, Wire, guarded, settle
+from .wire import ANSWER_TIMEOUT, Address, Answered, Wire, guarded
 
 log = logging.getLogger("parley.bus")
 

@@ -22,13 +22,13 @@ from ..store.mask import Mask
 from ..store.pages import select_page
 from ..store.rights import Right
 from ..store.sessions import Session
+from ..tasks import settle
 from .answers import ENDED, TOLD, Answer, Cursor
 from .bus import GAP, Gather, RedisBus
 from .events import BusMessage, LearnAgain, RightsChanged, SessionNotice, decode_bus, encode, session_event
 from .rooms import Follower, Room, latest_cursor
 from .source import Source
 from .voice import Voice
-from .wire import settle
 
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
 FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs

@@ -19,6 +19,7 @@ import hiredis
 
 from ..errors import RelayRefused, RelayUnavailable, StartupError
 from ..settings import split_secret_url
+from ..tasks import settle
 
 log = logging.getLogger("parley.bus")
 
@@ -158,16 +159,6 @@ class Wire(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-
-
-def settle(future: asyncio.Future[Any] | None, answer: Any) -> None:
-    if future is None or future.done():
-        return
-    if isinstance(answer, Exception):
-        future.set_exception(answer)
-        future.exception()  # a caller that stopped waiting would otherwise be reported as never having looked
-    else:
-        future.set_result(answer)
 
 
 def guarded(call: Callable[..., None] | None, *given: Any) -> None:

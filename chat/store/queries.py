@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, TypeVar
 
+from ..tasks import settle
+
 T = TypeVar("T")
 Row = dict[str, Any]
 Values = dict[str, Any]
@@ -87,7 +89,6 @@ def is_locked(problem: BaseException | None) -> bool:
 
 
 Work = Callable[[Query], Awaitable[Any]]
-Outcome = tuple[Any, BaseException | None]  # what came of a call: one or the other
 Fate = Literal["commit", "give up"]
 
 
@@ -140,7 +141,7 @@ class Connections:
                 await raw._execute(_in_thread, raw._conn, self._calls, loop)
             except BaseException as problem:  # closed, or the worker ends: who waits must not wait for ever
                 while self._calls:
-                    _tell(self._calls.popleft()[1], None, problem)
+                    settle(self._calls.popleft()[1], problem)
         self._free.append(connection)
 
     async def close(self) -> None:
@@ -155,24 +156,15 @@ def _in_thread(connection: sqlite3.Connection, calls: Line, loop: asyncio.Abstra
             call, answer = calls.popleft()
         except IndexError:
             return  # another connection has taken the last one
-        loop.call_soon_threadsafe(_tell, answer, *_outcome(connection, call))
+        loop.call_soon_threadsafe(settle, answer, _outcome(connection, call))
         del call, answer  # a cycle: the answer has the error, whose traceback knows this frame
 
 
-def _outcome(connection: sqlite3.Connection, call: Call) -> Outcome:
+def _outcome(connection: sqlite3.Connection, call: Call) -> Any:
     try:
-        return _done(connection, call), None
+        return _done(connection, call)
     except Exception as problem:  # any: the exception is that caller's, and the others have calls to be run
-        return None, problem
-
-
-def _tell(waiting: asyncio.Future[Any], answer: Any, problem: BaseException | None) -> None:
-    if waiting.done():
-        return
-    if problem is None:
-        waiting.set_result(answer)
-    else:
-        waiting.set_exception(problem)
+        return problem
 
 
 def _done(connection: sqlite3.Connection, call: Call) -> Any:
