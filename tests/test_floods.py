@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
+import servers
+from chat.settings import read_settings
+from tests.conftest import CLOSED
 from tests.floods import CHUNKED, FLOODS, GROWTH, HANDSHAKE, HEAD, HOST, STALL, Flood, play, served
 from tests.harness import until
 from tests.harness.service import Service
@@ -40,6 +46,33 @@ async def test_a_flood_costs_little_and_all_is_given_back(tmp_path: Path, flood:
     assert cost.growth < GROWTH, cost.line()
     assert cost.stall < STALL, cost.line()
     assert cost.unanswered == 0 and cost.held <= 0, cost.line()
+
+
+def test_a_burst_of_connections_is_accepted_in_few_passes() -> None:
+    """Between two passes of a busy loop lie milliseconds: thousands of readers who come back would wait for many."""
+    made: list[asyncio.BaseTransport] = []
+
+    class Accepted(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(transport)
+
+    async def passes(burst: int) -> int:
+        listeners = servers._listen(read_settings(environ=CLOSED | {"PORT": "0"}))
+        serving = [await asyncio.get_running_loop().create_server(Accepted, sock=each) for each in listeners]
+        place = listeners[0].getsockname()
+        with contextlib.ExitStack() as stack:
+            for _ in range(burst):
+                stack.enter_context(socket.create_connection(place))
+            count = 0
+            while len(made) < burst:
+                await asyncio.sleep(0)
+                count += 1
+            for each in (*serving, *made):
+                each.close()
+        return count
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(passes(64)) < 20
 
 
 async def spoken(port: int, *parts: bytes) -> bytes:
