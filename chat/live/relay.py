@@ -283,7 +283,7 @@ class Relay(Source):
     def check_account(self, account_id: str) -> None:
         """Have the account's followers and its sessions' readers admitted again, on all workers.
 
-        Its tokens were revoked, or the account was deleted.
+        The account's tokens were revoked, or the account was deleted.
         """
         self._check_account(account_id)
         self._publish(self._everyone, RightsChanged(account_id))

@@ -127,7 +127,7 @@ class Streams:
             if (wait := rhythm.due() - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
                 continue
-            # Nobody votes on a battle with a failed side: the rest is shown as fast as it comes.
+            # A battle with a failed side gets no vote: the rest is shown as fast as it comes.
             if not any(turn.results[side].status == "failed" for side in turn.results):
                 rhythm.moved(time.monotonic())
             self._move(turn, moves)
