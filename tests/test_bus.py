@@ -290,7 +290,7 @@ async def appended(bus: RedisBus, *texts: tuple[str, bytes]) -> list[int | Excep
     done: list[asyncio.Future[int | Exception]] = []
     for key, text in texts:
         done.append(asyncio.get_running_loop().create_future())
-        bus.append(key, text, done[-1].set_result)  # a second call would raise, and be logged
+        bus.ask(done[-1].set_result, "APPEND", key, text)  # a second call would raise, and be logged
     async with asyncio.timeout(5):
         return await asyncio.gather(*done)
 

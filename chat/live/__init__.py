@@ -3,7 +3,7 @@
 On the worker that owns the turn
     the reply's task      Events.next, Splitter.feed (bytes to events), Upstream.read (JSON to text), Cleaner.feed,
                           Upstream.stream, streams.ask, Voice.say
-    a callback of the     Gather._run, Voice._leave, Voice._send (UTF-8 for APPEND, JSON for PUBLISH), RedisBus.append,
+    a callback of the     Gather._run, Voice._leave, Voice._send (UTF-8 for APPEND, JSON for PUBLISH), RedisBus.ask,
     event loop            RedisBus._flush, Wire.write
 
 On every other worker that has a reader of the session

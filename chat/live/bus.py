@@ -153,24 +153,21 @@ class RedisBus(BroadcastBackend):
         return self._name + ":".join(parts)
 
     def command(self, *command: Any) -> asyncio.Future[Any]:
-        """Send one command with whatever else gathers. The future raises `RelayUnavailable`."""
+        """Send one command as `ask` does. The future raises `RelayUnavailable`."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._ask(partial(settle, future), command)
+        self.ask(partial(settle, future), *command)
         return future
 
-    def append(self, key: str, text: bytes, answered: Answered) -> None:
-        """Append to a text.
-
-        `answered` is called once, perhaps before this returns, with the length in bytes that the text has now, or with
-        `RelayUnavailable`, of which `RelayRefused` is one.
-        """
-        self._ask(answered, ("APPEND", key, text))
-
     def tell(self, channel: str, payload: bytes, answered: Answered = None) -> None:
-        """Publish to other workers only. `answered` may be called before this returns."""
-        self._ask(answered, ("PUBLISH", channel, self._origin + payload))
+        """Publish to other workers only."""
+        self.ask(answered, "PUBLISH", channel, self._origin + payload)
 
-    def _ask(self, answered: Answered, command: tuple[Any, ...]) -> None:
+    def ask(self, answered: Answered, *command: Any) -> None:
+        """Send one command with whatever else gathers.
+
+        `answered` is called once, perhaps before this returns, with Redis' answer or with `RelayUnavailable`, of which
+        `RelayRefused` is one.
+        """
         if self._wire is None or not self._wire.writable:
             guarded(answered, RelayUnavailable("Redis is away"))
             return

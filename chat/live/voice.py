@@ -148,7 +148,7 @@ class Voice:
         for side, offset, text in pieces:
             data = piece(offset, text)
             self._bytes[side] += len(data)
-            bus.append(self._keys[side], data, partial(self._answered, side))
+            bus.ask(partial(self._answered, side), "APPEND", self._keys[side], data)
         bus.tell(self.channel, encode(TurnWords(self.answer.turn_id, pieces)))
         if not self._kept:
             self._kept = True
