@@ -6,8 +6,8 @@ environment alone. Everything wrong is one `StartupError` line that names the se
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import fcntl
 import functools
 import os
 import re
@@ -347,9 +347,12 @@ def _local_key(path: Path) -> Secret:
     """A key made once and kept readable for its owner alone, so that tokens outlive a restart on a laptop."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = functools.partial(os.open, mode=0o600)
-        with contextlib.suppress(FileExistsError), open(path, "x", opener=private) as file:
-            file.write(secrets.token_urlsafe(48) + "\n")
+        if not (path.exists() and path.stat().st_size):
+            private = functools.partial(os.open, mode=0o600)
+            with open(path, "a", opener=private) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # of two first starts the second has to find the first one's key
+                if not path.stat().st_size:
+                    file.write(secrets.token_urlsafe(48) + "\n")
         return Secret(path.read_text().strip())
     except OSError as problem:
         raise StartupError(f"settings: cannot keep a local key in {path.name}: {problem.strerror}") from None

@@ -7,11 +7,14 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from chat import settings
 from chat.errors import StartupError
 from chat.live.wire import Address
 from chat.settings import read_settings
@@ -210,6 +213,31 @@ def test_an_unreadable_settings_file_is_one_line(tmp_path: Path) -> None:
         program += f"; read(Path({file!r}), {{}})"
         code, said = start(tmp_path, "-c", program)
         assert code != 0 and words in said.splitlines()[-1] and CANARY not in said
+
+
+def test_first_starts_at_once_share_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them read the file that another had made and not written yet: its key was the empty string."""
+    monkeypatch.setattr(settings, "HERE", tmp_path)
+    kept = tmp_path / "data" / "secret.key"
+
+    def keys_of_starts() -> set[str]:
+        together = threading.Barrier(4)
+
+        def begin(_: int) -> str:
+            together.wait()
+            return str(read_settings(environ={}).secret_keys[-1])
+
+        with ThreadPoolExecutor(4) as starts:
+            return set(starts.map(begin, range(4)))
+
+    for _ in range(30):
+        [key] = keys_of_starts()
+        assert len(key) > 32 and key == kept.read_text().strip()
+        assert kept.stat().st_mode & 0o777 == 0o600
+        kept.write_text("")  # as a start that was killed leaves the file
+        [other] = keys_of_starts()
+        assert len(other) > 32
+        kept.unlink()
 
 
 def test_release_applies_the_schema_once(tmp_path: Path) -> None:
