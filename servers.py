@@ -87,7 +87,7 @@ def serve(settings: Settings, hello: Callable[[], None]) -> None:
         ws_per_message_deflate=False,
         ws_ping_interval=settings.ping_interval,
         ws_ping_timeout=settings.ping_timeout,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=int(settings.drain + settings.storage_timeout) + 2,  # the drain is over sooner
         access_log=False,  # request lines carry tokens of clients that put them into the URL
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         server_header=False,
@@ -483,6 +483,11 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._give_back()
         super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """Have the service end its answers while uvicorn waits for their readers."""
+        self.app.begin_drain()
+        super().shutdown()
 
     # -- what is counted and waited for
 

@@ -65,6 +65,11 @@ class Service(Starlette):
                     servers.end_first(self._stack.aclose)
             return self.chat
 
+    def begin_drain(self) -> None:
+        """Give running answers their last seconds: called by a server that waits for its requests before it ends."""
+        if self.chat is not None:
+            self.chat.generation.begin_drain()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)

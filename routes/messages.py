@@ -247,8 +247,11 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
             if not frames:
                 break
             yield b"".join(frames)
-    except ChatError:
-        return  # no last event: the client resumes on another worker, or is refused there
+    except ChatError as problem:
+        if not follower.cursor.over:
+            open_sides = [side for side, have in zip("ab", follower.cursor.parts, strict=False) if have != TOLD]
+            yield spoken.broken_off(problem.message, open_sides)
+            return
     except TimeoutError:
         chat.relay.count("readers_cut")
         if direct is not None:

@@ -31,7 +31,8 @@ from .messages import STREAMED, ReleasedResponse
 
 TOKENS_MAX = 8000  # of one answer, as of a turn's reply; clients that ask for more by default get these
 LOOK_EVERY = 1.0  # seconds between two looks whether a client that waits for the whole answer is still there
-STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refused": 400}  # the others: 502
+# Of the other failures: 502.
+STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refused": 400, "interrupted": 503}
 
 
 class Entry(msgspec.Struct):
@@ -190,6 +191,9 @@ class Exchange:
         texts: asyncio.Queue[str] = asyncio.Queue()
         running = asyncio.create_task(self._completion.run(texts.put_nowait))
         running.add_done_callback(lambda _: texts.put_nowait(""))
+        completions = self._chat.generation.completions
+        completions.add(running)
+        running.add_done_callback(completions.discard)
         try:
             while not (running.done() and texts.empty()) and not self._stops.met:
                 text = None
@@ -197,6 +201,8 @@ class Exchange:
                     async with asyncio.timeout(every):
                         text = self._stops.feed(await texts.get())
                 yield text
+            if running.cancelled():  # by the drain
+                raise ProviderError("interrupted")
             if not self._stops.met:
                 await running
                 yield self._stops.rest()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from contextlib import AsyncExitStack
 
 from tests.conftest import CLOSED, seeded
-from tests.harness.api import call, guest, messages, new_session, post_turn, stop
+from tests.harness.api import call, guest, http, messages, new_session, post_turn, stop
 from tests.harness.client import SocketReader, SSEReader
 from tests.harness.journal import Journal
 from tests.harness.servers import Postgres, Redis
@@ -144,3 +145,68 @@ async def test_a_poll_takes_what_there_is_and_ends(service: Service) -> None:
     await posting
     stored = (await messages(service.url, someone.access, session["id"]))[1]
     assert polls >= 4 and text == stored["content"]
+
+
+async def test_a_worker_that_ends_tells_every_stream_its_end(postgres_server: Postgres, redis_server: Redis) -> None:
+    """`serve` cut all streams off five seconds after SIGTERM, in the middle of answers that went on.
+
+    The worker's own answers are told to their ends in every dialect. The readers of another worker's answer are sent
+    away: with a sentence, or without a last event where clients come back with their cursor.
+    """
+    url = postgres_server.create_database()
+    environment = CLOSED | {"DATABASE_URL": url, "REDIS_URL": redis_server.url, "PARLEY_DRAIN": "0.3"}
+    async with Service(environment, workers=2, server="serve") as service, asyncio.TaskGroup() as group:
+        someone, ending = await guest(service.url), service.urls[0]
+
+        async def read(begun: asyncio.Event, method: str, path: str, body: object = None, base: str = ending) -> str:
+            said = ""
+            async with http(base, someone.access) as client, client.stream(method, path, json=body) as answer:
+                async for part in answer.aiter_text():
+                    said += part
+                    if "⟨1⟩" in said:
+                        begun.set()
+            return said
+
+        async def follow(method: str, path: str, body: object = None, base: str = ending) -> asyncio.Task[str]:
+            """Follow an answer; return once its first tokens have come."""
+            begun = asyncio.Event()
+            reading = group.create_task(read(begun, method, path, body, base))
+            await begun.wait()
+            return reading
+
+        async def readers(owner: str, reply: str) -> dict[str, asyncio.Task[str]]:
+            """Have a worker answer a message, and follow the answer on the ending worker in every dialect."""
+            id = (await new_session(service.url, someone.access))["id"]
+            lines = [{"role": "user", "id": f"ask-{reply}", "content": "/count 100000"}, {"role": "assistant", "id": reply}]
+            post = "POST", "/api/messages/stream/", {"session_id": id, "messages": lines}
+            await follow(*post, owner)
+            following = {
+                name: await follow("POST", f"{post[1]}?format={name}", post[2]) for name in ("sse", "ndjson", "text", "lines")
+            }
+            following["chat"] = await follow("GET", f"/api/chat/{id}/stream")
+            return following | {"ag-ui": await follow("GET", f"/api/ag-ui?runId={reply}&offset=-1")}
+
+        asked = {"model": "demo-poet", "messages": [{"role": "user", "content": "/count 100000"}]}
+        whole = group.create_task(call(ending, "POST", "/v1/chat/completions", someone.access, json=asked))
+        streamed = await follow("POST", "/v1/chat/completions", asked | {"stream": True})
+        own, others = await readers(ending, "own"), await readers(service.urls[1], "others")
+        service.terminate(0)
+        assert await service.ended(0, within=10) == -signal.SIGTERM
+
+        def ends(found: dict[str, asyncio.Task[str]]) -> dict[str, str]:
+            return {name: reading.result()[-200:] for name, reading in found.items()}
+
+        interrupted, away = "The answer was interrupted by a restart.", "The service is restarting. Please come back in a moment."
+        told = ends(own)
+        assert told["sse"].endswith("event: done\ndata: {}\n\n") and "turn_complete" in told["ndjson"]
+        assert interrupted in told["ag-ui"] and interrupted in streamed.result()
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "interrupted")
+        left = ends(others)
+        assert "turn_complete" not in left["sse"] + left["ndjson"] and "RUN_" not in left["ag-ui"]
+        for found, sentence in ((told, interrupted), (left, away)):
+            assert found["text"].endswith(f"\n[{sentence}]\n")
+            assert found["lines"].endswith(f'\nad:{{"finishReason": "error", "error": "{sentence}"}}\n')
+            assert found["chat"].endswith(f'data: {{"type":"error","errorText":"{sentence}"}}\n\ndata: [DONE]\n\n')
+        service.terminate(1)
+        await service.ended(1, within=10)
+        assert "Traceback" not in service.log()

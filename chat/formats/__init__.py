@@ -35,6 +35,14 @@ class Format:
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         raise NotImplementedError
 
+    @staticmethod
+    def broken_off(problem: str, sides: Sequence[str]) -> bytes:
+        """Return the end of a stream that ends before its turn: nothing where clients come back with their cursor.
+
+        sides: those whose ending was not told.
+        """
+        return b""
+
 
 class EventFormat(Format):
     """Server-sent events. The first comment opens the stream at once: some proxies wait for a byte."""

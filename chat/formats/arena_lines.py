@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import Format, sentence
 from .tellings import Ended, Telling, Words
 
@@ -11,6 +13,10 @@ class ArenaLines(Format):
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         return ["".join([_line(telling) for telling in tellings]).encode()]
 
+    @staticmethod
+    def broken_off(problem: str, sides: Sequence[str]) -> bytes:
+        return "".join([_failed(side, problem) for side in sides]).encode()
+
 
 def _line(telling: Telling) -> str:
     if isinstance(telling, Words):
@@ -19,5 +25,9 @@ def _line(telling: Telling) -> str:
     if not isinstance(telling, Ended):
         return ""
     if problem := sentence(telling.message):
-        return f'{telling.participant}d:{{"finishReason": "error", "error": "{problem}"}}\n'
+        return _failed(telling.participant, problem)
     return f'{telling.participant}d:{{"finishReason":"stop"}}\n'
+
+
+def _failed(side: str, problem: str) -> str:
+    return f'{side}d:{{"finishReason": "error", "error": "{problem}"}}\n'

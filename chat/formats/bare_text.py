@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import Format, sentence
 from .tellings import Ended, Message, Over, Telling, Words
 
@@ -14,6 +16,10 @@ class BareText(Format):
     @staticmethod
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         return ["".join([_text(telling) for telling in tellings]).encode()]
+
+    @staticmethod
+    def broken_off(problem: str, sides: Sequence[str]) -> bytes:
+        return f"\n[{problem}]\n".encode()
 
 
 def _text(telling: Telling) -> str:

@@ -7,7 +7,7 @@ so a resumed stream repeats the turn from its start, under the same message id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -53,6 +53,10 @@ class UIMessages(EventFormat):
     @staticmethod
     def dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:
         return [b"".join([b"data: %b\n\n" % one_line(chunk) for chunk in chunks_dialect(turn_id, tellings)])]
+
+    @staticmethod
+    def broken_off(problem: str, sides: Sequence[str]) -> bytes:
+        return b"data: %b\n\n%b" % (encode({"type": "error", "errorText": problem}), UIMessages.closing)
 
 
 def chunks_dialect(turn_id: str, tellings: list[Telling]) -> list[bytes]:

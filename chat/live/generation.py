@@ -64,7 +64,9 @@ class Generation:
         self.worker = worker
         self.tasks = Tasks()
         self.turns: dict[str, Turn] = {}
+        self.completions: set[asyncio.Task[None]] = set()  # running answers that belong to no turn
         self.draining = False
+        self._drain: asyncio.Task[None] | None = None
         self.streams = Streams(settings, database, providers)
         self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
@@ -81,21 +83,39 @@ class Generation:
         self.tasks.beat(self.relay.beat, 1.0)
         self.tasks.beat(self.rate_limits.beat, 5.0)
 
-    async def drain(self) -> None:
-        """Let running answers finish for a while, then end the rest `interrupted`. Ends in bounded time."""
-        self.draining = True
-        await self._wait_for_turns(self.settings.drain)
+    def begin_drain(self) -> asyncio.Task[None]:
+        """Start nothing new, let running answers finish for a while, end the rest, and send all readers away.
+
+        The task ends in bounded time. A server that waits for its requests calls this before it waits: they would be
+        cut off in the middle of answers otherwise.
+        """
+        if self._drain is None:
+            self.draining = True
+            self._drain = self.tasks.spawn(self._end_answers())
+        return self._drain
+
+    async def _end_answers(self) -> None:
+        await self._wait_for_answers(self.settings.drain)
         for turn in list(self.turns.values()):
             turn.end_early("interrupted")
-        await self._wait_for_turns(self.settings.storage_timeout)
+        for completion in list(self.completions):
+            completion.cancel()
+        await self._wait_for_answers(self.settings.storage_timeout)
+        await self.relay.hang_up()
+
+    async def _wait_for_answers(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.completions or not all(turn.over for turn in self.turns.values()):
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.01)
+
+    async def drain(self) -> None:
+        """End all answers, then all tasks. Ends in bounded time."""
+        await self.begin_drain()
         with contextlib.suppress(StorageUnavailable):
             await self.refunds.give_back()
         await self.tasks.cancel()
-
-    async def _wait_for_turns(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not all(turn.over for turn in self.turns.values()) and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
 
     def outages(self) -> set[str]:
         """Return the models whose last few replies here all failed a moment ago."""

@@ -78,11 +78,10 @@ class Relay(Source):
         await self.beat()
 
     async def stop(self) -> None:
-        await self._hang_up()
         await self.tasks.cancel()
         await self.broadcast.disconnect()
 
-    async def _hang_up(self) -> None:
+    async def hang_up(self) -> None:
         """Send every reader away, to reconnect to another worker: some servers end without closing their sockets."""
         restarting = ChatError("draining", "The service is restarting. Please come back in a moment.", retry_after=1)
         for room in self.rooms.values():
