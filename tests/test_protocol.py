@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect
 
+import consumers
+import routes
 from chat.errors import REPLY_SENTENCES, STATUS
 from tests.conftest import CLOSED, store
 from tests.harness.api import call
@@ -113,3 +115,14 @@ def test_every_code_is_on_the_page() -> None:
     for code, status in STATUS.items():
         row = next(line for line in PAGE.splitlines() if line.startswith("|") and f"`{code}`" in line)
         assert str(status) in row.split("|")[1], code
+
+
+def test_every_route_is_written_down_and_nothing_else() -> None:
+    """In PROTOCOL.md, or with the pages in the README."""
+    text = PAGE + (ROOT / "README.md").read_text()
+    named = re.findall(r"(?<=[`\s])/(?:[\w.{}$<>-]+/?)*", re.sub(r"<[^>\s]+>", "{}", text))
+    paths = {path.rstrip("/") or "/" for path in named}
+    table = [*routes.table, *consumers.table]
+    assert [route.path for route in table if not any(route.path_regex.match(path) for path in paths)] == []
+    served = [path for path in paths if path.startswith(("/api/", "/v1/", "/ws/", "/widget/"))]
+    assert [path for path in served if not any(route.path_regex.match(path) for route in table)] == []
