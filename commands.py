@@ -199,7 +199,7 @@ def chat(options: argparse.Namespace) -> int:
         return _chat(Talk(url.rstrip("/"), options.model, options.arena))
     except urllib.error.HTTPError as refusal:
         sys.stderr.write(f"parley: {_sentence(refusal)}\n")
-    except OSError as problem:
+    except (OSError, ValueError, http.client.HTTPException) as problem:  # also an address that is none
         sys.stderr.write(f"parley: nothing answers at {url} ({problem}); scripts/serve starts a service\n")
     return 1
 

@@ -118,5 +118,6 @@ async def test_chat_votes_in_an_arena(service: Service) -> None:
 
 
 async def test_chat_says_when_nothing_answers() -> None:
-    code, said = await chatted(f"http://127.0.0.1:{int(Port())}")
-    assert code == 1 and "nothing answers at" in said and "Traceback" not in said
+    for url in (f"http://127.0.0.1:{int(Port())}", "http://localhost:port", "http://[localhost"):
+        code, said = await chatted(url)
+        assert code == 1 and "nothing answers at" in said and "Traceback" not in said
