@@ -16,7 +16,7 @@ import msgspec
 from ..settings import Model
 from . import ChatMessage, Limits
 from .failures import InStream
-from .sse import Count, Events, decoder
+from .sse import Body, Count, decoder
 from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.anthropic.com"  # explicit: without it, $ANTHROPIC_BASE_URL would decide who gets the key
@@ -74,7 +74,7 @@ class AnthropicMessages(Upstream):
 
     async def ask(
         self, client: anthropic.AsyncAnthropic, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Events:
+    ) -> Body:
         return await self.post(client, "/v1/messages", request(model, messages, limits))
 
     def read(self, event: bytes) -> Piece:

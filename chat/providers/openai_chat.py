@@ -15,7 +15,7 @@ import openai
 from ..settings import Model
 from . import ChatMessage, Limits, ProviderError
 from .failures import InStream
-from .sse import Count, Events, decoder
+from .sse import Body, Count, decoder
 from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.openai.com/v1"  # explicit: without it, $OPENAI_BASE_URL would decide who gets the key
@@ -60,7 +60,7 @@ class OpenAIChat(Upstream):
 
     async def ask(
         self, client: openai.AsyncOpenAI, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Events:
+    ) -> Body:
         body = request(model, messages, limits)
         return await self.post(client, "/chat/completions", body, security={"bearer_auth": True})
 

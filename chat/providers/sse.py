@@ -78,35 +78,18 @@ def reading(response: Any) -> Callable[[], Awaitable[bytes]] | None:
     return reader
 
 
-class Events:
-    """The events of a streamed response, one after the other, up to [DONE] or the end of the body."""
+class Body:
+    """The bytes of a streamed response. `read` waits for the next, b"" at the end."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
         self._bytes: AsyncGenerator[bytes, None] = response.aiter_bytes()
-        self._read = reading(response) or partial(anext, self._bytes, b"")
-        self._splitter = Splitter()
-        self._ready: list[bytes] = []  # the next is the last
-        self._ended = False
+        self.read = reading(response) or partial(anext, self._bytes, b"")
 
-    async def next(self) -> bytes | None:
-        """Return the data of the next event, None after the last. An event that is not finished is none."""
-        while not self._ready:
-            if self._ended:
-                return None
-            data = await self._read()
-            self._ended = not data
-            self._ready = self._splitter.feed(data, final=self._ended)[::-1]
-        event = self._ready.pop()
-        if event.startswith(b"[DONE]"):
-            await self._drain()
-            return None
-        return event
-
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         with suppress(Exception):  # whatever the connection does now, the answer is whole
             async with asyncio.timeout(DRAIN):
-                while await self._read():
+                while await self.read():
                     pass
 
     async def aclose(self) -> None:

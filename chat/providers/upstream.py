@@ -19,7 +19,7 @@ from ..settings import Model
 from . import ChatMessage, Delta, Finish, Limits, ProviderError, Thought
 from .clean import Cleaner
 from .failures import OPERATOR_FAULTS, advice, status_of, translated, words
-from .sse import Events
+from .sse import Body, Splitter
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Upstream(ABC):
         """Return a new SDK client that never retries: a retry bills again, so it is the caller's decision."""
 
     @abstractmethod
-    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Events:
-        """Send the request; return the answer's events once the vendor has answered with good headers."""
+    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Body:
+        """Send the request; return the answer's body once the vendor has answered with good headers."""
 
     @abstractmethod
     def read(self, event: bytes) -> Piece:
@@ -77,33 +77,40 @@ class Upstream(ABC):
     async def stream(
         self, model: Model, messages: Sequence[ChatMessage], limits: Limits
     ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        answered, reason, failure, cleaner = False, None, None, Cleaner()
+        answered, ended, reason, failure, cleaner = False, False, None, None, Cleaner()
         input_tokens, output_tokens = None, None
         try:
             with Clock(limits.first_token_timeout, self._clocks) as clock:  # pings reset those of the SDKs
                 # A request costs a millisecond: begun all at once, many would hold up every answer that runs.
                 async with self._starting:
                     await asyncio.sleep(0)
-                events = await self.ask(self._client(model), model, messages, limits)
-                answered = True
-                async with aclosing(events):
-                    while (event := await events.next()) is not None:
-                        clock.waiting = False  # the reader may take its time
-                        piece = self.read(event)
-                        reason = piece.reason or reason
-                        if piece.input_tokens is not None:
-                            input_tokens = piece.input_tokens
-                        if piece.output_tokens is not None:
-                            output_tokens = piece.output_tokens
-                        if piece.thinking:
-                            yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
-                        if piece.text and (text := cleaner.feed(piece.text)):
-                            yield Delta(text)
+                body = await self.ask(self._client(model), model, messages, limits)
+                answered, splitter = True, Splitter()
+                async with aclosing(body):
+                    while not ended:
                         clock.waiting = True
-                        if piece.reason:
-                            clock.start(AFTERMATH)
-                        elif piece.text or piece.thinking is not None:
-                            clock.start(limits.idle_timeout)
+                        data = await body.read()
+                        clock.waiting = False  # the reader may take its time
+                        ended = not data
+                        for event in splitter.feed(data, final=ended):
+                            if event.startswith(b"[DONE]"):
+                                ended = True
+                                await body.drain()
+                                break
+                            piece = self.read(event)
+                            reason = piece.reason or reason
+                            if piece.input_tokens is not None:
+                                input_tokens = piece.input_tokens
+                            if piece.output_tokens is not None:
+                                output_tokens = piece.output_tokens
+                            if piece.thinking:
+                                yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
+                            if piece.text and (text := cleaner.feed(piece.text)):
+                                yield Delta(text)
+                            if piece.reason:
+                                clock.start(AFTERMATH)
+                            elif piece.text or piece.thinking is not None:
+                                clock.start(limits.idle_timeout)
         except Exception as problem:
             # Everything: the SDKs let through httpx's errors, JSON's and Unicode's, bare assertions and their own.
             if reason is None:
@@ -115,13 +122,13 @@ class Upstream(ABC):
             yield Delta(text)
         yield finish
 
-    async def post(self, client: Any, path: str, body: dict[str, Any], **options: Any) -> Events:
+    async def post(self, client: Any, path: str, body: dict[str, Any], **options: Any) -> Body:
         """Send one request. OpenAI's `chat.completions.create` would compare each field with its types for 0.3 ms."""
         options["timeout"] = self.sdk.Timeout(None, connect=CONNECT, pool=CONNECT)  # a clock times the rest
         stream = await client.post(
             path, body=body, options=options, cast_to=object, stream=True, stream_cls=self.sdk.AsyncStream[object]
         )
-        return Events(stream.response)
+        return Body(stream.response)
 
     def _client(self, model: Model) -> Any:
         place = (model.base_url or self.official, self._key(model))
