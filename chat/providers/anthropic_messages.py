@@ -65,16 +65,10 @@ decode = decoder(MessageEvent)
 
 class AnthropicMessages(Upstream):
     sdk: ClassVar[Any] = anthropic
+    client = anthropic.AsyncAnthropic
     official = OFFICIAL
 
-    def connect(self, base_url: str, key: str) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(
-            api_key=key, base_url=base_url, max_retries=0, http_client=anthropic.DefaultAioHttpClient()
-        )
-
-    async def ask(
-        self, client: anthropic.AsyncAnthropic, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Body:
+    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Body:
         return await self.post(client, "/v1/messages", request(model, messages, limits))
 
     def read(self, event: bytes) -> Piece:

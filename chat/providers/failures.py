@@ -16,9 +16,9 @@ from ..settings import Model
 from . import ProviderError
 
 # By name: the SDKs and the two generations of httpx below them share no classes, and importing them has its price.
-TIMED_OUT = {"TimeoutError", "TimeoutException", "APITimeoutError"}
-CUT_OFF = {"APIConnectionError", "TransportError", "OSError", "ClientConnectionError", "ClientPayloadError"}
-INVALID = {"APIResponseValidationError", "DecodingError"}
+TIMED_OUT = {"TimeoutError", "TimeoutException"}
+CUT_OFF = {"TransportError", "TooManyRedirects", "OSError", "ClientConnectionError", "ClientPayloadError"}
+INVALID = {"DecodingError"}
 REFUSED = {"APIError", "InStream"}
 
 OPERATOR_FAULTS = {401, 402, 403, 404}  # a bad key, an empty account, no such model: nobody's retry will help

@@ -51,18 +51,11 @@ decode = decoder(CompletionChunk)
 
 class OpenAIChat(Upstream):
     sdk: ClassVar[Any] = openai
+    client = openai.AsyncOpenAI
     official = OFFICIAL
 
-    def connect(self, base_url: str, key: str) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            api_key=key, base_url=base_url, max_retries=0, http_client=openai.DefaultAioHttpClient()
-        )
-
-    async def ask(
-        self, client: openai.AsyncOpenAI, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> Body:
-        body = request(model, messages, limits)
-        return await self.post(client, "/chat/completions", body, security={"bearer_auth": True})
+    async def ask(self, client: Any, model: Model, messages: Sequence[ChatMessage], limits: Limits) -> Body:
+        return await self.post(client, "/chat/completions", request(model, messages, limits))
 
     def read(self, event: bytes) -> Piece:
         chunk = decode(event)
