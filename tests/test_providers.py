@@ -193,6 +193,7 @@ TABLE = [
     Row("500", "provider_unavailable", True),
     Row("503", "provider_unavailable", True),
     Row("529", "provider_unavailable", True),
+    Row("redirects", "provider_unavailable", True),
     Row("no-header", "provider_timeout", False),
     Row("stall", "provider_timeout", False, 5),
     Row("ping-stall", "provider_timeout", False, 5),

@@ -331,6 +331,11 @@ async def refuse_with_a_status(reply: Reply) -> None:
     await reply.refuse(int(reply.call.mode), kind or kinds[reply.call.mode[0]])
 
 
+@mode("redirects")
+async def send_away_for_ever(reply: Reply) -> None:
+    await reply.refuse(307, "api_error", location="?again")
+
+
 @mode("key")
 async def refuse_the_key_and_repeat_it(reply: Reply) -> None:
     await reply.head(401, "application/json")
