@@ -62,7 +62,7 @@ CREATE INDEX turns_by_owner ON turns (owner) WHERE status = 'running';
 CREATE INDEX turns_by_account ON turns (account_id) WHERE status = 'running';
 
 -- A row is what a member wrote or a model answered. content and seq of a running reply are its last checkpoint:
--- the text so far and the event of the turn's log it covers. rating: its owner's feedback on a reply, as JSON.
+-- the text so far and the event of the turn's log it covers. feedback: its owner's, on a reply; or the vote.
 CREATE TABLE messages (
     session_id     TEXT NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,
     id             TEXT NOT NULL,
@@ -104,7 +104,7 @@ CREATE TABLE votes (
 );
 CREATE INDEX votes_by_time ON votes (created_at);
 
--- A row is a token that may be used once and has been: a refresh token or a ticket.
+-- A row is a ticket that was used; "<ticket> <session> <turn>" is a stream that this ticket may open again.
 CREATE TABLE used_tokens (
     id         TEXT PRIMARY KEY,
     expires_at BIGINT NOT NULL

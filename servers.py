@@ -39,7 +39,7 @@ from chat.limits import Crowd
 from chat.settings import Settings, read_settings
 
 STARTUP_FAILURE = 3  # the exit status by which uvicorn's parent process knows that a new worker would fail as well
-BACKLOG = 16_384  # bytes that wait in a connection before its reader counts as blocked; text that comes later merges
+WRITE_BUFFER = 16_384  # bytes that wait in a connection before its reader counts as blocked; later text merges
 UNSENT = 8_192  # bytes the kernel takes beyond those on their way: without a limit, pings wait behind megabytes
 PATIENCE = 10.0  # seconds for the head of a request; a socket has as long to authenticate
 PIECE = 4096  # bytes parsed at once: the limits are checked between two pieces, and one read may bring 256 KiB
@@ -51,7 +51,7 @@ PIPELINE_MAX = 32  # requests that wait for the answers before them
 BODIES_MAX = 4 * 1024 * 1024  # bytes of unanswered bodies of one address: 16 of the largest
 FRAMES_MAX = 500  # control frames and fragments a second of one socket: a few bytes each, but each costs CPU time
 CONTROL = (Opcode.PING, Opcode.PONG, Opcode.CLOSE)
-QUEUE = 65_535  # connections that wait to be accepted; the kernel allows fewer, as net.core.somaxconn says
+ACCEPT_QUEUE = 65_535  # connections that wait to be accepted; the kernel allows fewer, as net.core.somaxconn says
 ACCEPTS = 8  # connections accepted in one pass of the loop: each copy costs a new connection 4 µs
 DESCRIPTORS = 65_536  # descriptors we ask for: with an unlimited number some libraries loop over all of them
 
@@ -82,7 +82,7 @@ def serve(settings: Settings, hello: Callable[[], None]) -> None:
         workers=settings.workers,
         http=HeadProtocol,
         ws=DirectProtocol,
-        backlog=QUEUE,
+        backlog=ACCEPT_QUEUE,
         ws_max_size=settings.frame_max,
         ws_per_message_deflate=False,
         ws_ping_interval=settings.ping_interval,
@@ -126,7 +126,7 @@ def _listen(settings: Settings) -> list[socket.socket]:
     except (OSError, OverflowError) as problem:
         reason = getattr(problem, "strerror", None) or "a port is a number up to 65535"
         raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
-    listener.listen(QUEUE)
+    listener.listen(ACCEPT_QUEUE)
     listener.set_inheritable(True)
     return [listener, *(listener.dup() for _ in range(ACCEPTS - 1))]
 
@@ -160,7 +160,7 @@ class Bounded(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.transport.set_write_buffer_limits(BACKLOG)
+        self.transport.set_write_buffer_limits(WRITE_BUFFER)
         connection = self.transport.get_extra_info("socket")
         if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
@@ -180,7 +180,7 @@ class Bounded(asyncio.Protocol):
     async def writable_again(self) -> None:
         raise NotImplementedError
 
-    async def room(self, patience: float) -> None:
+    async def drained(self, patience: float) -> None:
         """Wait until more may be written. Raises `TimeoutError` when nothing leaves for `patience` seconds."""
         while self.blocked:
             waiting = self.transport.get_write_buffer_size()
@@ -213,7 +213,7 @@ class ConsumerQueue(Sleeper):
 
 
 class FrameParser(ServerProtocol):
-    """The parser of websockets, which refuses a close frame between two fragments of a message; RFC 6455 allows it."""
+    """The parser of `websockets`, but a close frame between two fragments is taken, as RFC 6455 allows it."""
 
     def recv_frame(self, frame: Frame) -> None:
         if frame.opcode is Opcode.CLOSE:
@@ -432,7 +432,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
         self._parse(b"\r\n".join([*lines, b"", rest]))
 
     def _refuse(self, status: int, code: str, sentence: str) -> None:
-        """Say why and end the connection; where an answer has begun, end it alone."""
+        """Say why and close the connection; where an answer has begun, close without a word."""
         if self.transport.is_closing():
             return
         answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
@@ -492,7 +492,7 @@ class HeadProtocol(Bounded, HttpToolsProtocol):
     # -- what is counted and waited for
 
     def handle_websocket_upgrade(self) -> None:
-        self._leave()  # sockets are counted by the consumer
+        self._leave()  # a socket is counted by DirectProtocol and the consumer
         super().handle_websocket_upgrade()
         self.parser = None  # type: ignore[assignment]  # the two hold each other, and nothing else ends that here
 
@@ -553,9 +553,9 @@ class DirectAnswer:
     def blocked(self) -> bool:
         return self._connection.blocked
 
-    async def room(self, patience: float) -> None:
+    async def drained(self, patience: float) -> None:
         """Wait until more may be written. Raises `TimeoutError` when nothing leaves for `patience` seconds."""
-        await self._connection.room(patience)
+        await self._connection.drained(patience)
 
     def write(self, part: bytes) -> None:
         """Write a part, as a chunk: https://www.rfc-editor.org/rfc/rfc9112#section-7.1"""
@@ -596,7 +596,7 @@ def end_first(end: Callable[[], Coroutine[Any, Any, None]]) -> None:
             signal.signal(number, functools.partial(hear, signal.getsignal(number)))
 
 
-NEAREST = {1003: 4400, 1009: 4400, 1012: 4408}  # the code instead: clients do the same on both
+NEAREST = {1003: 4400, 1009: 4400, 1012: 4408}  # code → the one sent instead: clients treat both alike
 
 
 def closing(send: Send) -> Send:

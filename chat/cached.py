@@ -1,4 +1,4 @@
-"""A value that is costly to compute and asked for by many: computed once, and kept for a moment. Pure."""
+"""A value that is costly to compute and asked for by many: computed once, and kept for a moment."""
 
 from __future__ import annotations
 

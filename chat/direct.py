@@ -24,7 +24,7 @@ class Direct(Protocol):
         """Write finished frames or a part of the body, unless the connection is closing."""
         ...
 
-    async def room(self, patience: float) -> None:
+    async def drained(self, patience: float) -> None:
         """Wait until more may be written. Raises `TimeoutError` when nothing leaves for `patience` seconds."""
         ...
 

@@ -16,7 +16,7 @@ from .live.turn import Result
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 COUNTED = {  # what the relay counts → its metric
-    "gaps_filled": ("chat_gaps_filled", "Logs that were behind and read again"),
+    "gaps_filled": ("chat_gaps_filled", "Times a room read again what it may have missed"),
     "readers_cut": ("chat_readers_cut", "Readers cut because they took nothing"),
     "taken_over": ("chat_turns_taken_over", "Turns ended here because their worker died"),
     "fenced": ("chat_turns_fenced", "Turns that another worker took from this one"),

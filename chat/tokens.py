@@ -25,7 +25,7 @@ GRACE = {"ticket": 0}  # seconds a token is good beyond its end, where that is n
 
 
 class Token(msgspec.Struct, frozen=True):
-    """The contents of a verified token. `tv` is the account's token version at creation; `jti` makes it single-use."""
+    """The contents of a verified token. `tv` is the account's token version at creation; `jti`: notes its use."""
 
     id: str
     kind: str

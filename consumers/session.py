@@ -137,7 +137,7 @@ class Conversation:
         patience = self.chat.settings.send_timeout
         try:
             if self.direct is not None:
-                await self.direct.room(patience)
+                await self.direct.drained(patience)
                 self.direct.write(said)
             else:
                 # The progress of a send is not visible, and a send waits for all earlier bytes: a reader that takes
@@ -168,7 +168,7 @@ class Conversation:
 
     async def _start_over(self, cursor: Cursor | None = None) -> None:
         """Go on behind the cursor if it can be served, else behind a snapshot. Raises `ChatError`."""
-        self.follower.interrupted = self.follower.lost = False
+        self.follower.interrupted = self.follower.needs_snapshot = False
         if cursor is not None and await self.chat.relay.resume(self.follower, cursor):
             await self.send(resumed_json(cursor.turn_id, str(cursor)))
             return
@@ -177,13 +177,13 @@ class Conversation:
         await self.send(session_event("session_state", **state))
 
     async def _follow(self) -> None:
-        """Write what the follower is owed. Only this coroutine moves its cursor while it is busy."""
+        """Write what the follower is owed. While this coroutine is busy, nothing else moves the follower's cursor."""
         while True:
             for said in await self.follower.next():
                 await self._write(said)
             if self._asked:
                 await self._answer(self._asked.pop())
-            elif self.follower.lost:
+            elif self.follower.needs_snapshot:
                 await self._start_over()
 
     async def _answer(self, cursor: Cursor | None) -> None:
@@ -277,7 +277,7 @@ class Conversation:
         """Store an operator's words as a turn and tell all readers of the session."""
         turns.check_content(frame.content, self.chat.settings.prompt_max)
         await operator.insert_words(self.chat.database, await self.right.select(), frame.id or new_id(), frame.content)
-        self.chat.relay.look_again(self.session)
+        self.chat.relay.learn_again(self.session)
 
     def _hear_typing(self, is_typing: bool) -> None:
         self.right.writer()
@@ -298,7 +298,7 @@ class Conversation:
         public = session_event("typing_indicator", user_id=None, is_typing=self._types).decode()
         self._types = None
         self._typing = asyncio.get_running_loop().call_later(TYPING_EVERY, self._tell_typing)
-        self.chat.relay.tell(self.session, SessionNotice(event, public, but=account.id))
+        self.chat.relay.tell(self.session, SessionNotice(event, public, author=account.id))
 
 
 def _times(when: list[float], seconds: float) -> int:

@@ -73,7 +73,7 @@ async def revoke(request: Request) -> Response:
 
 
 async def delete_me(request: Request) -> Response:
-    """Delete the account with all that is its own. Its running answers are told to end and are not waited for."""
+    """Delete the account with all that is its own. Running answers are asked to end and are not waited for."""
     chat, account = await inputs.caller(request)
     for session in await sessions.select_running(chat.database, account.id):
         await chat.generation.stop(session, account.id)

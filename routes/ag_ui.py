@@ -1,7 +1,7 @@
 """AG-UI's requests, as TanStack AI and AG-UI's own client post them → our turns. https://docs.ag-ui.com
 
-A thread is a session, made by its first run. A run is a turn: the id that a client gives it becomes the first reply's,
-so that it is found again by it. A client that was cut off posts the same body again; another run of a message that was
+A thread is a session, made by its first run. A run is a turn: the run id of a client becomes the first reply's id,
+by which the run is found again. A client that was cut off posts the same body again; another run of a message that was
 sent before takes the place of its turn and all after it.
 """
 

@@ -243,7 +243,7 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
         while True:
             frames = await follower.next()
             if direct is not None:  # also before the end: the last bytes would wait without a deadline
-                await direct.room(chat.settings.send_timeout)
+                await direct.drained(chat.settings.send_timeout)
             if not frames:
                 break
             yield b"".join(frames)
@@ -261,8 +261,8 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
         follower.direct = None
         if pings is not None:
             pings.cancel()
-    # A lost reader's turn is gone, and a poll may leave before the turn's end: their next request is told about both.
-    if not follower.lost and (follower.cursor.over or not follower.polls):
+    # A turn may be gone, and a poll may leave before its turn's end: the next request is told about both.
+    if not follower.needs_snapshot and (follower.cursor.over or not follower.polls):
         yield spoken.closing
 
 

@@ -31,7 +31,7 @@ from .messages import STREAMED, ReleasedResponse
 
 TOKENS_MAX = 8000  # of one answer, as of a turn's reply; clients that ask for more by default get these
 LOOK_EVERY = 1.0  # seconds between two looks whether a client that waits for the whole answer is still there
-# Of the other failures: 502.
+# failure → HTTP status; 502 for the others
 STATUS = {"provider_timeout": 504, "provider_rate_limited": 429, "provider_refused": 400, "interrupted": 503}
 
 
@@ -172,7 +172,7 @@ class Exchange:
             async with contextlib.aclosing(self._texts(settings.sse_ping)) as texts:
                 async for text in texts:
                     if direct is not None:  # a reader that takes nothing does not keep its place
-                        await direct.room(settings.send_timeout)
+                        await direct.drained(settings.send_timeout)
                     if text != "":
                         yield EventFormat.ping if text is None else spoken.chunk(self._head, {"content": text})
         except ProviderError as problem:

@@ -21,7 +21,7 @@ async def health(request: Request) -> Response:
     return _health(**checks)
 
 
-@functools.cache  # there are eight
+@functools.cache  # three checks, two outcomes each: eight responses
 def _health(**checks: str) -> Response:
     failed = "failed" in checks.values()
     body = {

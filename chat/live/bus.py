@@ -1,7 +1,7 @@
 """Redis as a bus: pub/sub that reconnects by itself, and a few pipelined commands beside it.
 
 `RedisBus` is a backend for broadcaster. Broadcaster's own backend receives nothing more after one dropped connection.
-A connection receives messages, another sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
+A connection receives messages, another one sends commands. Both reconnect with backoff (50 ms → 2 s) after any failure.
 A new listening connection subscribes to all channels again. A gap marker follows each confirmation of a subscription,
 the first as well: later messages are received, and earlier ones may have been lost. `next_published` never raises, and
 `subscribe` never fails or waits: a Redis that is away is a state.
@@ -48,7 +48,7 @@ class Gather:
         self._then = then
         self._calls: dict[Callable[[], None], None] = {}  # in the order they came
         self._waits = False  # a run is scheduled or goes on
-        self._due = 0.0  # loop time: the next run's if runs came exactly `every` seconds
+        self._due = 0.0  # loop time of the next run, if runs came exactly every so many seconds
 
     def soon(self, call: Callable[[], None]) -> None:
         """Have the next run make this call, once however often it was asked for."""
@@ -92,7 +92,7 @@ class RedisBus(BroadcastBackend):
         self._heard: asyncio.Queue[Event] = asyncio.Queue()  # broadcaster empties it before the loop reads again
         self._stopping = False
         self.failures = 0  # connections that were lost or could not be made
-        self.on_return: Callable[[], None] = lambda: None  # called when commands work again
+        self.on_return: Callable[[], None] = lambda: None  # called when commands work: at first, and after each outage
         self._wanted: set[str] = set()
         self._said: set[str] = set()  # problems logged since a connection last worked
         self._commands: list[bytes] = []  # gathered for the next write

@@ -36,14 +36,14 @@ class ReplyEnded(msgspec.Struct, array_like=True, tag="ended", frozen=True):
 class SessionNotice(msgspec.Struct, array_like=True, tag="notice", frozen=True):
     """An event of the session itself: its JSON for members, and for read-only readers ("": they are not sent any).
 
-    `version`: the session's version after the event, 0 for an event without one; `but`: the account that caused the
+    `version`: the session's version after the event, 0 for an event without one; `author`: the account that caused the
     event and is not sent it.
     """
 
     json: str
     public_json: str = ""
     version: int = 0
-    but: str = ""
+    author: str = ""
 
 
 class LearnAgain(msgspec.Struct, array_like=True, tag="again", frozen=True):

@@ -70,7 +70,7 @@ class Generation:
         self.streams = Streams(settings, database, providers)
         self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
-        # The leases set both: whether this worker's turns are certainly its own, and how to answer one `turns` lacks.
+        # `Leases` sets both: whether our turns are certainly ours, and what answers a turn of ours that `turns` lacks.
         self.surely_owned: Callable[[], bool] = lambda: True
         self.adopt: Callable[[Row], Awaitable[None]] | None = None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was
@@ -426,7 +426,8 @@ class Generation:
     async def _checkpoint(self) -> None:
         """Write the text so far of every reply that has grown since the last time, in one transaction.
 
-        Each checkpoint writes the whole text; text that Redis also holds can wait a few seconds.
+        Each checkpoint writes the whole text; text that Redis also holds can wait a few seconds. Then give back the
+        tokens that ended turns did not use.
         """
         now = time.monotonic()
         values: list[Row] = []

@@ -158,7 +158,7 @@ class Leases:
                 self.generation.stop_here(turn_id)
 
     async def _sweep(self) -> None:
-        """Take over turns whose worker died and end them with the longest text known."""
+        """Take over turns whose worker died, end them with the longest text known, and delete what has expired."""
         await self.database.set_clock()
         # After an outage the owners renew as soon as they can; a sweep before that would take turns of live workers.
         disturbed_at = self.database.disturbed_at

@@ -92,9 +92,9 @@ class Relay(Source):
                     await asyncio.sleep(0.01)
 
     async def _listen(self, channel: str, hear: Callable[[str], None], subscribed: asyncio.Future[None]) -> None:
-        """Bring the messages of a channel to `hear`, until cancelled. Broadcaster subscribes and unsubscribes at once.
+        """Bring the messages of a channel to `hear`, until cancelled. Entering and leaving never wait for Redis.
 
-        The first gap marker says only that Redis sends from now on: nothing was read before it.
+        The first gap marker is Redis' confirmation: nothing was read before it, so nothing can be missing.
         """
         async with self.broadcast.subscribe(channel) as subscriber:
             if self.bus is None or not self.bus.listening:
@@ -186,7 +186,7 @@ class Relay(Source):
     # -- cursors
 
     async def resume(self, follower: Follower, cursor: Cursor) -> bool:
-        """Put the follower at a client's cursor. False: the turn is gone or of an earlier release."""
+        """Put the follower at a client's cursor. False: the turn is gone, or the cursor does not fit it."""
         room = follower.room
         answer = room.answer
         if answer is not None and answer.turn_id == cursor.turn_id:
@@ -265,7 +265,7 @@ class Relay(Source):
         """Have every follower of the session admitted again, on all workers."""
         self.tell(session, RightsChanged())
 
-    def look_again(self, session: Session) -> None:
+    def learn_again(self, session: Session) -> None:
         """Have all rooms of the session learn from the database again: something was written there and not told."""
         self.tell(session, LearnAgain())
 
@@ -276,7 +276,7 @@ class Relay(Source):
             yield
         except StorageUnavailable as problem:
             if problem.in_doubt:
-                self.look_again(session)
+                self.learn_again(session)
             raise
 
     def check_account(self, account_id: str) -> None:

@@ -48,8 +48,8 @@ class Follower(Sleeper):
     """A reader of a room: its cursor, and the session events it has not been told yet."""
 
     __slots__ = (
-        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "lost", "one_turn", "polls",
-        "right", "room", "wrap",
+        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "needs_snapshot", "one_turn",
+        "polls", "right", "room", "wrap",
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
@@ -62,7 +62,7 @@ class Follower(Sleeper):
         self.one_turn = one_turn
         self.polls = False  # the reader takes everything there is now and leaves
         self.interrupted = False  # a frame has asked the reader's coroutine for something else than `next`
-        self.lost = False  # the turn of the cursor is gone: the reader needs a snapshot
+        self.needs_snapshot = False  # the turn of the cursor is gone: the reader needs a snapshot
         self.ended: ChatError | None = None  # the error with which the follower is sent away
         self.direct: Direct | None = None  # the room writes to this connection while the reader keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # makes the bytes of a session event, as `dialect` does of a turn's
@@ -74,10 +74,13 @@ class Follower(Sleeper):
     @property
     def idle(self) -> bool:
         """Whether the reader's coroutine waits for news and has nothing of its own to write first."""
-        return not (self._busy or self.interrupted or self.lost or self._notices or self.ended)
+        return not (self._busy or self.interrupted or self.needs_snapshot or self._notices or self.ended)
 
     def note(self, notice: bytes, *, passing: bool = False) -> None:
-        """Queue an event that belongs to no turn. Passing ones (typing, signs of life) are dropped first."""
+        """Write an event that belongs to no turn, or queue the event for a reader that does not keep up.
+
+        Passing events (typing, signs of life) are the first to be dropped from the queue.
+        """
         if self.direct is not None and not self.direct.blocked and self.idle:
             self.direct.write(self.wrap(notice))
             return
@@ -85,7 +88,7 @@ class Follower(Sleeper):
         if len(self._notices) > NOTICES_MAX:
             old = next((n for n, (passes, _) in enumerate(self._notices) if passes), None)
             if old is None:
-                self.lost = True  # a snapshot says all that these events would have
+                self.needs_snapshot = True  # a snapshot says all that these events would have
                 self._notices.clear()
             else:
                 del self._notices[old]
@@ -106,13 +109,13 @@ class Follower(Sleeper):
     async def next(self) -> list[bytes]:
         """Wait until there is something to tell and return all of it.
 
-        Empty when the follower was interrupted or is lost, and at the end of its one turn; for a poll, when there is
-        nothing more to tell now. Raises the error with which the follower is sent away.
+        Empty when the follower was interrupted or needs a snapshot, and at the end of its one turn; for a poll, when
+        there is nothing more to tell now. Raises the error with which the follower is sent away.
         """
         while True:
             if self.ended is not None and self.ended.code != "draining":
                 raise self.ended
-            if self.interrupted or self.lost:
+            if self.interrupted or self.needs_snapshot:
                 return []
             own, owed = self._take_notices(), await self._owed()
             if frames := own + (owed or []):
@@ -158,7 +161,7 @@ class Follower(Sleeper):
         if self.cursor is not cursor:
             return None  # the room has moved the follower meanwhile
         if cursor.turn_id and (answer is None or not answer.fits(cursor)):
-            self.lost = True
+            self.needs_snapshot = True
             return None
         tellings: list[Telling] = []
         if answer is not None:
@@ -199,7 +202,7 @@ class Room:
     async def load(self) -> None:
         """Read the latest turn, once for all who join. Raises `not_found`, `StorageUnavailable`.
 
-        A turn that this worker answers is the latest one. A beginning that the bus brought may be late.
+        A turn that this worker answers is the latest one. A turn that the bus has brought may be an old one.
         """
         if self.writing and self.answer is not None and not self.answer.over:
             return
@@ -234,7 +237,7 @@ class Room:
             case TurnBegun(turn_id, position, previous, messages):
                 self.learn_turn(Answer(turn_id, position, previous, messages))
             case ReplyEnded(turn_id, side, ending):
-                if (answer := self._answer_of(turn_id)) is not None:
+                if (answer := self._answer_or_learn(turn_id)) is not None:
                     answer.learn_ending(side, ending)
                     self.notify()
             case SessionNotice():
@@ -247,7 +250,7 @@ class Room:
             case StopTurn(turn_id):
                 self._source.on_stop(turn_id)
 
-    def _answer_of(self, turn_id: str) -> Answer | None:
+    def _answer_or_learn(self, turn_id: str) -> Answer | None:
         """Return the room's answer if it is of this turn. Otherwise the beginning of that turn may have been missed."""
         self.news_at = time.monotonic()
         if self.answer is not None and self.answer.turn_id == turn_id:
@@ -256,7 +259,7 @@ class Room:
         return None
 
     def _words(self, words: TurnWords) -> None:
-        answer = self._answer_of(words.turn_id)
+        answer = self._answer_or_learn(words.turn_id)
         if answer is None or not answer.learn_pieces(words.pieces):
             self._ahead.append(words)
             self.learn_again()
@@ -402,9 +405,9 @@ class Room:
         event, public = notice.json.encode(), notice.public_json.encode()
         for follower in list(self.followers):
             said = event if follower.right.member else public
-            caused = notice.but and follower.right.account_id == notice.but
+            caused = notice.author and follower.right.account_id == notice.author
             if said and not (caused or follower.one_turn):
-                follower.note(said, passing=bool(notice.but))
+                follower.note(said, passing=bool(notice.author))
 
     # -- rights
 

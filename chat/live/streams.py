@@ -1,6 +1,7 @@
 """The input and output of models: one provider stream per reply, with one retry, clocks, and a battle's pace.
 
-A stream ends when all of its text is shown. How it ended is an exception, or else in the turn's `results`.
+A stream ends when all of its text is shown. A failure is an exception; a success has its `Finish` in the turn's
+`results`.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ async def ask(
     meter: Meter,
     say: Callable[[str], None],
 ) -> None:
-    """Ask a model once and pass its text on to `say`; `result` has the ending afterwards.
+    """Ask a model once and pass its text on to `say`; `result` has its counts and its `Finish` afterwards.
 
     Raises `ProviderError`, also for an answer without an end and for one of more than `reply_max` characters.
     """
@@ -185,7 +186,7 @@ async def ask(
                     meter.thought(piece.size)
         raise ProviderError("provider_truncated")
     except BaseException as problem:
-        # A provider that refused or broke off by itself has not thought in silence until now.
+        # Only a call that we ended may have thought in silence: not one that the provider refused or broke off.
         if not isinstance(problem, ProviderError) or problem.code in ("provider_timeout", "too_long"):
             meter.cut()
         raise

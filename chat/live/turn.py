@@ -49,7 +49,7 @@ class Turn:
     streams: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by side
     results: dict[str, Result] = field(default_factory=dict)
     meters: dict[str, Meter] = field(default_factory=dict)
-    open: set[str] = field(default_factory=set)  # the sides whose ending is not stored and told
+    open: set[str] = field(default_factory=set)  # the sides whose ending readers were not told
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one ending at a time: the last one ends the turn as well
     unsaved: list[Row] = field(default_factory=list)  # endings that readers were told and the database does not have
     checkpointed: dict[str, int] = field(default_factory=dict)  # characters the database has, by side

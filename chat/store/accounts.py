@@ -1,4 +1,4 @@
-"""Accounts: the people and guests sessions belong to, and what they have spent today."""
+"""Accounts: the people and guests that sessions belong to, and the tickets they have used. Both expire."""
 
 from __future__ import annotations
 

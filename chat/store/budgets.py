@@ -1,9 +1,9 @@
 """The daily budgets: tokens of an account, of an address and of the whole service, reserved before a model is asked.
 
 A turn reserves the most it can cost, in one statement inside its own transaction, so that parallel requests cannot
-pass a limit together. When the turn has ended, the tokens it did not use are given back. Tokens are counted by the
-provider if it sends its counts, else as bytes: in no script does a tokenizer make more tokens of a text than it has
-bytes. Models that cost nothing reserve nothing: slow ones could hold the whole budget of the others.
+pass a limit together. When the turn has ended, the worker that began it gives back the tokens it did not use. Tokens
+are counted by the provider if it sends its counts, else as bytes: in no script does a tokenizer make more tokens of a
+text than it has bytes. Models that cost nothing reserve nothing: slow ones could hold the whole budget of the others.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Refunds:
                 await self._database.transaction(work)
         except StorageUnavailable as problem:
             if not problem.in_doubt:
-                for place in tokens:  # not `+=`, which forgets what is below nothing: a second call's cost
+                for place in tokens:  # not `+=` of counters, which drops negative counts: the cost of a second call
                     self._tokens[place] += tokens[place]
             raise
 

@@ -70,7 +70,7 @@ Kinds = tuple[type[Exception], ...]
 class Failures(NamedTuple):
     """The exceptions of a driver, by meaning."""
 
-    unreachable: Kinds  # the database is away, or one of the following, which are among these
+    unreachable: Kinds  # the database is away; the kinds below are subclasses of these and are looked at first
     taken: Kinds  # an id exists already
     our_fault: Kinds  # a statement is wrong
     restored: Kinds = ()  # among `our_fault`, but the database is away: a backup is restored, and tables are missing
@@ -263,8 +263,9 @@ class Database:
 
         patience: seconds the caller waits for an answer, 0 for `self.timeout`, None until the transaction has ended
         or failed. A caller that runs out of patience gets `StorageUnavailable`, and the transaction is rolled back,
-        however late storage carries its statements out. Once COMMIT was sent, the caller waits for the answer: after
-        that time PostgreSQL has ended the transaction by itself. So nothing is written after the error was raised.
+        however late storage carries its statements out. Once COMMIT was sent, the caller waits for the answer up to
+        `COMMAND_TIMEOUT`: by then PostgreSQL has ended the transaction by itself. So nothing is written after the
+        error was raised.
         line: the row that `work` writes to, say a session's id. Calls with the same line begin one at a time, in order:
         while somebody holds that row's lock, the others would wait for the lock in every connection.
         """

@@ -54,7 +54,7 @@ class Session:
     share_token: str | None
     metadata: str
     message_count: int
-    next_position: int  # of the messages that did not exist when the session was read
+    next_position: int  # of the next message when the session was read
     version: int
     voted_at: int | None
     last_message_at: int | None
@@ -68,7 +68,7 @@ class Session:
         return f"{self.id}:{self.created_at}:{self.account_id[-12:]}"
 
     @property
-    def life(self) -> Values:
+    def identity(self) -> Values:
         """The values that a write names, so that it never falls on a later session of the same id."""
         return {"id": self.id, "created_at": self.created_at}
 
@@ -279,7 +279,7 @@ async def delete_session(database: Database, session: Session, account_id: str) 
     row = await database.fetch_one(
         """DELETE FROM sessions WHERE id = :id AND created_at = :created_at AND account_id = :account_id
            RETURNING id""",
-        session.life | {"account_id": account_id},
+        session.identity | {"account_id": account_id},
     )
     if row is None:
         raise not_found("session")

@@ -1,9 +1,8 @@
 """Tickets: each opens one socket or stream, once. Tickets stand in URLs, which proxies and servers log.
 
-An EventSource reconnects to the same URL by itself. The ticket opens that session's stream again if the client
-sends a cursor of a turn that it was told with this ticket, though the turn may have been made again meanwhile, and was
-not disconnected for long. A client that was cut off before it had a cursor finds its ticket as it was: good for the
-rest of its 30 s.
+An EventSource reconnects to the same URL by itself. So a used ticket opens the same session's stream again, within
+`AWAY`, for a client whose cursor is of a turn that it was told with this ticket, even if the turn was made again
+meanwhile. A client that was cut off before it had a cursor may use the ticket once more in its 30 s.
 """
 
 from __future__ import annotations

@@ -20,13 +20,17 @@ from .sessions import Session
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """A turn as its owner starts it. `rows`: its messages in order; the first is the user's, the others are replies."""
+    """A turn as its owner starts it.
+
+    `rows`: its messages in order; the first is the user's, the others are replies. The one reply of an operator's own
+    words is the first.
+    """
 
     id: str
     session: Session
     account_id: str
     position: int
-    previous: str  # the turn before this one, "" before the first; of a turn that was made again, its old id
+    previous: str  # the turn before this one, "" before the first; of a turn made again, its old id; "" where unknown
     rows: tuple[Row, ...]
     fresh: bool  # False: this message id made a turn before; nothing was written
     reservation: Reservation | None = None  # the tokens a new turn may use
@@ -261,7 +265,7 @@ async def allot_positions(
             WHERE id = :id AND created_at = :created_at AND (account_id = :account_id OR is_open = 1)
                   {"" if query.one_at_a_time else LOCK_ACCOUNT}
            RETURNING next_position, operator""",
-        session.life | {"account_id": account_id, "places": places, "now": now, "title": title},
+        session.identity | {"account_id": account_id, "places": places, "now": now, "title": title},
     )
     if row is None:
         raise not_found("session")
