@@ -1,8 +1,8 @@
 """The core: the turns that run now, and the readers of this worker. The way of one token, with Redis and two workers:
 
 On the worker that owns the turn
-    the reply's task      Events.next, Splitter.feed (bytes to events), Upstream.read (JSON to text), Cleaner.feed,
-                          Upstream.stream, streams.ask, Voice.say
+    the reply's task      Splitter.feed (bytes to events), Upstream.read (JSON to text), Cleaner.feed, Upstream.stream,
+                          streams.ask, Voice.say
     a callback of the     Gather._run, Voice._leave, Voice._send (UTF-8 for APPEND, JSON for PUBLISH), RedisBus.ask,
     event loop            RedisBus._flush, Wire.write
 
