@@ -86,8 +86,11 @@ async def _right(socket: WebSocket, chat: State, account: Account | None, expire
     if share_token:
         return await _admit_by_share(chat, session_id, share_token, account, expires_at)
     guest = account is None and chat.settings.open_sessions
-    if account is None:
-        account, expires_at = (await _guest(socket, chat), 0.0) if guest else await _first_frame(socket, chat)
+    if guest:
+        await chat.limits.hit_guest(address(socket, chat), chat.settings)
+        account = await accounts.insert_guest(chat.database, None)
+    elif account is None:
+        account, expires_at = await _first_frame(socket, chat)
     choice = choices.chosen(socket.query_params)
     session = await _session(chat, session_id, account, guest, choice)
     choices.check(session, choice)
@@ -141,11 +144,6 @@ async def _account(socket: WebSocket, chat: State) -> tuple[Account | None, floa
         return None, 0.0, ""
     account, expires_at = await accounts.verified_until(chat.database, chat.tokens, *found)
     return account, expires_at, found[1] if found[0] == "ticket" else ""
-
-
-async def _guest(socket: WebSocket, chat: State) -> Account:
-    await chat.limits.hit_guest(address(socket, chat), chat.settings)
-    return await accounts.insert_guest(chat.database, None)
 
 
 def address(socket: WebSocket, chat: State) -> str:

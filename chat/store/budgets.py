@@ -64,25 +64,25 @@ class Meter:
         return 0 if self._free else self._spent + self._input + self._output
 
     def call(self) -> None:
-        """The provider is about to be asked, the first time or again."""
+        """Begin a call: the provider is about to be asked, for the first or second time."""
         self._spent, self._input, self._output = self.spent, self._prompt, 0
 
     def came(self, text: str) -> None:
-        """A piece of the answer has arrived."""
+        """Count a piece of the answer that has arrived."""
         if not self._free:  # counting costs more than most of what is done with a piece
             self._output += tokens_of(text)
 
     def thought(self, size: int) -> None:
-        """So many bytes of a thought have arrived, which nobody is shown."""
+        """Count a piece of a thought, which no reader is shown. size: bytes."""
         self._output += size
 
     def cut(self) -> None:
-        """This worker has ended the call. A call without text may have thought in silence, up to its limit."""
+        """End a call before its end. A call without text may have thought in silence, up to its limit."""
         if self._input and (self._thinks or not self._output):
             self._output = max(self._output, self._most)
 
     def told(self, input_tokens: int | None, output_tokens: int | None) -> None:
-        """The provider has sent its own counts of this call. A missing count, or 0, leaves our own."""
+        """Replace our counts of this call by the provider's. A missing count, or 0, leaves our own."""
         self._input, self._output = input_tokens or self._input, output_tokens or self._output
 
 
@@ -160,7 +160,10 @@ class Refunds:
         self._tokens: Counter[tuple[str, str]] = Counter()  # by the budget's name and day
 
     def settle(self, reservation: Reservation, meters: Iterable[Meter]) -> None:
-        """A turn has ended. Tokens spent beyond the reservation (a second call) are charged with the next write."""
+        """Note the unused tokens of a turn that has ended.
+
+        Tokens spent beyond the reservation (a second call) are charged with the next write.
+        """
         if unused := reservation.tokens - sum(meter.spent for meter in meters):
             for name in reservation.names:
                 self._tokens[name, reservation.day] += unused
@@ -200,7 +203,7 @@ class Refunds:
 
 
 async def delete_old_budgets(database: Database) -> None:
-    """Forget the budgets of days long over."""
+    """Delete the budgets of days that were over `KEPT` ago."""
     await database.execute_in_pieces(
         """DELETE FROM budgets WHERE (name, day) IN (SELECT name, day FROM budgets WHERE day < :day LIMIT :piece)
            RETURNING name""",

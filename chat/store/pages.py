@@ -17,7 +17,7 @@ FIRST, LAST = -1, 2**31 - 1  # positions before and after all that a session may
 
 
 async def select_page(database: Database, session_id: str, limit: int, before: int = LAST) -> tuple[list[Row], bool]:
-    """The last messages below position `before`, oldest first, as many as fit, and whether there are earlier ones."""
+    """Return the last messages below position `before`, as many as fit, oldest first; and whether more exist."""
     sizes = await _select_sizes(database, session_id, "position < :position", "DESC", before, limit + 1)
     fits = sizes[: min(limit, _fitting(sizes))]
     rows = await _select_between(database, session_id, fits[-1]["position"], fits[0]["position"]) if fits else []
@@ -25,7 +25,7 @@ async def select_page(database: Database, session_id: str, limit: int, before: i
 
 
 async def each_page(database: Database, session_id: str) -> AsyncIterator[list[Row]]:
-    """All messages from the first on, whole turns at a time: what a message's children are is seen in its page."""
+    """Yield all messages in order, in pages of whole turns: a message's children have to stand in its page."""
     position, waiting = FIRST, list[Row]()
     while sizes := await _select_sizes(database, session_id, "position > :position", "ASC", position, AT_ONCE):
         position, start = sizes[_fitting(sizes) - 1]["position"], sizes[0]["position"]
@@ -39,7 +39,7 @@ async def each_page(database: Database, session_id: str) -> AsyncIterator[list[R
 
 
 def _fitting(sizes: list[Row]) -> int:
-    """How many of these fit on a page, at least one."""
+    """Return how many of these messages fit on a page, at least one."""
     room = PAGE_MAX
     for n, row in enumerate(sizes):
         room -= row["size"]

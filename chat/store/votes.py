@@ -141,7 +141,7 @@ def _not_counted(session: Session, replies: list[Row], models: Mapping[str, Mode
 
 
 def _names(models: Mapping[str, Model], id: str) -> list[str]:
-    """The names people use for the model; a demo model's vendor is this service, which an answer may well speak of."""
+    """Return the names people use for the model, without the vendor of a demo model: answers may speak of us."""
     model = models.get(id, Model(id=id, provider="unknown"))
     known = [] if model.free else [model.vendor, model.model_code]
     return [model.id, model.display_name, *known]
@@ -178,7 +178,7 @@ class Leaderboard:
 
 
 def _standings(votes: list[Tally], earlier: list[Tally], later: list[tuple[str, str, str]]) -> list[Rating]:
-    """Ratings by `votes`; changes by sequential Elo over `later`, from where the `earlier` votes had put everyone."""
+    """Return the ratings by `votes`. Their `change`: the Elo points won in `later`, from the ratings by `earlier`."""
     start = {each.model: each.rating for each in ratings.bradley_terry(earlier) if each.rating is not None}
     elo = ratings.elo(later, start)
     mean = ratings.MEAN
@@ -190,10 +190,8 @@ def _modes(modes: tuple[str, ...]) -> dict[str, Any]:
     return {"mode": modes[0], "other": modes[-1]}
 
 
-async def _select_tally(
-    database: Database, since: int, before: int, modes: tuple[str, ...]
-) -> list[Tally]:
-    """How often each pair met and ended so: `(model_a, model_b, preference, count)`, by mode: an index has them so."""
+async def _select_tally(database: Database, since: int, before: int, modes: tuple[str, ...]) -> list[Tally]:
+    """Return how often each pair of models met with each outcome, in the order of the index that has these columns."""
     rows = await database.fetch_all(
         """SELECT model_a, model_b, preference, COUNT(*) AS battles FROM votes
             WHERE counted = 1 AND mode IN (:mode, :other) AND created_at >= :since AND created_at < :before
@@ -204,7 +202,7 @@ async def _select_tally(
 
 
 async def _select_left_out(database: Database, since: int, modes: tuple[str, ...]) -> list[tuple[str, int]]:
-    """How many votes were stored and not counted, by reason, the most frequent first."""
+    """Return how many stored votes are not counted, for each reason, the most frequent reason first."""
     rows = await database.fetch_all(
         """SELECT COALESCE(reason, 'other') AS why, COUNT(*) AS votes FROM votes
             WHERE counted = 0 AND mode IN (:mode, :other) AND created_at >= :since
@@ -226,7 +224,10 @@ async def _select_recent(database: Database, since: int, modes: tuple[str, ...])
 
 
 async def select_votes(database: Database, after: tuple[int, str], limit: int, before: int = FOREVER) -> list[Row]:
-    """A page of the counted votes in the order they were cast, from behind `(created_at, id)`, cast before `before`."""
+    """Return the next counted votes in the order they were cast, after the vote with this `(created_at, id)`.
+
+    before: milliseconds; later votes are left out.
+    """
     return await database.fetch_all(
         """SELECT v.id, v.turn_id, v.account_id, v.mode, v.model_a, v.model_b, v.preference, v.created_at,
                   (SELECT COUNT(*) FROM turns t JOIN turns o ON o.session_id = t.session_id
@@ -254,7 +255,7 @@ async def update_feedback(
 
 
 async def select_feedback(database: Database, session_id: str, account_id: str) -> list[Row]:
-    """All its owner said of a session, votes and the words of reports, as `{id, feedback}` in order of its messages."""
+    """Return the votes and reports of a session's owner as `{id, feedback}`, in the order of the messages."""
     return await database.fetch_all(
         """SELECT m.id, m.feedback FROM messages m JOIN sessions s ON s.id = m.session_id
             WHERE m.session_id = :session_id AND s.account_id = :account_id AND m.feedback IS NOT NULL
