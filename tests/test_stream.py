@@ -193,15 +193,16 @@ async def test_a_worker_that_ends_tells_every_stream_its_end(postgres_server: Po
         service.terminate(0)
         assert await service.ended(0, within=10) == -signal.SIGTERM
 
-        def ends(found: dict[str, asyncio.Task[str]]) -> dict[str, str]:
-            return {name: reading.result()[-200:] for name, reading in found.items()}
+        async def ends(found: dict[str, asyncio.Task[str]]) -> dict[str, str]:
+            return {name: (await reading)[-200:] for name, reading in found.items()}
 
         interrupted, away = "The answer was interrupted by a restart.", "The service is restarting. Please come back in a moment."
-        told = ends(own)
+        told = await ends(own)
         assert told["sse"].endswith("event: done\ndata: {}\n\n") and "turn_complete" in told["ndjson"]
-        assert interrupted in told["ag-ui"] and interrupted in streamed.result()
-        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "interrupted")
-        left = ends(others)
+        assert interrupted in told["ag-ui"] and interrupted in await streamed
+        refused = await whole
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "interrupted")
+        left = await ends(others)
         assert "turn_complete" not in left["sse"] + left["ndjson"] and "RUN_" not in left["ag-ui"]
         for found, sentence in ((told, interrupted), (left, away)):
             assert found["text"].endswith(f"\n[{sentence}]\n")

@@ -78,6 +78,7 @@ class Relay(Source):
         await self.beat()
 
     async def stop(self) -> None:
+        await self.hang_up()  # on some servers readers have come back since the drain
         await self.tasks.cancel()
         await self.broadcast.disconnect()
 
