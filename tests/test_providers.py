@@ -40,6 +40,7 @@ from chat.providers import (
     demo,
 )
 from chat.providers.failures import redacted, retry_after, status_of, translated
+from chat.providers.upstream import Clock
 from chat.settings import Model, Settings
 from tests.vendors import CANARY, MODES, Call, Vendors
 
@@ -519,6 +520,15 @@ async def test_closing_the_providers_hangs_up_on_everyone(providers: Providers, 
     assert await hung_up(vendors, "p") - left < 1
     assert (await reader).error is not None
     assert time.monotonic() - left < 1, "the reader was left waiting for its own clock"
+
+
+async def test_a_token_that_was_read_does_not_prolong_an_ended_clock() -> None:
+    """The service ends while a token is read: the next wait would last as long as a vendor may be silent."""
+    with pytest.raises(TimeoutError):
+        with Clock(60, set()) as clock:
+            clock.end()
+            clock.start(60)
+            await asyncio.sleep(5)
 
 
 async def test_a_finished_answer_is_not_a_hang_up(providers: Providers, vendors: Vendors) -> None:

@@ -164,7 +164,7 @@ class Upstream(ABC):
 
     async def close(self) -> None:
         for clock in self._clocks:  # aiohttp closes its connections without a word to who reads them
-            clock.start(0)
+            clock.end()
         clients, self._clients = list(self._clients.values()), {}
         await asyncio.gather(*(client.aclose() for client in clients), return_exceptions=True)
 
@@ -181,14 +181,22 @@ class Clock:
         self.waiting = True  # False: the time is ours or a reader's, and may pass
         self._seconds = seconds
         self._running = running
+        self._ended = False
         self._expired = False
 
     def start(self, seconds: float) -> None:
-        """Give the next waits so many seconds from now."""
+        """Give the next waits so many seconds from now; nothing more once the clock has ended."""
+        if self._ended:
+            return
         self._deadline = self._loop.time() + seconds
         if self._deadline < self._look_at:
             self._timer.cancel()
             self._set(self._deadline)
+
+    def end(self) -> None:
+        """Have the present wait, or the next one, time out: a token that was read already cannot prolong it."""
+        self.start(0)
+        self._ended = True
 
     def _set(self, at: float) -> None:
         self._look_at = at
