@@ -81,7 +81,7 @@ MUTATIONS = (
     Mutation(
         "rights",
         "whose right to read has ended goes on reading",
-        (("chat/live/rooms.py", "if account_id in (\"\", follower.right.account_id):", "if False:"),),
+        (("chat/live/rooms.py", "if account_id in (\"\", self.session.account_id, follower.right.account_id):", "if False:"),),
         (f"{MOMENTS}::test_a_right_that_ends_ends_open_readers",),
     ),
     Mutation(
