@@ -627,6 +627,36 @@ async def test_a_right_that_ended_ends_whom_it_admitted(owner: Owner) -> None:
     assert not [follower for follower in new if follower.ended]
 
 
+@pytest.mark.parametrize("end", ["unshared", "revoked"])
+async def test_a_right_that_ends_before_its_reader_joins_admits_nobody(owner: Owner, end: str) -> None:
+    """A reader waits for a place of Redis' or for storage, between its admission and the room."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    session = await sessions.update_share(database, session.id, owner.someone.id, True)
+    shared = Right(database, session, share_token=session.share_token or "", member=False)
+    right = shared if end == "unshared" else Right(database, session, owner.someone)
+    relay.part(await relay.join(right, socket_dialect))
+    if end == "unshared":
+        await sessions.update_share(database, session.id, owner.someone.id, False)  # on a worker that is not heard yet
+    else:
+        await accounts.revoke_tokens(database, owner.someone.id)
+        relay.check_account(owner.someone.id)
+    with pytest.raises(ChatError) as refused:
+        await relay.join(right, socket_dialect)
+    assert refused.value.code == ("not_found" if end == "unshared" else "token_invalid")
+    assert not relay.rooms
+
+
+async def test_a_right_that_ends_before_its_reader_joins_an_open_room(owner: Owner) -> None:
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    session = await sessions.update_share(database, session.id, owner.someone.id, True)
+    right = Right(database, session, share_token=session.share_token or "", member=False)
+    other = await relay.join(Right(database, session, owner.someone), socket_dialect)
+    relay.check_rights(await sessions.update_share(database, session.id, owner.someone.id, False))
+    with pytest.raises(ChatError, match="no such"):
+        await relay.join(right, socket_dialect)
+    assert other.ended is None
+
+
 async def _sent_away(followers: list[Follower]) -> bool:
     return all(follower.ended is not None for follower in followers)
 

@@ -31,6 +31,7 @@ from .source import Source
 from .voice import Voice
 
 SUBSCRIBE_TIMEOUT = 1.0  # seconds a reader who joins waits for a Redis that stalls
+ADMISSION = 10.0  # seconds from the admission of a reader to its place in a room, while Redis and storage stall
 FAREWELL = 1.0  # seconds for all readers to be told that this worker ends: most take milliseconds, a blocked one hangs
 SHOWN = 50  # messages of a snapshot, or fewer when they are long
 SNAPSHOT_TRIES = 3  # reads until the database and a room agree which turn is the latest
@@ -152,13 +153,20 @@ class Relay(Source):
         self._close_empty(room)
 
     async def join(self, right: Right, dialect: Dialect, *, one_turn: bool = False) -> Follower:
-        """Follow a session from the next event on. Leave with `part`. Raises `not_found`, `StorageUnavailable`."""
+        """Follow a session from the next event on. Leave with `part`.
+
+        Raises `not_found`, `token_invalid`, `StorageUnavailable`.
+        """
         room = self._room(right.session)
         follower = Follower(room, dialect, right, one_turn=one_turn)
         room.followers.add(follower)
         try:
             await _confirmed(room.subscribed)
             await room.load()
+            # Nobody could tell a reader that was admitted and was not in the room yet.
+            unheard = right.account_id != right.session.account_id and room.version > right.session.version
+            if unheard or time.monotonic() - self.rights_changed_at < ADMISSION:
+                await right.check()
         except BaseException:
             self.part(follower)
             raise
@@ -289,6 +297,7 @@ class Relay(Source):
         self._publish(self._everyone, RightsChanged(account_id))
 
     def _check_account(self, account_id: str) -> None:
+        self.rights_changed_at = time.monotonic()
         for room in self.rooms.values():
             room.check_rights(account_id)
 

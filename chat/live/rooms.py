@@ -413,6 +413,7 @@ class Room:
 
     def check_rights(self, account_id: str = "") -> None:
         """Admit followers again: all, or an account's and those of its session. Whose right has ended is sent away."""
+        self._source.rights_changed_at = time.monotonic()
         groups: dict[tuple[str, int, bool, str, bool], list[Follower]] = {}
         for follower in self.followers:
             if account_id in ("", self.session.account_id, follower.right.account_id):

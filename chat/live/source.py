@@ -41,6 +41,7 @@ class Source:
         self.bus = bus
         self.tasks = Tasks()
         self.counts: dict[str, int] = {}
+        self.rights_changed_at = float("-inf")  # monotonic: when a right was last said to have ended, whoever had it
         self.on_stop: Callable[[str], None] = lambda turn_id: None  # ends a turn of this worker, by its id
 
     def count(self, name: str) -> None:

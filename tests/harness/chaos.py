@@ -51,6 +51,7 @@ QUIET = 40.0  # seconds after the last fault in which everything has to have end
 EXIT = 25.0  # seconds from SIGTERM to the end
 FRESH = 1.0  # seconds after Redis is back in which what it forgot may not have been said again
 STALE = 2.0  # seconds a worker may be frozen before its turns are taken: the lease of the tests
+TAKEN = 5.0  # seconds in which another worker has taken them: the lease, a sweep, and a start
 CLOSES = (1006, 1011, 4408)  # killed; frozen longer than a ping may take; on hold
 TURNED_AWAY = (4403, 4404)  # what a reader is told whose right has ended, and nobody else
 EARLY = 0.02  # seconds after a message in which a stop is early: the turn is being written, launched, announced
@@ -423,7 +424,7 @@ class Chaos:
             self._busy.discard(held)
 
     async def redis_killed(self, dice: random.Random, _: int) -> None:
-        with self._no_redis():
+        with self._no_redis(TAKEN):  # the text of a worker that died before is nowhere else until its turns are taken
             self.journal.fault("redis killed")
             self.world.redis.kill()
             await asyncio.sleep(dice.uniform(0, 2.0))
@@ -439,8 +440,8 @@ class Chaos:
             self.journal.fault("redis resumed")
 
     @contextlib.contextmanager
-    def _no_redis(self) -> Any:
-        span = [time.monotonic(), float("inf")]
+    def _no_redis(self, before: float = 0.0) -> Any:
+        span = [time.monotonic() - before, float("inf")]
         self._redis_away.append(span)
         try:
             yield
