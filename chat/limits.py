@@ -12,6 +12,7 @@ import ipaddress
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Protocol
 
 from .errors import ChatError, RelayUnavailable
@@ -42,6 +43,7 @@ class RateLimits:
         self._bus = bus
         self._windows: Counter[tuple[str, float]] = Counter()  # by name and end of its window
         self.open: Counter[str] = Counter()
+        self._untold: set[str] = set()  # names whose number Redis may not have
 
     async def hit(self, name: str, limit: int, window: float, message: str) -> None:
         """Count one more of `name` in this window of so many seconds. Raises `rate_limited` beyond the limit."""
@@ -111,10 +113,17 @@ class RateLimits:
             return
         key = self._bus.name("open", name)
         if name in self.open:
-            self._bus.command("HSET", key, self._worker, self.open[name])
+            told = self._bus.command("HSET", key, self._worker, self.open[name])
             self._bus.command("EXPIRE", key, 86400)
         else:
-            self._bus.command("HDEL", key, self._worker)
+            told = self._bus.command("HDEL", key, self._worker)
+        told.add_done_callback(partial(self._told, name))
+
+    def _told(self, name: str, answer: asyncio.Future[Any]) -> None:
+        if answer.cancelled() or answer.exception() is not None:
+            self._untold.add(name)
+        else:
+            self._untold.discard(name)
 
     async def _places(self, names: list[str]) -> list[int]:
         """How many are in under each name, on every worker that lives; here alone while Redis is away."""
@@ -138,12 +147,17 @@ class RateLimits:
         ]
 
     async def beat(self) -> None:
-        """Say that this worker lives, forget dead ones and windows that are over. Called every few seconds."""
+        """Say that this worker lives, and the numbers that Redis lacks; forget dead workers and windows that are over.
+
+        Called every few seconds.
+        """
         now = time.time()
         self._windows = Counter({window: count for window, count in self._windows.items() if window[1] > now})
         if self._bus is not None:
             self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
+            for name in list(self._untold):  # who left while Redis was away would count on for a day
+                self._tell(name)
 
 
 class Crowd:

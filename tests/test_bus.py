@@ -16,7 +16,8 @@ import msgspec
 import pytest
 from broadcaster import Broadcast
 
-from chat.errors import RelayRefused, RelayUnavailable, StartupError
+from chat.errors import ChatError, RelayRefused, RelayUnavailable, StartupError
+from chat.limits import RateLimits
 from chat.live.answers import Answer
 from chat.live.bus import BURST, GAP, Gather, RedisBus
 from chat.live.events import decode_bus
@@ -85,6 +86,24 @@ async def until(true: Callable[[], bool], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.005)
+
+
+async def test_who_leaves_while_redis_is_away_counts_no_longer() -> None:
+    """Redis kept the number of a worker that could not say that its reader had left, for a day."""
+    with Redis(appendonly=True) as server:
+        async with opened(server.url) as (near, _), opened(server.url) as (far, _):
+            here, there = RateLimits("near", near), RateLimits("far", far)
+            assert await here.enter([("reader", 1)], "full") == ["reader"]
+            with pytest.raises(ChatError):
+                await there.enter([("reader", 1)], "full")
+            server.kill()
+            await until(lambda: not near.connected)
+            here.leave(["reader"])
+            await server.start()
+            await until(lambda: near.connected and far.connected)
+            await here.beat()
+            assert await near.command("PING") == b"PONG"
+            assert await there.enter([("reader", 1)], "full") == ["reader"]
 
 
 @pytest.fixture
