@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 import servers
@@ -177,9 +177,7 @@ MENDING = {
 async def _model_problem(providers: Providers, model: Model) -> str:
     limits = Limits(max_tokens=16, first_token_timeout=SECONDS, idle_timeout=SECONDS)
     try:
-        async with aclosing(await providers.stream(model, QUESTION, limits)) as answer:
-            async for _ in answer:
-                break
+        await providers.answer(model, QUESTION, limits, lambda text: None, lambda size: None)
     except ProviderError as problem:
         mending = MENDING.get(problem.code, "its answer could not be read; does its base_url speak this API?")
         return mending.format(key=model.api_key_env or "it has none")

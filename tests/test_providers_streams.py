@@ -16,7 +16,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chat.providers import Finish, Limits, ProviderError, Providers, sse
+from chat.providers import Finish, Limits, ProviderError, Providers, body, sse
 from chat.providers.clean import Cleaner
 from chat.providers.sse import Splitter, decoder
 from chat.settings import Model, Settings
@@ -286,6 +286,14 @@ async def test_cached_tokens_are_paid_for(vendors: Vendors) -> None:
     assert answer.finish == Finish("stop", 1111, 0)
 
 
+async def test_an_answer_of_very_many_pieces_is_read_to_its_end(api: str, providers: Providers) -> None:
+    """aiohttp's reader stops at 16,000 chunks that nobody counted, and at a burst of more than it holds."""
+    words = [f"{n} " for n in range(20_000)]
+    stream = written(api, words)
+    SCRIPT[:] = [stream[at : at + 2] for at in range(0, 60_000, 2)] + [stream[60_000:]]
+    assert (await ask(providers, "m", "hello", Limits(10**6))).text == "".join(words)
+
+
 @pytest.mark.parametrize("direct", [True, False], ids=["aiohttp's reader", "the SDK's iterators"])
 async def test_both_roads_from_the_socket_end_alike(
     direct: bool, api: str, vendors: Vendors, monkeypatch: pytest.MonkeyPatch
@@ -297,8 +305,8 @@ async def test_both_roads_from_the_socket_end_alike(
         roads.append(find(response))
         return roads[-1] if direct else None
 
-    find = sse.reading
-    monkeypatch.setattr(sse, "reading", road)
+    find = body.plain_reader
+    monkeypatch.setattr(body, "plain_reader", road)
     opened = Providers(Settings(models=(model(api, vendors.url),)), {"VENDOR_KEY": KEY})
     whole, broken = written(api, ["€ ", "😀"]), written(api, ["one "], whole=False)
     for script, expected in ([whole], ("€ 😀", None)), ([broken], ("one ", "provider_truncated")):

@@ -7,13 +7,11 @@ A stream ends when all of its text is shown. A failure is an exception; a succes
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 
-from ..providers import ChatMessage, Delta, Finish, Limits, ProviderError, Providers
+from ..providers import ChatMessage, Limits, ProviderError, Providers, Say
 from ..settings import Settings
 from ..store.budgets import Meter, metered
 from ..store.database import Database
@@ -159,32 +157,26 @@ async def ask(
     reply_max: int,
     result: Result,
     meter: Meter,
-    say: Callable[[str], None],
+    say: Say,
 ) -> None:
     """Ask a model once and pass its text on to `say`; `result` has its counts and its `Finish` afterwards.
 
     Raises `ProviderError`, also for an answer without an end and for one of more than `reply_max` characters.
     """
+
+    def said(text: str) -> None:
+        if result.first_token is None:
+            result.first_token = time.monotonic() - result.started
+        result.said += len(text)
+        meter.came(text)
+        if result.said > reply_max:
+            raise ProviderError("too_long")
+        say(text)
+
     meter.call()
     try:
-        stream = await providers.stream(model, prompt, limits)
-        async with contextlib.aclosing(stream):
-            async for piece in stream:  # the providers keep the clocks: they know of pings and of thinking
-                if isinstance(piece, Delta):
-                    if result.first_token is None:
-                        result.first_token = time.monotonic() - result.started
-                    result.said += len(piece.text)
-                    meter.came(piece.text)
-                    if result.said > reply_max:
-                        raise ProviderError("too_long")
-                    say(piece.text)
-                elif isinstance(piece, Finish):
-                    result.finish = piece
-                    meter.told(piece.input_tokens, piece.output_tokens)
-                    return
-                else:
-                    meter.thought(piece.size)
-        raise ProviderError("provider_truncated")
+        result.finish = finish = await providers.answer(model, prompt, limits, said, meter.thought)
+        meter.told(finish.input_tokens, finish.output_tokens)
     except BaseException as problem:
         # Only a call that we ended may have thought in silence: not one that the provider refused or broke off.
         if not isinstance(problem, ProviderError) or problem.code in ("provider_timeout", "too_long"):

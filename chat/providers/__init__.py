@@ -1,8 +1,8 @@
 """Where a reply's text comes from: one vocabulary, the choice of provider, and what holds for all of them.
 
-A provider is one async generator: deltas and thoughts, then one `Finish`, or a `ProviderError`. A provider has no
-access to turns, rooms or the database. Each vendor's SDK is imported by its adapter alone, an adapter only when one of
-its models is offered, and beside the loop: together they cost 80 MB and three seconds.
+A provider is one coroutine: it says an answer's text as it comes, then returns a `Finish` or raises `ProviderError`. A
+provider has no access to turns, rooms or the database. Each vendor's SDK is imported by its adapter alone, an adapter
+only when one of its models is offered, and beside the loop: together they cost 80 MB and three seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import gc
 import importlib
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,14 +37,8 @@ class Limits(msgspec.Struct, frozen=True):
     idle_timeout: float = 30
 
 
-class Delta(msgspec.Struct, frozen=True):
-    text: str
-
-
-class Thought(msgspec.Struct, frozen=True):
-    """The bytes of a thought that a model had aloud: it is paid for like the answer, and its text goes no further."""
-
-    size: int
+Say = Callable[[str], None]  # takes the next text of an answer; its exception ends the answer
+Think = Callable[[int], None]  # takes the size of a thought in bytes: it is paid for like text, which goes no further
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -66,14 +60,16 @@ class ProviderError(Exception):
 
 
 class Provider(Protocol):
-    """A source of answers whose text can be stored and sent: see `clean`.
+    """A source of answers whose text can be stored and sent: see `clean`."""
 
-    Close the generator to hang up: the connection to the vendor ends with it.
-    """
+    async def answer(
+        self, model: Model, messages: Sequence[ChatMessage], limits: Limits, say: Say, think: Think
+    ) -> Finish:
+        """Answer the last message. Cancel the call to hang up: the connection to the vendor ends with it.
 
-    def stream(
-        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Thought | Finish, None]: ...
+        Raises `ProviderError`, and what `say` raises.
+        """
+        ...
 
     async def close(self) -> None: ...
 
@@ -112,16 +108,16 @@ class Providers:
         for name in sorted({model.provider for model in self.known.values()}):
             await self._provider(name)
 
-    async def stream(
-        self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        """Return the answer of a model, on offer or of an older session. Raises `ProviderError` for an unknown one."""
+    async def answer(
+        self, model: str | Model, messages: Sequence[ChatMessage], limits: Limits, say: Say, think: Think
+    ) -> Finish:
+        """Have a model answer, one on offer or one of an older session. Raises `ProviderError` for an unknown one."""
         asked = self.known.get(model if isinstance(model, str) else model.id)
         if asked is None:
             raise ProviderError("provider_unavailable")
         if asked.max_tokens:
             limits = msgspec.structs.replace(limits, max_tokens=min(limits.max_tokens, asked.max_tokens))
-        return (await self._provider(asked.provider)).stream(asked, messages, limits)
+        return await (await self._provider(asked.provider)).answer(asked, messages, limits, say, think)
 
     async def _provider(self, name: str) -> Provider:
         if name not in self._opened:

@@ -15,8 +15,9 @@ import msgspec
 
 from ..settings import Model
 from . import ChatMessage, Limits
+from .body import Body
 from .failures import InStream
-from .sse import Body, Count, decoder
+from .sse import Count, decoder
 from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.anthropic.com"  # explicit: without it, $ANTHROPIC_BASE_URL would decide who gets the key

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from zlib import crc32
 
 import msgspec
 
 from ..settings import Model
-from . import ChatMessage, Delta, Finish, Limits, ProviderError
+from . import ChatMessage, Finish, Limits, ProviderError, Say, Think
 from .clean import clean
 
 SCHOLAR = """### {Topic}: a short survey
@@ -99,9 +99,9 @@ class Demo:
     def __init__(self, models: Iterable[Model], environ: Mapping[str, str]) -> None:
         """Built like every provider; a demo model has no key to look for."""
 
-    async def stream(
-        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Finish, None]:
+    async def answer(
+        self, model: Model, messages: Sequence[ChatMessage], limits: Limits, say: Say, think: Think
+    ) -> Finish:
         script, count = scripted(model, messages), 0
         clock = asyncio.get_running_loop().time
         started = clock()
@@ -115,7 +115,7 @@ class Demo:
             await asyncio.sleep(max(0.0, due))
             if script.timed:
                 token = token.replace("⟩", f":{time.monotonic_ns() // 1000}⟩")
-            yield Delta(token)
+            say(token)
             count += 1
         else:
             if script.ending == "silence":
@@ -123,9 +123,9 @@ class Demo:
             if script.error:
                 raise script.error
             if script.ending == "truncate":
-                return
+                raise ProviderError("provider_truncated")
         asked = sum(len(tokens_of(message.content)) for message in messages)
-        yield Finish("length" if count == limits.max_tokens else "stop", asked, count)
+        return Finish("length" if count == limits.max_tokens else "stop", asked, count)
 
     async def close(self) -> None:
         """There is nothing to close."""

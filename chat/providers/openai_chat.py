@@ -14,8 +14,9 @@ import openai
 
 from ..settings import Model
 from . import ChatMessage, Limits, ProviderError
+from .body import Body
 from .failures import InStream
-from .sse import Body, Count, decoder
+from .sse import Count, decoder
 from .upstream import Piece, Upstream
 
 OFFICIAL = "https://api.openai.com/v1"  # explicit: without it, $OPENAI_BASE_URL would decide who gets the key

@@ -6,14 +6,11 @@ say, for 200 µs a token. An adapter wants five fields.
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
-from functools import partial
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -24,7 +21,6 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # a number of tokens
 
 EVENT_MAX = 3_000_000  # bytes: the longest answer that is kept fits into one event, each character written as \u…
 DATA = re.compile(rb"^data(?:: ?(.*))?$", re.MULTILINE)  # a line of an event's data
-DRAIN = 0.1  # seconds for the body's end after [DONE]: only a connection whose answer was read whole is used again
 
 
 def decoder(kind: type[T]) -> Callable[[bytes], T]:
@@ -65,35 +61,3 @@ class Splitter:
         *blocks, rest = b"".join(self._parts).removeprefix(self._mark).split(b"\n\n")
         self._mark, self._parts, self._size = b"", [rest], len(rest)
         return [event for block in blocks if (event := b"\n".join(DATA.findall(block)))]
-
-
-def reading(response: Any) -> Callable[[], Awaitable[bytes]] | None:
-    """Return what waits for the next bytes of a plain response over aiohttp, b"" at the end; None for any other.
-
-    The three iterators that the SDKs and httpx have above aiohttp's reader cost each token 5 µs.
-    """
-    reader = None if "content-encoding" in response.headers else response.stream
-    for name in ("_stream", "_aiohttp_response", "content", "readany"):
-        reader = getattr(reader, name, None)
-    return reader
-
-
-class Body:
-    """The bytes of a streamed response. `read` waits for the next, b"" at the end."""
-
-    def __init__(self, response: Any) -> None:
-        self._response = response
-        self._bytes: AsyncGenerator[bytes, None] = response.aiter_bytes()
-        self.read = reading(response) or partial(anext, self._bytes, b"")
-
-    async def drain(self) -> None:
-        with suppress(Exception):  # whatever the connection does now, the answer is whole
-            async with asyncio.timeout(DRAIN):
-                while await self.read():
-                    pass
-
-    async def aclose(self) -> None:
-        try:
-            await self._bytes.aclose()
-        finally:
-            await self._response.aclose()

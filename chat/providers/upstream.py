@@ -9,23 +9,24 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import msgspec
 
 from ..settings import Model
-from . import ChatMessage, Delta, Finish, Limits, ProviderError, Thought
+from . import ChatMessage, Finish, Limits, ProviderError, Say, Think
+from .body import Body
 from .clean import Cleaner
 from .failures import OPERATOR_FAULTS, advice, status_of, translated, words
-from .sse import Body, Splitter
+from .sse import Splitter
 
 log = logging.getLogger(__name__)
 
 CONNECT = 5.0  # seconds to reach a vendor; beyond them another try is the better bet
 AFTERMATH = 2.0  # seconds a finished stream may take for its token counts; the answer is complete without them
-GRACE = 0.05  # seconds between two looks at a deadline that has passed while nobody waited for the vendor
 
 FINISHED = {"stop": "stop", "end_turn": "stop", "stop_sequence": "stop", "eos": "stop"}
 FINISHED |= {"length": "length", "max_tokens": "length", "model_context_window_exceeded": "length"}
@@ -71,53 +72,33 @@ class Upstream(ABC):
     def read(self, event: bytes) -> Piece:
         """Read one event's data. May raise anything: an event is the vendor's word, not ours."""
 
-    async def stream(
-        self, model: Model, messages: Sequence[ChatMessage], limits: Limits
-    ) -> AsyncGenerator[Delta | Thought | Finish, None]:
-        answered, reason, failure, cleaner = False, None, None, Cleaner()
-        input_tokens, output_tokens = None, None
+    async def answer(
+        self, model: Model, messages: Sequence[ChatMessage], limits: Limits, say: Say, think: Think
+    ) -> Finish:
+        answered, failure = False, None
+        clock = Clock(limits.first_token_timeout, self._clocks)  # pings reset those of the SDKs
+        reading = Reading(self.read, say, think, clock, limits.idle_timeout)
         try:
-            with Clock(limits.first_token_timeout, self._clocks) as clock:  # pings reset those of the SDKs
+            with clock:
                 # A request costs a millisecond: begun all at once, many would hold up every answer that runs.
                 async with self._starting:
                     await asyncio.sleep(0)
                 body = await self.ask(self._client(model), model, messages, limits)
-                answered, ended, splitter = True, False, Splitter()
+                answered = True
                 async with aclosing(body):
-                    while not ended:
-                        clock.waiting = True
-                        data = await body.read()
-                        clock.waiting = False  # the reader may take its time
-                        ended = not data
-                        for event in splitter.feed(data, final=ended):
-                            if event.startswith(b"[DONE]"):
-                                ended = True
-                                await body.drain()
-                                break
-                            piece = self.read(event)
-                            reason = piece.reason or reason
-                            if piece.input_tokens is not None:
-                                input_tokens = piece.input_tokens
-                            if piece.output_tokens is not None:
-                                output_tokens = piece.output_tokens
-                            if piece.thinking:
-                                yield Thought(len(piece.thinking.encode("utf-8", "surrogatepass")))
-                            if piece.text and (text := cleaner.feed(piece.text)):
-                                yield Delta(text)
-                            if piece.reason:
-                                clock.start(AFTERMATH)
-                            elif piece.text or piece.thinking is not None:
-                                clock.start(limits.idle_timeout)
+                    await body.pour(reading.feed)
         except Exception as problem:
             # Everything: the SDK's errors, httpx's and aiohttp's, JSON's and Unicode's.
-            if reason is None:
+            if problem is reading.unsaid:
+                raise
+            if reading.reason is None:
                 failure = self._failed(model, problem, answered)
         if failure is not None:
             raise failure  # outside the `except`, or the vendor's text would travel along as its context
-        finish = Finish(self._finished(model, reason), input_tokens, output_tokens)
-        if text := cleaner.end():
-            yield Delta(text)
-        yield finish
+        finish = Finish(self._finished(model, reading.reason), reading.input_tokens, reading.output_tokens)
+        if text := reading.cleaner.end():
+            say(text)
+        return finish
 
     async def post(self, client: Any, path: str, request: dict[str, Any]) -> Body:
         """Send one request, once: a retry bills again. The SDKs' own way is slower by a third of a turn's beginning."""
@@ -178,7 +159,6 @@ class Clock:
 
     def __init__(self, seconds: float, running: set[Clock]) -> None:
         """Belong to `running` from the first wait to the last."""
-        self.waiting = True  # False: the time is ours or a reader's, and may pass
         self._seconds = seconds
         self._running = running
         self._ended = False
@@ -203,12 +183,11 @@ class Clock:
         self._timer = self._loop.call_at(at, self._look)
 
     def _look(self) -> None:
-        now = self._loop.time()
-        if self.waiting and now >= self._deadline:
+        if self._loop.time() >= self._deadline:
             self._expired = True
             self._task.cancel()
         else:
-            self._set(max(self._deadline, now + GRACE))
+            self._set(self._deadline)
 
     def __enter__(self) -> Clock:
         task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
@@ -224,3 +203,45 @@ class Clock:
         self._timer.cancel()
         if self._expired and self._task.uncancel() <= self._cancels and isinstance(problem, asyncio.CancelledError):
             raise TimeoutError from problem
+
+
+@dataclass(slots=True)
+class Reading:
+    """An answer as it is read: bytes in, text out to `say`."""
+
+    read: Callable[[bytes], Piece]
+    say: Say
+    think: Think
+    clock: Clock
+    idle_timeout: float
+    splitter: Splitter = field(default_factory=Splitter)
+    cleaner: Cleaner = field(default_factory=Cleaner)
+    reason: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    unsaid: Exception | None = None  # what `say` raised: no fault of the vendor's
+
+    def feed(self, data: bytes) -> bool:
+        """Read the next bytes, b"" at the end; return whether the answer is over. May raise anything."""
+        for event in self.splitter.feed(data, final=not data):
+            if event.startswith(b"[DONE]"):
+                return True
+            piece = self.read(event)
+            self.reason = piece.reason or self.reason
+            if piece.input_tokens is not None:
+                self.input_tokens = piece.input_tokens
+            if piece.output_tokens is not None:
+                self.output_tokens = piece.output_tokens
+            if piece.thinking:
+                self.think(len(piece.thinking.encode("utf-8", "surrogatepass")))
+            if piece.text and (text := self.cleaner.feed(piece.text)):
+                try:
+                    self.say(text)
+                except Exception as problem:
+                    self.unsaid = problem
+                    raise
+            if piece.reason:
+                self.clock.start(AFTERMATH)
+            elif piece.text or piece.thinking is not None:
+                self.clock.start(self.idle_timeout)
+        return False
