@@ -66,7 +66,7 @@ class Owner:
 
     async def idle(self) -> bool:
         """Whether no turn's task runs."""
-        names = ("_take_over", "Generation._run", "adopt")
+        names = ("Generation._run", "adopt")
         return not [task for task in self.state.generation.tasks._tasks if any(name in repr(task) for name in names)]
 
     async def orphan(self, session: Session, ask: Ask, worker: str = "dead", lease: int = -1000) -> str:
@@ -180,7 +180,7 @@ async def test_an_inherited_turn_is_never_answered_anew(
 
         async def slow(*given: Any) -> Session:
             session = await select(*given)
-            if (task := asyncio.current_task()) is not None and "_take_over" in repr(task):
+            if (task := asyncio.current_task()) is not None and "adopt" in repr(task):
                 await gate.wait()
             return session
 

@@ -241,11 +241,16 @@ class Generation:
         except Exception:  # the outermost frame of a task: readers would wait for ever for an ending
             log.exception("turn %s failed", turn.id)
         finally:
-            await self.conclude(turn, room)
+            await self._conclude(turn, room)
 
     async def _answer(self, turn: Turn, room: Room, limits: Limits) -> None:
         assert turn.stored is not None
-        self.speak(turn, room, self.answer_of(turn))
+        answer = self._answer_of(turn)
+        if not turn.stored.fresh:
+            await self.relay.learn_from_redis(answer)  # readers may have seen text that no checkpoint has
+        self._speak(turn, room, answer)
+        if not turn.open:  # only the turn itself is left to end
+            await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
         try:
             position = turn.stored.rows[0]["position"]
             history = [] if turn.early else await self.streams.history(turn.session, position)
@@ -264,14 +269,14 @@ class Generation:
             for task in (*pacing, *turn.streams.values()):  # an error with one side must not leave the other running
                 task.cancel()
 
-    def answer_of(self, turn: Turn) -> Answer:
+    def _answer_of(self, turn: Turn) -> Answer:
         """Return the turn's answer, made from its stored rows."""
         stored = turn.stored
         assert stored is not None
         messages = self.relay.mask.messages(turn.session, list(stored.rows))
         return Answer(turn.id, stored.position, stored.previous, messages)
 
-    def speak(self, turn: Turn, room: Room, answer: Answer) -> None:
+    def _speak(self, turn: Turn, room: Room, answer: Answer) -> None:
         """Give the turn its voice and tell all readers that the turn has begun, or that this worker goes on with it."""
         turn.voice = self.relay.voice(room, room.learn_turn(answer), self.surely_owned)
         turn.checkpointed = {side: len(turn.text(side)) for side in turn.replies}
@@ -286,7 +291,7 @@ class Generation:
         if turn.state != "lost":
             await self.finish(turn, side, result)
 
-    async def conclude(self, turn: Turn, room: Room) -> None:
+    async def _conclude(self, turn: Turn, room: Room) -> None:
         """The post-condition of a turn: every reply has an ending, in the database and for every reader."""
         try:
             turn.rhythm = None  # nothing shows the text that is still held back: no ending may wait for it
@@ -452,8 +457,10 @@ class Generation:
 
 
 def _outcome(turn: Turn, side: str, stream: asyncio.Task[None] | None) -> Result:
-    """Return how a reply ended, from the way its stream did."""
-    result = turn.results[side]
+    """Return how a reply ended, from the way its stream did. An ending that readers know stays."""
+    result, known = turn.results[side], turn.out.answer.replies[side].ending
+    if known is not None:
+        return Result(known["status"], known["failure_reason"])
     if stream is None or stream.cancelled():
         result.status = turn.early or "interrupted"
         result.reason = "interrupted" if result.status == "interrupted" else None

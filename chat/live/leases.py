@@ -17,11 +17,9 @@ from ..store.database import Database, StorageUnavailable
 from ..store.queries import Row
 from ..store.turns import StoredTurn
 from ..tasks import Tasks
-from .answers import ENDED
 from .generation import Generation
 from .relay import Relay
-from .rooms import Room
-from .turn import Result, Turn
+from .turn import Turn
 
 log = logging.getLogger("parley.generation")
 
@@ -128,28 +126,24 @@ class Leases:
         self.generation.forget(turn)
 
     async def adopt(self, row: Row) -> None:
-        """Answer a turn that was written after its caller had been refused: the caller's retry finds it running."""
-        if row["ended_at"] is not None:  # taken over: readers may have seen text that no checkpoint has
-            await self._take_over(row)
-            return
-        turn = await self._from_row(row)
-        if turn is None or turn.stored is None:
-            return
-        if row["stop_requested"] or any(each["status"] == "streaming" for each in turn.replies.values()):
-            turn.early = "stopped" if row["stop_requested"] else "interrupted"
-        self.generation.launch(turn, turn.stored, Limits(self.settings.max_tokens))
+        """Launch a turn that is ours in the database and that nobody here knows.
 
-    async def _from_row(self, row: Row) -> Turn | None:
-        """Return the turn of a row that is ours and that nobody here knows, entered into `turns`."""
+        Readers may have seen text of the turn, if it was taken over or its row has text: then it ends. Otherwise it was
+        written after its caller had been refused, and is answered: the caller's retry finds it running.
+        """
         if row["id"] in self.turns:
-            return None
+            return
         session = await sessions.select_unchecked(self.database, row["session_id"])
         rows = tuple(await turns.select_turn_messages(self.database, row["id"]))
         if row["id"] in self.turns or not rows:
-            return None
+            return
         turn = self.turns[row["id"]] = Turn(row["id"], session, row["account_id"])
-        turn.stored = StoredTurn(turn.id, session, turn.account_id, row["position"], "", rows, True)
-        return turn
+        if row["stop_requested"]:
+            turn.early = "stopped"
+        elif row["ended_at"] is not None or any(each["status"] == "streaming" for each in rows):
+            turn.early = "interrupted"
+        stored = StoredTurn(turn.id, session, turn.account_id, row["position"], "", rows, False)
+        self.generation.launch(turn, stored, Limits(self.settings.max_tokens))
 
     async def _look_for_stops(self) -> None:
         """Find the stops that other workers asked for while Redis did not carry them."""
@@ -168,34 +162,6 @@ class Leases:
             if row["ended_at"] is not None:  # else the turn is our own, not renewed in time, and is renewed now
                 self.relay.count("taken_over")
                 log.warning("turn %s: its worker is gone, ending the turn", row["id"])
-                self.tasks.spawn(self._take_over(row))
+                self.tasks.spawn(self.adopt(row))
         await accounts.delete_expired(self.database)
         await budgets.delete_old_budgets(self.database)
-
-    async def _take_over(self, row: Row) -> None:
-        """End a turn whose worker died. If the database goes away meanwhile, a later renewal adopts the turn."""
-        turn = await self._from_row(row)
-        if turn is None:
-            return
-        turn.task = asyncio.current_task()
-        turn.early = "stopped" if row["stop_requested"] else "interrupted"
-        room = self.relay.enter(turn.session)
-        try:
-            await self._inherit(turn, room)
-        except Exception:
-            log.exception("turn %s could not be taken over", turn.id)
-        finally:
-            await self.generation.conclude(turn, room)
-
-    async def _inherit(self, turn: Turn, room: Room) -> None:
-        """Learn a turn's longest text from its checkpoint, Redis and the room; store the endings that readers know."""
-        turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
-        answer = self.generation.answer_of(turn)
-        await self.relay.learn_from_redis(answer)
-        self.generation.speak(turn, room, answer)
-        if not turn.open:  # only the turn itself was left to end
-            await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
-        for side in sorted(turn.open):
-            ending = turn.out.answer.replies[side].ending
-            if ending is not None:  # readers were told this ending, so it is the one to store
-                await self.generation.finish(turn, side, Result(ending["status"], ending["failure_reason"]))
