@@ -105,7 +105,7 @@ class Generation:
 
     async def _wait_for_answers(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self.completions or not all(turn.over for turn in self.turns.values()):
+        while self.completions or not all(turn.state == "over" for turn in self.turns.values()):
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(0.01)
@@ -220,7 +220,7 @@ class Generation:
         """Hand a stored turn to a task of its own. From here on its row exists, and the turn ends whatever happens."""
         turn.stored = stored
         turn.open = {side for side, row in turn.replies.items() if row["status"] not in ENDED}
-        turn.task = self.tasks.spawn(self._run(turn, limits))
+        self.tasks.spawn(self._run(turn, limits))
 
     async def _adopt_found(self, stored: StoredTurn) -> None:
         """Answer the turn that a retry has found, if the turn is this worker's and no task answers it yet."""
@@ -306,14 +306,11 @@ class Generation:
         finally:
             if turn.voice is not None:
                 self.relay.voices.discard(turn.voice)
+            if turn.state != "lost":
+                turn.state = "over"
             if not turn.unsaved:
-                self.forget(turn)
+                del self.turns[turn.id]
             self.relay.leave(room)
-
-    def forget(self, turn: Turn) -> None:
-        if turn.state != "lost":
-            turn.state = "over"
-        self.turns.pop(turn.id, None)
 
     # -- one ending
 

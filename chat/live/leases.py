@@ -110,7 +110,7 @@ class Leases:
             if owned[turn_id]["stop_requested"]:
                 self.turns[turn_id].end_early("stopped")
         for turn in list(self.turns.values()):
-            if turn.unsaved and turn.task is not None and turn.task.done():
+            if turn.unsaved and turn.state == "over":
                 await self._save(turn)
         # A stranger's INSERT succeeded after its caller had given up: the turn is ours, and nobody answers it yet.
         # A worker that ends leaves its strangers to the others: its drain would not wait for their answers.
@@ -123,7 +123,7 @@ class Leases:
         """Write endings that were published while the database was unavailable."""
         await turns.update_endings(self.database, self.worker, turn.unsaved, last=True)
         turn.unsaved = []
-        self.generation.forget(turn)
+        self.turns.pop(turn.id, None)  # two renewals may be under way
 
     async def adopt(self, row: Row) -> None:
         """Launch a turn that is ours in the database and that nobody here knows.

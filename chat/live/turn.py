@@ -45,7 +45,6 @@ class Turn:
     early: str | None = None
     stored: StoredTurn | None = None
     voice: Voice | None = None
-    task: asyncio.Task[None] | None = None
     streams: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by side
     results: dict[str, Result] = field(default_factory=dict)
     meters: dict[str, Meter] = field(default_factory=dict)
@@ -76,11 +75,6 @@ class Turn:
         """The voice of a turn that has begun to speak."""
         assert self.voice is not None
         return self.voice
-
-    @property
-    def over(self) -> bool:
-        """Whether the turn's task has ended; endings may still be `unsaved`."""
-        return self.task is not None and self.task.done()
 
     def text(self, side: str) -> str:
         return self.out.answer.replies[side].text
