@@ -168,7 +168,7 @@ class Conversation:
 
     async def _start_over(self, cursor: Cursor | None = None) -> None:
         """Go on behind the cursor if it can be served, else behind a snapshot. Raises `ChatError`."""
-        self.follower.interrupted = self.follower.needs_snapshot = False
+        self.follower.starts_over = False
         if cursor is not None and await self.chat.relay.resume(self.follower, cursor):
             await self.send(resumed_json(cursor.turn_id, str(cursor)))
             return
@@ -183,7 +183,7 @@ class Conversation:
                 await self._write(said)
             if self._asked:
                 await self._answer(self._asked.pop())
-            elif self.follower.needs_snapshot:
+            elif self.follower.starts_over:
                 await self._start_over()
 
     async def _answer(self, cursor: Cursor | None) -> None:
@@ -252,7 +252,7 @@ class Conversation:
     def _ask(self, cursor: Cursor | None) -> None:
         """Have the follower start over, after the events that it is writing now."""
         self._asked.append(cursor)
-        self.follower.interrupt()
+        self.follower.start_over()
 
     async def _take_request(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
         if self._requests is None:

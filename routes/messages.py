@@ -262,7 +262,7 @@ async def _told(chat: State, follower: Follower, spoken: type[Format], direct: A
         if pings is not None:
             pings.cancel()
     # A turn may be gone, and a poll may leave before its turn's end: the next request is told about both.
-    if not follower.needs_snapshot and (follower.cursor.over or not follower.polls):
+    if not follower.starts_over and (follower.cursor.over or not follower.polls):
         yield spoken.closing
 
 

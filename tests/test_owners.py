@@ -753,4 +753,4 @@ async def test_a_reader_whose_turn_is_gone_does_not_wait_for_news(owner: Owner) 
     follower.cursor = Cursor("made-again", (3,))
     async with asyncio.timeout(5):
         assert await follower.next() == []
-    assert follower.needs_snapshot
+    assert follower.starts_over

@@ -48,8 +48,8 @@ class Follower(Sleeper):
     """A reader of a room: its cursor, and the session events it has not been told yet."""
 
     __slots__ = (
-        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "interrupted", "needs_snapshot", "one_turn",
-        "polls", "right", "room", "wrap",
+        "_busy", "_notices", "cursor", "dialect", "direct", "ended", "one_turn", "polls", "right", "room",
+        "starts_over", "wrap",
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
@@ -61,8 +61,7 @@ class Follower(Sleeper):
         self.cursor: Cursor = NOTHING
         self.one_turn = one_turn
         self.polls = False  # the reader takes everything there is now and leaves
-        self.interrupted = False  # a frame has asked the reader's coroutine for something else than `next`
-        self.needs_snapshot = False  # the turn of the cursor is gone: the reader needs a snapshot
+        self.starts_over = False  # the turn of the cursor is gone, too many events wait, or the client has asked for it
         self.ended: ChatError | None = None  # the error with which the follower is sent away
         self.direct: Direct | None = None  # the room writes to this connection while the reader keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # makes the bytes of a session event, as `dialect` does of a turn's
@@ -74,7 +73,7 @@ class Follower(Sleeper):
     @property
     def idle(self) -> bool:
         """Whether the reader's coroutine waits for news and has nothing of its own to write first."""
-        return not (self._busy or self.interrupted or self.needs_snapshot or self._notices or self.ended)
+        return not (self._busy or self.starts_over or self._notices or self.ended)
 
     def note(self, notice: bytes, *, passing: bool = False) -> None:
         """Write an event that belongs to no turn, or queue the event for a reader that does not keep up.
@@ -88,15 +87,15 @@ class Follower(Sleeper):
         if len(self._notices) > NOTICES_MAX:
             old = next((n for n, (passes, _) in enumerate(self._notices) if passes), None)
             if old is None:
-                self.needs_snapshot = True  # a snapshot says all that these events would have
+                self.starts_over = True  # a snapshot says all that these events would have
                 self._notices.clear()
             else:
                 del self._notices[old]
         self.rouse()
 
-    def interrupt(self) -> None:
-        """Have `next` return at once: the reader's coroutine is asked for something else."""
-        self.interrupted = True
+    def start_over(self) -> None:
+        """Have `next` return at once: the reader's coroutine goes on from somewhere else."""
+        self.starts_over = True
         self.rouse()
 
     def send_away(self, problem: ChatError) -> None:
@@ -109,13 +108,13 @@ class Follower(Sleeper):
     async def next(self) -> list[bytes]:
         """Wait until there is something to tell and return all of it.
 
-        Empty when the follower was interrupted or needs a snapshot, and at the end of its one turn; for a poll, when
-        there is nothing more to tell now. Raises the error with which the follower is sent away.
+        Empty when the follower starts over, and at the end of its one turn; for a poll, when there is nothing more to
+        tell now. Raises the error with which the follower is sent away.
         """
         while True:
             if self.ended is not None and self.ended.code != "draining":
                 raise self.ended
-            if self.interrupted or self.needs_snapshot:
+            if self.starts_over:
                 return []
             own, owed = self._take_notices(), await self._owed()
             if frames := own + (owed or []):
@@ -161,7 +160,7 @@ class Follower(Sleeper):
         if self.cursor is not cursor:
             return None  # the room has moved the follower meanwhile
         if cursor.turn_id and (answer is None or not answer.fits(cursor)):
-            self.needs_snapshot = True
+            self.starts_over = True
             return None
         tellings: list[Telling] = []
         if answer is not None:
