@@ -56,14 +56,17 @@ class Requests:
             session = await self.right.select()
             if frame.id != session.id:
                 raise invalid("id", "this connection is another chat's")
-            turn_id = await (self._begun(frame, session) if isinstance(frame, frames.Send) else self._latest(session))
+            if isinstance(frame, frames.Send):
+                turn_id = await self._begun(frame, session)
+            else:
+                turn_id = await turns.select_running_turn(self.chat.database, session.id)
         except ChatError as problem:
             await self._say("error", request_id, errorText=problem.message)
             return
-        if turn_id is None:
-            await self._say("no-active", request_id)
-        else:
+        if turn_id:
             self.running[request_id] = turn_id, self.spawn(self._tell(request_id, turn_id))
+        else:
+            await self._say("no-active", request_id)
 
     async def _begun(self, frame: frames.Send, session: Session) -> str:
         """Return the turn that a message began, now or before."""
@@ -76,10 +79,6 @@ class Requests:
         turn = await self.chat.generation.begin(session, account, ask, address=self.address)
         turn.check(ask)
         return turn.id
-
-    async def _latest(self, session: Session) -> str | None:
-        turn = await turns.select_latest_turn(self.chat.database, session.id)
-        return turn["id"] if turn is not None and turn["status"] == "running" else None
 
     async def _tell(self, request_id: str, turn_id: str) -> None:
         """Tell a turn from its start to its end, or until the request is aborted. Raises what ends the socket."""

@@ -57,7 +57,6 @@ async def stream(request: Request) -> Response:
     account = await messages.speaker(request)
     database, id = inputs.state(request).database, request.path_params["session_id"]
     session = await sessions.find_session(database, id, account_id(account))
-    turn = None if session is None else await turns.select_latest_turn(database, session.id)
-    if session is None or turn is None or turn["status"] != "running":
+    if session is None or not (turn_id := await turns.select_running_turn(database, session.id)):
         return Response(status_code=204)
-    return await messages.follow(request, Right(database, session, account), start_of(turn["id"]), spoken=UIMessages)
+    return await messages.follow(request, Right(database, session, account), start_of(turn_id), spoken=UIMessages)

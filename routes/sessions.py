@@ -153,7 +153,7 @@ async def wait_for_end(chat: State, session_id: str) -> None:
     """Let the worker that has the turn end it: without its rows it could not, and its readers would wait for ever."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_WAIT):
-            while (turn := await turns.select_latest_turn(chat.database, session_id)) and turn["status"] == "running":
+            while await turns.select_running_turn(chat.database, session_id):
                 await asyncio.sleep(0.02)
 
 
