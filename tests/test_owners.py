@@ -657,6 +657,29 @@ async def test_a_right_that_ends_before_its_reader_joins_an_open_room(owner: Own
     assert other.ended is None
 
 
+async def test_a_change_before_its_reader_joins_is_told(owner: Owner) -> None:
+    """Who resumes is sent no state of the session: after a change between its admission and the room it knew nothing."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    right = Right(database, session, owner.someone)
+    first = await relay.join(right, socket_dialect)
+    relay.tell_update(await sessions.update_session(database, session.id, owner.someone.id, title="new"), "updated")
+    late = await relay.join(right, socket_dialect)
+    for follower in (first, late):
+        follower.polls = True
+        told = await follower.next()
+        assert len(told) == 1 and b'"title":"new"' in told[0]
+
+
+async def test_an_older_change_that_comes_late_is_told_to_nobody(owner: Owner) -> None:
+    """A worker's notice is held up, and a reader comes that was admitted after the change behind it."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    changed = await sessions.update_session(database, session.id, owner.someone.id, title="new")
+    follower = await relay.join(Right(database, changed, owner.someone), socket_dialect)
+    relay.tell_update(session, "updated")
+    follower.polls = True
+    assert await follower.next() == []
+
+
 async def _sent_away(followers: list[Follower]) -> bool:
     return all(follower.ended is not None for follower in followers)
 

@@ -60,7 +60,8 @@ class House:
 
     async def follower(self) -> Follower:
         account = await accounts.select_account(self.state.database, self.someone.id, 1)
-        return await self.relay.join(Right(self.state.database, self.session, account), socket_dialect)
+        session = await sessions.select_unchecked(self.state.database, self.session.id)  # as it is at the admission
+        return await self.relay.join(Right(self.state.database, session, account), socket_dialect)
 
 
 @asynccontextmanager

@@ -163,10 +163,14 @@ class Relay(Source):
         try:
             await _confirmed(room.subscribed)
             await room.load()
-            # Nobody could tell a reader that was admitted and was not in the room yet.
-            unheard = right.account_id != right.session.account_id and room.version > right.session.version
-            if unheard or time.monotonic() - self.rights_changed_at < ADMISSION:
-                await right.check()
+            # Between its admission and its place in the room a reader is told neither that the session has changed nor
+            # that its right has ended. The owner who reads one turn needs neither.
+            own = right.account_id == right.session.account_id
+            changed = room.version > right.session.version and not (own and one_turn)
+            if changed or time.monotonic() - self.rights_changed_at < ADMISSION:
+                session = await right.check()
+                if session.version > right.session.version:
+                    follower.tell(self.change_of(right.session, session))
         except BaseException:
             self.part(follower)
             raise

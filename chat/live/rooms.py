@@ -75,6 +75,13 @@ class Follower(Sleeper):
         """Whether the reader's coroutine waits for news and has nothing of its own to write first."""
         return not (self._busy or self.starts_over or self._notices or self.ended)
 
+    def tell(self, notice: SessionNotice) -> None:
+        """Tell a session event, unless this reader may not see it."""
+        said = notice.json if self.right.member else notice.public_json
+        caused = notice.author and self.right.account_id == notice.author
+        if said and not (caused or self.one_turn):
+            self.note(said.encode(), passing=bool(notice.author))
+
     def note(self, notice: bytes, *, passing: bool = False) -> None:
         """Write an event that belongs to no turn, or queue the event for a reader that does not keep up.
 
@@ -183,8 +190,7 @@ class Room:
         self.answer: Answer | None = None  # of the latest turn
         self.followers: set[Follower] = set()
         self.writing = 0  # turns of this session that this process answers
-        self.version = session.version  # the highest version of the session that followers were told
-        self._noticed = 0  # the highest version of a notice
+        self.version = session.version  # the highest version of the session that is known here
         self.news_at = time.monotonic()  # when the last message about a turn came
         self._source = source
         self._ahead: deque[TurnWords] = deque(maxlen=AHEAD_MAX)  # words that cannot be learned yet
@@ -329,10 +335,9 @@ class Room:
             return  # another reading began later and ended earlier
         self.session = session
         if self._loaded is not None and not self._loaded.done():
-            self.version = session.version  # the first reading: nobody here was told anything older
+            self.version = max(self.version, session.version)  # the first reading: `join` tells whoever knows less
         elif session.version > self.version:
-            revealed = before.blind and not session.blind
-            self.tell(self._source.notice_of(session, "revealed" if revealed else "updated"))
+            self.tell(self._source.change_of(before, session))
 
     async def past(self, turn_id: str) -> Past:
         """Read an older turn, once for all followers that ask meanwhile."""
@@ -397,16 +402,11 @@ class Room:
 
         Notices of two workers come in any order: readers would keep the state of an older one that comes last.
         """
-        if 0 < notice.version < self._noticed:
+        if 0 < notice.version < self.version:
             return
-        self._noticed = notice.version or self._noticed
         self.version = max(self.version, notice.version)
-        event, public = notice.json.encode(), notice.public_json.encode()
         for follower in list(self.followers):
-            said = event if follower.right.member else public
-            caused = notice.author and follower.right.account_id == notice.author
-            if said and not (caused or follower.one_turn):
-                follower.note(said, passing=bool(notice.author))
+            follower.tell(notice)
 
     # -- rights
 

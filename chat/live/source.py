@@ -86,6 +86,10 @@ class Source:
         for side, value in zip(sides, values, strict=True):
             answer.learn_text(side, joined(answer.replies[side].text, value or b""))
 
+    def change_of(self, before: Session, session: Session) -> SessionNotice:
+        """Return the event for readers that know the session as it was before."""
+        return self.notice_of(session, "revealed" if before.blind and not session.blind else "updated")
+
     def notice_of(self, session: Session, action: str) -> SessionNotice:
         """Return the event with the session's present state."""
         member, reader = (

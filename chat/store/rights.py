@@ -56,8 +56,8 @@ class Right:
             raise not_found("session")
         return session
 
-    async def check(self) -> None:
-        """Admit again. Raises `token_invalid` as well, when the account's tokens were revoked."""
+    async def check(self) -> Session:
+        """Admit again and return the session. Raises as `select`, and `token_invalid` when the tokens were revoked."""
         if self.account is not None:
             await accounts.select_account(self.database, self.account.id, self.account.token_version)
-        await self.select()
+        return await self.select()
