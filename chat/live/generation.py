@@ -70,7 +70,8 @@ class Generation:
         self.streams = Streams(settings, database, providers)
         self.refunds = Refunds(database)
         self.observe: Callable[[str, Result], None] = lambda model, result: None
-        # `Leases` sets both: whether our turns are certainly ours, and what answers a turn of ours that `turns` lacks.
+        # `Leases` sets both. surely_owned: whether this worker certainly owns its turns; adopt: launches a turn that is
+        # this worker's in the database and is not in `turns`.
         self.surely_owned: Callable[[], bool] = lambda: True
         self.adopt: Callable[[Row], Awaitable[None]] | None = None
         self._failures: dict[str, tuple[int, float]] = {}  # model → failures in a row, and when the last was

@@ -112,8 +112,9 @@ class Leases:
         for turn in list(self.turns.values()):
             if turn.unsaved and turn.state == "over":
                 await self._save(turn)
-        # A stranger's INSERT succeeded after its caller had given up: the turn is ours, and nobody answers it yet.
-        # A worker that ends leaves its strangers to the others: its drain would not wait for their answers.
+        # A stranger is a turn of ours that is not in `turns`: its INSERT succeeded after its caller had given up. Two
+        # renewals in a row have to find it, because a turn may begin and end during one. A worker that ends leaves its
+        # strangers to the others: its drain would not wait for their answers.
         strangers = owned.keys() - before - self.turns.keys() if not self.generation.draining else set()
         for turn_id in strangers & self._strangers:
             self.tasks.spawn(self.adopt(owned[turn_id]))

@@ -89,7 +89,10 @@ class Voice:
         self._notify()
 
     def cut(self, side: str) -> None:
-        """Drop the text of a stopped reply that no reader has seen and that is not on its way."""
+        """Drop the text of a stopped reply that no reader has seen and that is not on its way.
+
+        Text that was shown while Redis was late stays: Redis is still to get it.
+        """
         self._unsent[side] = self.answer.replies[side].text[self._sent[side] :]
         self._moved.set()
 
@@ -122,8 +125,8 @@ class Voice:
 
     def hurry(self) -> None:
         """Have pending text leave as soon as it may."""
-        if self._unanswered and not self._flying:
-            self._show()  # Redis is late (`show_late`): readers of this worker do not wait for it
+        if self._unanswered and not self._flying:  # `show_late` has shown what Redis has not answered
+            self._show()  # readers of this worker do not wait for Redis any more
         elif not self._unanswered:
             self._gather.soon(self._leave)
 
