@@ -276,7 +276,9 @@ class Conversation:
     async def _speak(self, frame: frames.NewMessage) -> None:
         """Store an operator's words as a turn and tell all readers of the session."""
         turns.check_content(frame.content, self.chat.settings.prompt_max)
-        await operator.insert_words(self.chat.database, await self.right.select(), frame.id or new_id(), frame.content)
+        session = await self.right.select()
+        with self.chat.relay.doubtful(session):
+            await operator.insert_words(self.chat.database, session, frame.id or new_id(), frame.content)
         self.chat.relay.learn_again(self.session)
 
     def _hear_typing(self, is_typing: bool) -> None:

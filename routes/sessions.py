@@ -123,16 +123,17 @@ async def _with_messages(request: Request, session: Session, reader: Audience) -
 
 
 async def change(request: Request) -> Response:
-    chat, account = await inputs.caller(request)
+    chat, account, session = await inputs.own_session(request)
     wish = await inputs.body(request, SessionChange)
-    session = await sessions.update_session(
-        chat.database,
-        request.path_params["session_id"],
-        account.id,
-        title=wish.title,
-        is_pinned=wish.is_pinned,
-        is_public=wish.is_public,
-    )
+    with chat.relay.doubtful(session):
+        session = await sessions.update_session(
+            chat.database,
+            session.id,
+            account.id,
+            title=wish.title,
+            is_pinned=wish.is_pinned,
+            is_public=wish.is_public,
+        )
     chat.relay.tell_update(session, "updated")
     if wish.is_public is False:
         chat.relay.check_rights(session)
@@ -169,8 +170,9 @@ async def unshare(request: Request) -> Response:
 
 
 async def _shared(request: Request, share: bool) -> Session:
-    chat, account = await inputs.caller(request)
-    session = await sessions.update_share(chat.database, request.path_params["session_id"], account.id, share)
+    chat, account, session = await inputs.own_session(request)
+    with chat.relay.doubtful(session):
+        session = await sessions.update_share(chat.database, session.id, account.id, share)
     if not share:
         chat.relay.check_rights(session)
     return session
@@ -181,7 +183,8 @@ async def generate_title(request: Request) -> Response:
     first = await turns.select_first_message(chat.database, session.id)
     title = turns.first_words(first or "") or "New chat"
     if session.account_id == account.id and title != session.title:
-        session = await sessions.update_session(chat.database, session.id, account.id, title=title)
+        with chat.relay.doubtful(session):
+            session = await sessions.update_session(chat.database, session.id, account.id, title=title)
         chat.relay.tell_update(session, "updated")
     return inputs.answer({"title": title})
 

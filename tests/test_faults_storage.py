@@ -7,12 +7,14 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +30,7 @@ from tests.harness.checker import Allowed, check, gather, read_rows
 from tests.harness.client import SocketReader
 from tests.harness.journal import Journal
 from tests.harness.noise import prompt
+from tests.harness.proxy import Direction, Link, Proxy
 from tests.harness.scene import FLUENT, counted
 from tests.harness.servers import Postgres, Redis
 from tests.harness.service import Service
@@ -165,6 +168,80 @@ def _fill(ballast: Path) -> None:
 async def _is_refused(base: str, token: str, session: str) -> bool:
     """The write-ahead log may have room for a few pages more."""
     return (await post_turn(base, token, session, "/count 1")).status == 503
+
+
+# -- a change of which nobody knows whether it was made
+
+
+class LosesCommits(Proxy):
+    """A proxy before PostgreSQL. Once there is a `word`, the next transaction that names it is written, and its
+    connection is reset in place of the answer to its COMMIT."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.word = b""
+        self._naming: set[Link] = set()
+
+    async def _carry(self, link: Link, direction: Direction, target: socket.socket, data: bytes) -> None:
+        if direction == "to_server" and b"BEGIN;" in data:
+            self._naming.discard(link)
+        elif direction == "to_server" and self.word and self.word in data:
+            self._naming.add(link)
+        elif link in self._naming and self.word and b"COMMIT\0" in data:
+            self.word = b""
+            self._end(link, reset=True)
+            await asyncio.sleep(0)  # cancelled here
+        await super()._carry(link, direction, target, data)
+
+
+async def test_readers_learn_of_a_change_without_an_answer(postgres_server: Postgres, redis_server: Redis) -> None:
+    """The connection is lost behind COMMIT: the caller is told to come again, and what is stored is told everywhere."""
+    url, journal, admin = postgres_server.create_database(), Journal(), "the-operators-token-of-these-tests"
+    environment = CLOSED | {"DATABASE_URL": url, "REDIS_URL": redis_server.url, "ADMIN_TOKEN": admin}
+    async with AsyncExitStack() as stack:
+        proxy = await stack.enter_async_context(LosesCommits.before(url))
+        ways = [{"DATABASE_URL": proxy.through(url)}, {}]
+        service = await stack.enter_async_context(Service(environment, workers=2, each=ways))
+        here, there = service.urls
+        someone = await guest(there)
+        id = (await new_session(there, someone.access))["id"]
+
+        async def lost(method: str, path: str, token: str, **body: Any) -> None:
+            proxy.word = id.encode()
+            answer = await call(here, method, path, token, json=body)
+            assert (answer.status_code, answer.json()["error"], proxy.word) == (503, "storage_unavailable", b"")
+
+        async def reader(name: str, base: str, **options: Any) -> SocketReader:
+            return await stack.enter_async_context(SocketReader(journal, name, base, id, **options))
+
+        own = [await reader(f"own {n}", base, token=someone.access) for n, base in enumerate(service.urls)]
+
+        async def all_have(text: str) -> None:
+            for each in own:
+                await each.until(lambda each=each: each.view.texts()[-1:] == [text], 10, text)
+
+        await lost("PATCH", f"/api/sessions/{id}/", someone.access, title="Rivers")
+        for each in own:
+            await each.until(lambda each=each: journal.events(each.name, "session_update"), 10, "the new title")
+            assert journal.events(each.name, "session_update")[-1]["session"]["title"] == "Rivers"
+
+        shared = await call(there, "POST", f"/api/sessions/{id}/share/", someone.access)
+        query = {"share_token": shared.json()["share_token"]}
+        guests = [await reader(f"guest {n}", base, query=query) for n, base in enumerate(service.urls)]
+        await lost("POST", f"/api/sessions/{id}/unshare/", someone.access)
+        for each in guests:
+            await each.ended()
+            assert each.codes == [4404]
+
+        await call(there, "PATCH", f"/api/admin/sessions/{id}/", admin, json={"operator": "Anna"})
+        key = (await call(there, "GET", f"/api/admin/sessions/{id}/", admin)).json()["token"]
+        person = await reader("person", here, token=key)
+        proxy.word = id.encode()
+        await person.say("I am Anna.")
+        await all_have("I am Anna.")
+        await lost("POST", "/api/messages/stream/", someone.access, session_id=id, content="Who is there?")
+        await all_have("Anna will answer you here.")
+    assert not journal.violations(), journal.story()
 
 
 # -- the same thing many times at once (rows 15 and 33)

@@ -179,7 +179,8 @@ class Generation:
     async def _insert(self, turn: Turn, address: str, content: str, insert: Insert, limits: Limits) -> StoredTurn:
         try:
             terms = await self._terms(turn, address, content, limits)
-            stored = await self.refunds.attempt(lambda: insert(turn.id, terms))
+            with self.relay.doubtful(turn.session):  # nobody tells a turn that is over at once and has no answer
+                stored = await self.refunds.attempt(lambda: insert(turn.id, terms))
         except BaseException:
             del self.turns[turn.id]
             raise
