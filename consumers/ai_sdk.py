@@ -59,7 +59,7 @@ class Requests:
             if isinstance(frame, frames.Send):
                 turn_id = await self._begun(frame, session)
             else:
-                turn_id = await turns.select_running_turn(self.chat.database, session.id)
+                turn_id = await turns.select_running_turn(self.chat.database, session)
         except ChatError as problem:
             await self._say("error", request_id, errorText=problem.message)
             return

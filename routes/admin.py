@@ -48,5 +48,5 @@ async def change(request: Request) -> Response:
     wish = await inputs.body(request, Change)
     session = await operator.update_operator(chat.database, request.path_params["session_id"], wish.operator)
     if wish.operator is not None and await chat.generation.stop(session, session.account_id):
-        await wait_for_end(chat, session.id)
+        await wait_for_end(chat, session)
     return inputs.answer({"id": session.id, "operator": wish.operator})

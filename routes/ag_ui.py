@@ -110,7 +110,7 @@ async def join(request: Request) -> Response:
 async def _thread(request: Request, id: str, account: Account | None) -> Response:
     chat = inputs.state(request)
     session = await sessions.select_session(chat.database, id, account_id(account))
-    rows, _ = await select_page(chat.database, session.id, 50)
+    rows, _ = await select_page(chat.database, session, 50)
     running = next((row for row in rows if row["status"] not in ENDED), None)
     told = [message for message in chat.mask.messages(session, rows) if message["status"] in ENDED]
     return inputs.answer(

@@ -57,6 +57,6 @@ async def stream(request: Request) -> Response:
     account = await messages.speaker(request)
     database, id = inputs.state(request).database, request.path_params["session_id"]
     session = await sessions.find_session(database, id, account_id(account))
-    if session is None or not (turn_id := await turns.select_running_turn(database, session.id)):
+    if session is None or not (turn_id := await turns.select_running_turn(database, session)):
         return Response(status_code=204)
     return await messages.follow(request, Right(database, session, account), start_of(turn_id), spoken=UIMessages)

@@ -241,10 +241,10 @@ def number(request: Request, name: str, default: int, least: int, most: int) -> 
     return int(text)
 
 
-async def page(request: Request, session_id: str, default: int, most: int) -> tuple[list[Row], dict[str, str]]:
+async def page(request: Request, session: Session, default: int, most: int) -> tuple[list[Row], dict[str, str]]:
     """Return the rows of the page that `?before` and `?limit` name, and the `Link` header of the page before."""
     before, limit = number(request, "before", LAST, 0, LAST), number(request, "limit", default, 1, most)
-    rows, more = await select_page(state(request).database, session_id, limit, before)
+    rows, more = await select_page(state(request).database, session, limit, before)
     return rows, next_page(request, rows[0]["position"]) if more else {}
 
 

@@ -330,7 +330,7 @@ async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -
             if not cursor.over:
                 return cursor
             return start_of(past.next_id) if past.next_id else None
-    latest = await turns.select_latest_turn(chat.database, session.id)
+    latest = await turns.select_latest_turn(chat.database, session)
     return None if latest is None else start_of(latest["id"])
 
 
@@ -359,5 +359,5 @@ def _again(turn: StoredTurn) -> Cursor:
 async def listing(request: Request) -> Response:
     """Return a page of a session's last messages; `Link` leads to the page before."""
     chat, account, session = await inputs.own_session(request)
-    rows, headers = await inputs.page(request, session.id, 500, 1000)
+    rows, headers = await inputs.page(request, session, 500, 1000)
     return inputs.answer(chat.mask.messages(session, rows, audience(session, account.id)), headers=headers)

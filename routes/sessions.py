@@ -117,7 +117,7 @@ async def shared(request: Request) -> Response:
 
 async def _with_messages(request: Request, session: Session, reader: Audience) -> Response:
     mask = inputs.state(request).mask
-    rows, headers = await inputs.page(request, session.id, 50, 200)
+    rows, headers = await inputs.page(request, session, 50, 200)
     messages = mask.messages(session, rows, reader)
     return inputs.answer({"session": mask.session(session, reader), "messages": messages}, headers=headers)
 
@@ -143,18 +143,18 @@ async def change(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     chat, account, session = await inputs.own_session(request)
     if await chat.generation.stop(session, account.id):
-        await wait_for_end(chat, session.id)
+        await wait_for_end(chat, session)
     with chat.relay.doubtful(session):
         await sessions.delete_session(chat.database, session, account.id)
     chat.relay.tell_deleted(session)
     return Response(status_code=204)
 
 
-async def wait_for_end(chat: State, session_id: str) -> None:
+async def wait_for_end(chat: State, session: Session) -> None:
     """Let the worker that has the turn end it: without its rows it could not, and its readers would wait for ever."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_WAIT):
-            while await turns.select_running_turn(chat.database, session_id):
+            while await turns.select_running_turn(chat.database, session):
                 await asyncio.sleep(0.02)
 
 
@@ -180,7 +180,7 @@ async def _shared(request: Request, share: bool) -> Session:
 
 async def generate_title(request: Request) -> Response:
     chat, account, session = await inputs.own_session(request)
-    first = await turns.select_first_message(chat.database, session.id)
+    first = await turns.select_first_message(chat.database, session)
     title = turns.first_words(first or "") or "New chat"
     if session.account_id == account.id and title != session.title:
         with chat.relay.doubtful(session):
@@ -195,7 +195,7 @@ async def export(request: Request) -> Response:
     kind: Kind = inputs.choice(request, "format", tuple(EXTENSIONS)) or "json"  # type: ignore[assignment]
     await inputs.hit_long_read(request, account)
     reader = audience(session, account.id)
-    pages = (chat.mask.messages(session, rows, reader) async for rows in each_page(chat.database, session.id))
+    pages = (chat.mask.messages(session, rows, reader) async for rows in each_page(chat.database, session))
     name = f'attachment; filename="chat_session_{session.id}.{EXTENSIONS[kind]}"'
     headers = {"Content-Disposition": name, "Cache-Control": "no-store"}
     content = transcript(kind, chat.mask.session(session, reader), pages)

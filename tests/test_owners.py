@@ -252,7 +252,7 @@ async def test_a_reply_made_again_without_an_answer_is_answered(owner: Owner) ->
     """One side of a battle was to be made again, and its caller was refused: the other side's text says nothing of it."""
     session = await owner.session("compare")
     before = await owner.over(await owner.begin(session, "/echo hello"))
-    row = await turns.select_latest_turn(owner.state.database, session.id)
+    row = await turns.select_latest_turn(owner.state.database, session)
     assert row is not None
     replies = [each for each in await turns.select_turn_messages(owner.state.database, row["id"]) if each["participant"]]
     terms = Terms(owner.leases.worker, 60_000, 0, budgets_of(owner.someone.id, [], (0, 0, 0)), 0, 10, "")
@@ -408,6 +408,25 @@ async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) ->
             await late
         assert refused.value.code == "not_found"
     assert (await sessions.select_unchecked(database, session.id)).message_count == 0
+
+
+async def test_a_reading_finds_no_turn_of_a_later_session_of_the_same_id(owner: Owner) -> None:
+    """A worker stood still between the check of a reader and what the reader wants, and the id was used again."""
+    database, someone = owner.state.database, owner.someone
+    session = await owner.session()
+    await sessions.delete_session(database, session, someone.id)
+    await database.set_clock()
+    await until(lambda: database.now() > session.created_at, what="another millisecond")
+    later = await sessions.insert_session(database, someone.id, "direct", ("demo-poet", None), id=session.id)
+    assert later is not None
+    turn_id = await owner.begin(later, "/echo hello", "message")
+    await owner.over(turn_id)
+    for each, found in ((session, False), (later, True)):
+        assert bool(await turns.select_latest_turn(database, each)) is found
+        assert bool(await turns.select_turn_and_next(database, each, "")) is found
+        assert bool(await turns.select_turn_and_next(database, each, turn_id)) is found
+        assert bool(await turns.select_turn_of_message(database, each, "message")) is found
+        assert bool(await turns.select_first_message(database, each)) is found
 
 
 async def test_a_delayed_edit_deletes_no_later_message(owner: Owner) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from chat.formats.transcripts import transcript
 from chat.settings import HERE
-from chat.store import pages
+from chat.store import pages, sessions
 from chat.store.database import Database
+from chat.store.sessions import Session
 from chat.store.votes_file import PAGE, SETTLED, VotesFile
 from tests.conftest import CLOSED, STORES, store
 from tests.harness.api import call, guest, http, messages, new_session, post_turn
@@ -37,10 +38,13 @@ async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
         yield opened
 
 
-def written(session_id: str, sizes: list[int], *, by: str = "ann") -> list[str]:
-    """The statements of a session with turns of a user message and two replies, each of so many characters."""
+def written(session_id: str, sizes: list[int], *, by: str = "ann", at: int = 0) -> list[str]:
+    """The statements of a session with turns of a user message and two replies, each of so many characters.
+
+    at: when the session was made.
+    """
     made = f"""INSERT INTO sessions (id, account_id, mode, is_public, is_open, is_pinned, metadata, next_position, version,
-        created_at, updated_at) VALUES ('{session_id}', '{by}', 'compare', 1, 0, 0, '{{}}', {len(sizes)}, 1, 0, 0)"""
+        created_at, updated_at) VALUES ('{session_id}', '{by}', 'compare', 1, 0, 0, '{{}}', {len(sizes)}, 1, {at}, 0)"""
     said = []
     for n, size in enumerate(sizes):
         user = n % 3 == 0
@@ -54,29 +58,58 @@ def written(session_id: str, sizes: list[int], *, by: str = "ann") -> list[str]:
     return [made, *said]
 
 
+async def long(database: Database, sizes: list[int], **given: Any) -> Session:
+    for statement in written("long", sizes, **given):
+        await database.execute(statement)
+    return await sessions.select_unchecked(database, "long")
+
+
 SIZES = [10, 200_000, 200_000] * 3 + [5] * 30 + [10, 190_000, 200_000] + [250_000, 250_000, 1] + [400_000, 400_000, 9]
 
 
 async def test_every_page_is_bounded_and_nothing_is_left_out(database: Database) -> None:
-    for statement in written("long", SIZES):
-        await database.execute(statement)
+    session = await long(database, SIZES)
     seen, before, more = list[dict[str, Any]](), pages.LAST, True
     while more:
-        found, more = await pages.select_page(database, "long", 20, before)
+        found, more = await pages.select_page(database, session, 20, before)
         assert len(found) <= 20 and (len(found) == 1 or sum(len(row["content"]) for row in found) <= pages.PAGE_MAX)
         seen, before = found + seen, found[0]["position"]
     assert [len(row["content"]) for row in seen] == SIZES
-    assert await pages.select_page(database, "long", 20, 0) == ([], False)
+    assert await pages.select_page(database, session, 20, 0) == ([], False)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, [], [1], [1, 2], [1, 2, 3], [1] * 599, [1] * 600, [1] * 601])
 async def test_an_export_has_all_of_it_in_whole_turns(database: Database, sizes: list[int]) -> None:
-    for statement in written("long", sizes):
-        await database.execute(statement)
-    found = [page async for page in pages.each_page(database, "long")]
+    session = await long(database, sizes)
+    found = [page async for page in pages.each_page(database, session)]
     assert [len(row["content"]) for page in found for row in page] == sizes
     assert all(page[0]["role"] == "user" for page in found)
     assert all(sum(len(row["content"]) for row in page) <= 2 * pages.PAGE_MAX for page in found)
+
+
+async def test_a_page_is_of_no_later_session_of_the_same_id(database: Database) -> None:
+    """Somebody reads an export slowly, deletes the session, and another account makes one with its id."""
+    session = await long(database, SIZES)
+    exporting = pages.each_page(database, session)
+    assert await anext(exporting)
+    await sessions.delete_session(database, session, "ann")
+    await database.execute("INSERT INTO accounts VALUES ('bob', 'Bob', '{}', 1, 0, 0, 0)")
+    await long(database, SIZES, by="bob", at=1)
+    assert sum(len(page) for page in [page async for page in exporting]) <= 3, "what was read before the deletion"
+    assert await pages.select_page(database, session, 20) == ([], False)
+
+
+async def test_a_page_of_a_session_that_is_deleted_meanwhile_is_empty(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, between = await long(database, SIZES), pages._select_between
+
+    async def late(*given: Any) -> Any:
+        await sessions.delete_session(database, session, "ann")
+        return await between(*given)
+
+    monkeypatch.setattr(pages, "_select_between", late)
+    assert await pages.select_page(database, session, 20) == ([], False)
 
 
 @pytest.fixture(scope="module")

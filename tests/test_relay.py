@@ -54,7 +54,7 @@ class House:
         return answer.turn_id
 
     async def latest(self) -> Any:
-        row = await turns.select_latest_turn(self.state.database, self.session.id)
+        row = await turns.select_latest_turn(self.state.database, self.session)
         assert row is not None
         return row
 

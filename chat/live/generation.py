@@ -228,7 +228,7 @@ class Generation:
         """Answer the turn that a retry has found, if the turn is this worker's and no task answers it yet."""
         if stored.id in self.turns or all(row["status"] in ENDED for row in stored.rows[1:]):
             return
-        row = await turns.select_latest_turn(self.database, stored.session.id)
+        row = await turns.select_latest_turn(self.database, stored.session)
         ours = row is not None and (row["id"], row["owner"], row["status"]) == (stored.id, self.worker, "running")
         if row is not None and ours and self.adopt is not None:
             await self.adopt(row)
@@ -393,7 +393,7 @@ class Generation:
         try:
             if not turn_id:  # a turn that is not written yet may be refused, as another one runs elsewhere
                 written = [turn.id for turn in own if turn.stored is not None]
-                turn_id = written[0] if written else await turns.select_running_turn(self.database, session.id)
+                turn_id = written[0] if written else await turns.select_running_turn(self.database, session)
             runs = await turns.request_stop(self.database, turn_id, account_id)
         except StorageUnavailable:
             if not own:

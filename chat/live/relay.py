@@ -218,7 +218,7 @@ class Relay(Source):
         """Return the fields of `session_state` and move the follower behind it."""
         room = follower.room
         for _ in range(SNAPSHOT_TRIES):
-            rows, _ = await select_page(self.database, session.id, SHOWN)
+            rows, _ = await select_page(self.database, session, SHOWN)
             answer = room.answer
             if (rows[-1]["turn_id"] if rows else None) == (answer.turn_id if answer is not None else None):
                 break

@@ -52,12 +52,12 @@ class Source:
         key, session = session.key, await sessions.select_unchecked(self.database, session.id)
         if session.key != key:
             raise not_found("session")
-        row = await turns.select_latest_turn(self.database, session.id)
+        row = await turns.select_latest_turn(self.database, session)
         return session, None if row is None else await self._answer(session, row)
 
     async def past(self, session: Session, turn_id: str) -> Past:
         """Return a turn of the session and the id of the turn after it. Raises `StorageUnavailable`."""
-        rows = await turns.select_turn_and_next(self.database, session.id, turn_id)
+        rows = await turns.select_turn_and_next(self.database, session, turn_id)
         if not turn_id:
             return Past(None, rows[0]["id"] if rows else "", True)
         if not rows or rows[0]["id"] != turn_id:

@@ -324,7 +324,11 @@ def first_words(text: str) -> str | None:
     return words[:49].rsplit(" ", 1)[0] + "…"
 
 
-# -- reading
+# -- reading. Of a session that the caller has checked: someone else may use its id again before the statement runs.
+
+# With the values of the session's `identity`. A `created_at` of NULL stands for every session of the id.
+SAME = """EXISTS (SELECT 1 FROM sessions s
+                  WHERE s.id = :id AND s.created_at = COALESCE(CAST(:created_at AS BIGINT), s.created_at))"""
 
 
 async def select_turn_messages(query: Database | Query, turn_id: str) -> list[Row]:
@@ -340,21 +344,21 @@ async def select_turn_of_message(query: Database | Query, session: Session, mess
     A turn that is made again between two statements would have no messages.
     """
     rows = await query.fetch_all(
-        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :session_id AND turn_id =
-                  (SELECT turn_id FROM messages WHERE session_id = :session_id AND id = :message_id)
+        f"""SELECT {MESSAGE} FROM messages WHERE session_id = :id AND turn_id =
+                  (SELECT turn_id FROM messages WHERE session_id = :id AND id = :message_id) AND {SAME}
             ORDER BY position""",
-        {"session_id": session.id, "message_id": message_id},
+        session.identity | {"message_id": message_id},
     )
     if not rows:
         return None
     return StoredTurn(rows[0]["turn_id"], session, session.account_id, rows[0]["position"], "", tuple(rows), False)
 
 
-async def select_first_message(database: Database, session_id: str) -> str | None:
+async def select_first_message(database: Database, session: Session) -> str | None:
     """Return the text of the session's first user message."""
     row = await database.fetch_one(
-        "SELECT content FROM messages WHERE session_id = :id AND role = 'user' ORDER BY position LIMIT 1",
-        {"id": session_id},
+        f"SELECT content FROM messages WHERE session_id = :id AND role = 'user' AND {SAME} ORDER BY position LIMIT 1",
+        session.identity,
     )
     return None if row is None else str(row["content"])
 
@@ -364,21 +368,22 @@ TURN = """t.id, t.session_id, t.account_id, t.position, t.status, t.owner, t.sto
             ORDER BY p.position DESC LIMIT 1) AS previous"""
 
 
-async def select_latest_turn(database: Database, session_id: str) -> Row | None:
+async def select_latest_turn(database: Database, session: Session) -> Row | None:
     return await database.fetch_one(
-        f"SELECT {TURN} FROM turns t WHERE t.session_id = :id ORDER BY t.position DESC LIMIT 1", {"id": session_id}
+        f"SELECT {TURN} FROM turns t WHERE t.session_id = :id AND {SAME} ORDER BY t.position DESC LIMIT 1",
+        session.identity,
     )
 
 
-async def select_turn_and_next(database: Database, session_id: str, turn_id: str) -> list[Row]:
+async def select_turn_and_next(database: Database, session: Session, turn_id: str) -> list[Row]:
     """Return the turn and the turn after it, as far as they exist; for "" the session's first turn alone."""
     return await database.fetch_all(
         f"""SELECT {TURN} FROM turns t
-            WHERE t.session_id = :session_id
-              AND ((:turn_id = '' AND t.position = (SELECT MIN(position) FROM turns WHERE session_id = :session_id))
-                OR t.position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :session_id))
+            WHERE t.session_id = :id AND {SAME}
+              AND ((:turn_id = '' AND t.position = (SELECT MIN(position) FROM turns WHERE session_id = :id))
+                OR t.position >= (SELECT position FROM turns WHERE id = :turn_id AND session_id = :id))
             ORDER BY t.position LIMIT 2""",
-        {"session_id": session_id, "turn_id": turn_id},
+        session.identity | {"turn_id": turn_id},
     )
 
 
@@ -461,10 +466,10 @@ async def update_endings(database: Database, owner: str, rows: list[Row], *, las
 # -- statements of any worker
 
 
-async def select_running_turn(database: Database, session_id: str) -> str:
+async def select_running_turn(database: Database, session: Session) -> str:
     """Return the id of the session's running turn, "" when none runs."""
     row = await database.fetch_one(
-        "SELECT id FROM turns WHERE session_id = :id AND status = 'running'", {"id": session_id}
+        f"SELECT id FROM turns WHERE session_id = :id AND {SAME} AND status = 'running'", session.identity
     )
     return "" if row is None else str(row["id"])
 
