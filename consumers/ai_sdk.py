@@ -41,7 +41,7 @@ class Requests:
     send: Callable[[bytes], Awaitable[None]]
     spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     running: dict[str, tuple[str, asyncio.Task[None]]] = field(default_factory=dict)  # the turn, and its telling
-    made: int = 0  # requests so far
+    resumed: int = 0  # requests to resume so far
 
     async def take(self, frame: frames.Send | frames.Resume | frames.Abort) -> None:
         """Do what a frame asks. A refusal goes to the request that caused it."""
@@ -49,7 +49,7 @@ class Requests:
         if isinstance(frame, frames.Abort):
             await self._abort(request_id)
             return
-        self.made += 1
+        self.resumed += isinstance(frame, frames.Resume)
         try:
             if len(self.running) == REQUESTS_MAX or request_id in self.running:
                 raise ChatError("rate_limited", "Too many requests are running on this connection.")
@@ -104,15 +104,15 @@ class Requests:
             self.running.pop(request_id, None)
 
     async def _abort(self, request_id: str) -> None:
-        """Stop the turn, unless the client only has second thoughts about which request shows it."""
+        """Stop the turn, unless the client only has second thoughts about which request shows it, and resumes."""
         if request_id in self.running:
             turn_id, telling = self.running[request_id]
             telling.cancel()
-            self.spawn(self._stop(turn_id, self.made))
+            self.spawn(self._stop(turn_id, self.resumed))
 
-    async def _stop(self, turn_id: str, made: int) -> None:
+    async def _stop(self, turn_id: str, resumed: int) -> None:
         await asyncio.sleep(SECOND_THOUGHTS)
-        if made == self.made and self.right.account is not None:
+        if resumed == self.resumed and self.right.account is not None:
             with contextlib.suppress(ChatError):  # a session that is gone has no turn to stop
                 await self.chat.generation.stop(await self.right.select(), self.right.account.id, turn_id)
 

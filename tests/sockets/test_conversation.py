@@ -297,6 +297,27 @@ async def test_who_heard_a_turn_s_end_may_begin_the_next(
     assert not journal.events(None, "error"), journal.story()
 
 
+async def test_an_abort_stops_the_answer_whatever_is_asked_next(service: Service) -> None:
+    """A client of the AI SDK stops and says something else at once: the old answer would run to its end otherwise."""
+    someone, session_id = await home(service.url)
+
+    def frame(kind: str, request_id: str, **fields: object) -> str:
+        return json.dumps({"type": kind, "requestId": request_id, "id": session_id, **fields})
+
+    def said(text: str) -> list[dict[str, object]]:
+        return [{"id": f"m{len(text)}", "role": "user", "parts": [{"type": "text", "text": text}]}]
+
+    async with plain(service.url, session_id, someone.access) as opened, asyncio.timeout(10):
+        await opened.send(frame("send", "first", messages=said("/count 100000")))
+        while json.loads(await opened.recv())["type"] != "message_chunk":
+            pass
+        await opened.send(frame("abort", "first"))
+        await opened.send(frame("send", "second", messages=said("/help")))
+        while (event := json.loads(await opened.recv()))["type"] != "message_complete":
+            pass
+        assert event["status"] == "stopped"
+
+
 async def test_a_snapshot_asked_for_during_another_comes_after_it(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
