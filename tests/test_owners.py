@@ -22,7 +22,7 @@ from chat.live.rooms import Follower, Room
 from chat.live.voice import Voice
 from chat.settings import read_settings
 from chat.state import State, open_state
-from chat.store import accounts, sessions, turns
+from chat.store import accounts, operator, sessions, turns
 from chat.store.accounts import Account
 from chat.store.budgets import budgets_of
 from chat.store.database import StorageUnavailable, new_id
@@ -453,6 +453,17 @@ async def test_readers_learn_of_a_deletion_without_an_answer(owner: Owner) -> No
         await sessions.delete_session(owner.state.database, session, owner.someone.id)
         raise StorageUnavailable(in_doubt=True)
     await until(lambda: follower.ended, what="the reader to be sent away")
+
+
+async def test_readers_learn_of_a_message_to_a_person_that_a_dead_worker_wrote(owner: Owner) -> None:
+    """Such a turn is over at once, and nobody takes it over: the visitor says it again, to another worker."""
+    session, database = await owner.session(), owner.state.database
+    follower = await owner.state.relay.join(Right(database, session, owner.someone), socket_dialect)
+    await operator.update_operator(database, session.id, "Anna")
+    turn_id = await owner.orphan(session, Ask("message", "Is anybody there?", {}))
+    assert await owner.begin(session, "Is anybody there?", "message") == turn_id
+    async with asyncio.timeout(5):
+        assert "Is anybody there?" in b"".join(await follower.next()).decode()
 
 
 async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(

@@ -226,7 +226,11 @@ class Generation:
 
     async def _adopt_found(self, stored: StoredTurn) -> None:
         """Answer the turn that a retry has found, if the turn is this worker's and no task answers it yet."""
-        if stored.id in self.turns or all(row["status"] in ENDED for row in stored.rows[1:]):
+        if stored.id in self.turns:
+            return
+        if all(row["status"] in ENDED for row in stored.rows[1:]):
+            # The worker that wrote it may have died before it told anybody: a message to a person is over at once.
+            self.relay.learn_again(stored.session)
             return
         row = await turns.select_latest_turn(self.database, stored.session)
         ours = row is not None and (row["id"], row["owner"], row["status"]) == (stored.id, self.worker, "running")
