@@ -455,6 +455,19 @@ async def test_readers_learn_of_a_deletion_without_an_answer(owner: Owner) -> No
     await until(lambda: follower.ended, what="the reader to be sent away")
 
 
+async def test_a_reader_before_the_first_reading_learns_of_a_change(owner: Owner) -> None:
+    """Joined while the worker answers, for which nothing is read; then the news of a title is lost, and another joins."""
+    session, relay, database = await owner.session(), owner.state.relay, owner.state.database
+    turn_id = await owner.begin(session, "/slow 60 one two three")
+    follower = await relay.join(Right(database, session, owner.someone), socket_dialect)
+    owner.state.generation.turns[turn_id].end_early("stopped")
+    await owner.over(turn_id)
+    changed = await sessions.update_session(database, session.id, owner.someone.id, title="Rivers")
+    await relay.join(Right(database, changed, owner.someone), socket_dialect)
+    async with asyncio.timeout(5):
+        assert b"Rivers" in b"".join(await follower.next())
+
+
 async def test_readers_learn_of_a_message_to_a_person_that_a_dead_worker_wrote(owner: Owner) -> None:
     """Such a turn is over at once, and nobody takes it over: the visitor says it again, to another worker."""
     session, database = await owner.session(), owner.state.database

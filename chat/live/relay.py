@@ -168,9 +168,7 @@ class Relay(Source):
             own = right.account_id == right.session.account_id
             changed = room.version > right.session.version and not (own and one_turn)
             if changed or time.monotonic() - self.rights_changed_at < ADMISSION:
-                session = await right.check()
-                if session.version > right.session.version:
-                    follower.tell(self.change_of(right.session, session))
+                follower.tell(self.change_of(right.session, await right.check()))
         except BaseException:
             self.part(follower)
             raise

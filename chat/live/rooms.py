@@ -49,7 +49,7 @@ class Follower(Sleeper):
 
     __slots__ = (
         "_busy", "_notices", "cursor", "dialect", "direct", "ended", "one_turn", "polls", "right", "room",
-        "starts_over", "wrap",
+        "starts_over", "version", "wrap",
     )  # fmt: skip
 
     def __init__(self, room: Room, dialect: Dialect, right: Right, *, one_turn: bool = False) -> None:
@@ -58,6 +58,7 @@ class Follower(Sleeper):
         self.dialect = dialect
         self.right = right
         self._asleep = None
+        self.version = right.session.version  # the highest version of the session that the reader knows
         self.cursor: Cursor = NOTHING
         self.one_turn = one_turn
         self.polls = False  # the reader takes everything there is now and leaves
@@ -76,7 +77,13 @@ class Follower(Sleeper):
         return not (self._busy or self.starts_over or self._notices or self.ended)
 
     def tell(self, notice: SessionNotice) -> None:
-        """Tell a session event, unless this reader may not see it."""
+        """Tell a session event, unless the reader may not see it or knows of it.
+
+        Notices of two workers come in any order: a reader would keep the state of an older one that comes last.
+        """
+        if 0 < notice.version <= self.version:
+            return
+        self.version = max(self.version, notice.version)
         said = notice.json if self.right.member else notice.public_json
         caused = notice.author and self.right.account_id == notice.author
         if said and not (caused or self.one_turn):
@@ -334,9 +341,7 @@ class Room:
         if session.version < before.version:
             return  # another reading began later and ended earlier
         self.session = session
-        if self._loaded is not None and not self._loaded.done():
-            self.version = max(self.version, session.version)  # the first reading: `join` tells whoever knows less
-        elif session.version > self.version:
+        if session.version > self.version:
             self.tell(self._source.change_of(before, session))
 
     async def past(self, turn_id: str) -> Past:
@@ -398,12 +403,7 @@ class Room:
                 follower.rouse()
 
     def tell(self, notice: SessionNotice) -> None:
-        """Send a session event to every follower that may see it.
-
-        Notices of two workers come in any order: readers would keep the state of an older one that comes last.
-        """
-        if 0 < notice.version < self.version:
-            return
+        """Send a session event to every follower that may see it and does not know of it."""
         self.version = max(self.version, notice.version)
         for follower in list(self.followers):
             follower.tell(notice)
