@@ -1,8 +1,8 @@
 """The core: the turns that run now, and the readers of this worker. The way of one token, with Redis and two workers:
 
 On the worker that owns the turn
-    a callback of the     Tap.set_result (the vendor's bytes, as aiohttp parses them), Reading.feed, Splitter.feed (bytes
-    event loop            to events), OpenAIChat.read (JSON to text), Cleaner.feed, streams.ask, Voice.say
+    a callback of the     Tap.set_result (the vendor's bytes, as aiohttp parses them), Reading.feed, Splitter.feed
+    event loop            (bytes to events), OpenAIChat.read (JSON to text), Cleaner.feed, streams.ask, Voice.say
     a callback            Gather._run, Voice._leave, Voice._send (UTF-8 for APPEND, JSON for PUBLISH), RedisBus.ask,
                           RedisBus._flush, Wire.write
 

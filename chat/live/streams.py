@@ -44,7 +44,7 @@ class Streams:
         """
         if not before:
             return []
-        rows, _ = await select_page(self.database, session.id, HISTORY_MESSAGES, before)
+        rows, _ = await select_page(self.database, session, HISTORY_MESSAGES, before)
         return [row for row in rows[::-1] if row["content"] and row["status"] in ("success", "stopped", "interrupted")]
 
     def prompt(self, model_id: str, side: str, history: list[Row], content: str) -> list[ChatMessage]:

@@ -325,10 +325,7 @@ def first_words(text: str) -> str | None:
 
 
 # -- reading. Of a session that the caller has checked: someone else may use its id again before the statement runs.
-
-# With the values of the session's `identity`. A `created_at` of NULL stands for every session of the id.
-SAME = """EXISTS (SELECT 1 FROM sessions s
-                  WHERE s.id = :id AND s.created_at = COALESCE(CAST(:created_at AS BIGINT), s.created_at))"""
+SAME = "EXISTS (SELECT 1 FROM sessions s WHERE s.id = :id AND s.created_at = :created_at)"  # with its `identity`
 
 
 async def select_turn_messages(query: Database | Query, turn_id: str) -> list[Row]:
