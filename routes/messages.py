@@ -295,7 +295,8 @@ async def _reader(request: Request) -> tuple[Account | None, str]:
     return await open_stream(chat.database, chat.tokens, ticket, session_id, turn_id), ticket
 
 
-async def _read(request: Request, account: Account | None, ticket: str, tries: int = 3) -> Response:
+async def _read(request: Request, account: Account | None, ticket: str, missed: str = "") -> Response:
+    """Tell the turn that the request asks for. `missed`: the turn that was gone when it was to be told."""
     chat = inputs.state(request)
     session = await sessions.select_readable(chat.database, request.path_params["session_id"], account_id(account))
     given = request.headers.get("last-event-id") or request.query_params.get("after")
@@ -313,10 +314,11 @@ async def _read(request: Request, account: Account | None, ticket: str, tries: i
     try:
         return await follow(request, right, cursor, EventStream, cut=cut)
     except ChatError as problem:
-        if problem.code != "not_found" or tries == 1:
+        if problem.code != "not_found" or cursor.turn_id == missed:
             raise
-        # The turn was made again a moment ago: an EventSource that is refused never comes back.
-        return await _read(request, account, ticket, tries - 1)
+        # The turn was made again a moment ago, perhaps not for the first time: an EventSource that is refused never
+        # comes back.
+        return await _read(request, account, ticket, cursor.turn_id)
 
 
 async def _where_to_read(chat: State, session: Session, cursor: Cursor | None) -> Cursor | None:
