@@ -723,6 +723,21 @@ async def test_an_older_change_that_comes_late_is_told_to_nobody(owner: Owner) -
     assert await follower.next() == []
 
 
+async def test_no_older_change_is_told_after_a_snapshot(owner: Owner) -> None:
+    """One waits for the reader when it asks for a snapshot, one is held up until it has it."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    follower = await relay.join(Right(database, session, owner.someone), socket_dialect)
+    titles = ("waits", "held up", "shown", "newer")
+    changes = [await sessions.update_session(database, session.id, owner.someone.id, title=each) for each in titles]
+    relay.tell_update(changes[0], "updated")
+    assert (await relay.snapshot(follower, changes[2]))["session"]["title"] == "shown"
+    relay.tell_update(changes[1], "updated")
+    relay.tell_update(changes[3], "updated")
+    follower.polls = True
+    told = await follower.next()
+    assert len(told) == 1 and b'"title":"newer"' in told[0]
+
+
 async def _sent_away(followers: list[Follower]) -> bool:
     return all(follower.ended is not None for follower in followers)
 

@@ -215,6 +215,7 @@ class Relay(Source):
     async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
         """Return the fields of `session_state` and move the follower behind it."""
         room = follower.room
+        follower.catch_up(session.version)
         for _ in range(SNAPSHOT_TRIES):
             rows, _ = await select_page(self.database, session, SHOWN)
             answer = room.answer

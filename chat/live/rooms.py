@@ -67,7 +67,7 @@ class Follower(Sleeper):
         self.direct: Direct | None = None  # the room writes to this connection while the reader keeps up
         self.wrap: Callable[[bytes], bytes] = bytes  # makes the bytes of a session event, as `dialect` does of a turn's
         self._busy = True  # the reader's own coroutine is writing: the room must not write beside it
-        self._notices: list[tuple[bool, bytes]] = []
+        self._notices: list[tuple[bool, int, bytes]] = []  # each with whether it passes, and its version or 0
 
     # -- what the room does
 
@@ -87,25 +87,30 @@ class Follower(Sleeper):
         said = notice.json if self.right.member else notice.public_json
         caused = notice.author and self.right.account_id == notice.author
         if said and not (caused or self.one_turn):
-            self.note(said.encode(), passing=bool(notice.author))
+            self.note(said.encode(), passing=bool(notice.author), version=notice.version)
 
-    def note(self, notice: bytes, *, passing: bool = False) -> None:
+    def note(self, notice: bytes, *, passing: bool = False, version: int = 0) -> None:
         """Write an event that belongs to no turn, or queue the event for a reader that does not keep up.
 
-        Passing events (typing, signs of life) are the first to be dropped from the queue.
+        Passing events (typing, signs of life) are the first to be dropped from the queue. version: of the session.
         """
         if self.direct is not None and not self.direct.blocked and self.idle:
             self.direct.write(self.wrap(notice))
             return
-        self._notices.append((passing, notice))
+        self._notices.append((passing, version, notice))
         if len(self._notices) > NOTICES_MAX:
-            old = next((n for n, (passes, _) in enumerate(self._notices) if passes), None)
+            old = next((n for n, (passes, *_) in enumerate(self._notices) if passes), None)
             if old is None:
                 self.starts_over = True  # a snapshot says all that these events would have
                 self._notices.clear()
             else:
                 del self._notices[old]
         self.rouse()
+
+    def catch_up(self, version: int) -> None:
+        """Drop the events that a snapshot of this version of the session makes old."""
+        self.version = max(self.version, version)
+        self._notices = [each for each in self._notices if not 0 < each[1] <= version]
 
     def start_over(self) -> None:
         """Have `next` return at once: the reader's coroutine goes on from somewhere else."""
@@ -145,7 +150,7 @@ class Follower(Sleeper):
 
     def _take_notices(self) -> list[bytes]:
         notices, self._notices = self._notices, []
-        return [self.wrap(notice) for _, notice in notices]
+        return [self.wrap(notice) for *_, notice in notices]
 
     async def _owed(self) -> list[bytes] | None:
         """Return the bytes to tell now: of the room's answer, or else of the older turn the cursor is in.
