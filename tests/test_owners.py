@@ -26,6 +26,7 @@ from chat.store import accounts, operator, sessions, turns
 from chat.store.accounts import Account
 from chat.store.budgets import budgets_of
 from chat.store.database import StorageUnavailable, new_id
+from chat.store.pages import select_page
 from chat.store.rights import Right
 from chat.store.sessions import Session
 from chat.store.turns import Ask, Terms
@@ -736,6 +737,20 @@ async def test_no_older_change_is_told_after_a_snapshot(owner: Owner) -> None:
     follower.polls = True
     told = await follower.next()
     assert len(told) == 1 and b'"title":"newer"' in told[0]
+
+
+async def test_a_change_that_no_snapshot_told_is_told(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage goes away in the middle of a snapshot: the reader goes on where it was, with the events that wait."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    follower = await relay.join(Right(database, session, owner.someone), socket_dialect)
+    changed = await sessions.update_session(database, session.id, owner.someone.id, title="new")
+    relay.tell_update(changed, "updated")
+    monkeypatch.setattr("chat.live.relay.select_page", away_for(1, select_page))
+    with pytest.raises(StorageUnavailable):
+        await relay.snapshot(follower, changed)
+    follower.polls = True
+    told = await follower.next()
+    assert len(told) == 1 and b'"title":"new"' in told[0]
 
 
 async def _sent_away(followers: list[Follower]) -> bool:

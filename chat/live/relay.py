@@ -215,7 +215,6 @@ class Relay(Source):
     async def snapshot(self, follower: Follower, session: Session) -> dict[str, Any]:
         """Return the fields of `session_state` and move the follower behind it."""
         room = follower.room
-        follower.catch_up(session.version)
         for _ in range(SNAPSHOT_TRIES):
             rows, _ = await select_page(self.database, session, SHOWN)
             answer = room.answer
@@ -229,6 +228,7 @@ class Relay(Source):
                 answer.learn(Answer(answer.turn_id, answer.position, answer.previous, current))
             messages = _as_told(answer, messages)
             room.notify()
+        follower.catch_up(session.version)  # not before: a reader without its snapshot needs the events that wait
         follower.cursor = latest_cursor(answer)
         running = answer is not None and not answer.over
         turn = {"id": follower.cursor.turn_id, "cursor": str(follower.cursor)} if running else None
