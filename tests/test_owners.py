@@ -480,6 +480,20 @@ async def test_readers_learn_of_a_message_to_a_person_that_a_dead_worker_wrote(o
         assert "Is anybody there?" in b"".join(await follower.next()).decode()
 
 
+async def test_a_message_to_a_person_is_written_once(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a turn is over as it is written: nothing of it is left to end, with storage away or not."""
+    session, written = await owner.session(), list[Any]()
+    await operator.update_operator(owner.state.database, session.id, "Anna")
+
+    async def note(*given: Any, **named: Any) -> bool:
+        written.append(given)
+        return True
+
+    monkeypatch.setattr(turns, "update_endings", note)
+    await owner.over(await owner.begin(session, "Is anybody there?"))
+    assert written == []
+
+
 async def test_a_turn_that_begins_while_leases_are_renewed_is_not_lost(
     owner: Owner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

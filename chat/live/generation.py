@@ -255,7 +255,7 @@ class Generation:
         if not turn.stored.fresh:
             await self.relay.learn_from_redis(answer)  # readers may have seen text that no checkpoint has
         self._speak(turn, room, answer)
-        if not turn.open:  # only the turn itself is left to end
+        if not (turn.open or turn.stored.fresh):  # only the turn itself is left to end
             await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)
         try:
             position = turn.stored.rows[0]["position"]
