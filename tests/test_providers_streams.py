@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import random
 import re
 import threading
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -292,6 +294,48 @@ async def test_an_answer_of_very_many_pieces_is_read_to_its_end(api: str, provid
     stream = written(api, words)
     SCRIPT[:] = [stream[at : at + 2] for at in range(0, 60_000, 2)] + [stream[60_000:]]
     assert (await ask(providers, "m", "hello", Limits(10**6))).text == "".join(words)
+
+
+@mode("empty")
+async def write_no_body(reply: Reply) -> None:
+    await reply.raw(b"HTTP/1.1 204 Nothing\r\nconnection: close\r\n\r\n")
+
+
+async def test_an_answer_without_a_body_broke_off(providers: Providers) -> None:
+    answer = await ask(providers, "m", "hello [[mode:empty]]")
+    assert answer.error is not None
+    assert (answer.code, answer.error.retryable) == ("provider_truncated", True)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_the_connection_of_a_whole_answer_is_used_again(compressed: bool) -> None:
+    """The body ends a moment after [DONE]."""
+    connections, squeeze = 0, zlib.compressobj(wbits=31 if compressed else -15)
+    stream = written("openai", ["one"])
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+                whole, coding = squeeze.copy(), b"content-encoding: gzip\r\n" if compressed else b""
+                data, rest = stream, b": bye\n\n"
+                if compressed:
+                    data, rest = whole.compress(stream) + whole.flush(zlib.Z_SYNC_FLUSH), whole.flush()
+                writer.write(b"HTTP/1.1 200 OK\r\n%btransfer-encoding: chunked\r\n\r\n" % coding)
+                writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+                await writer.drain()
+                await asyncio.sleep(0.02)
+                writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        opened = Providers(Settings(models=(model("openai", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"),)), {"VENDOR_KEY": KEY})
+        for _ in range(3):
+            assert (await ask(opened, "m", "hello")).text == "one"
+        await opened.close()
+    assert connections == 1
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["aiohttp's reader", "the SDK's iterators"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ class Body:
         async with aclosing(self._response.aiter_bytes()) as pieces:
             async for data in pieces:
                 if feed(data):
+                    await drained(anext(pieces, b""))
                     return
         feed(b"")
 
@@ -37,12 +38,19 @@ class Body:
         await self._response.aclose()
 
 
+async def drained(end: Awaitable[object]) -> None:
+    """Wait a moment for the body's end. The answer is whole, whatever the connection does."""
+    with suppress(Exception):
+        async with asyncio.timeout(DRAIN):
+            await end
+
+
 def plain_reader(response: Any) -> Any:
     """Return aiohttp's reader of a response whose bytes need no decoding; None for any other response."""
     reader = None if "content-encoding" in response.headers else response.stream
     for name in ("_stream", "_aiohttp_response", "content"):
         reader = getattr(reader, name, None)
-    return reader
+    return reader if hasattr(reader, "_buffer") else None  # that of a response without a body has none
 
 
 class Tap:
@@ -66,9 +74,7 @@ class Tap:
         self.set_result(None)
         try:
             await self._over
-            with suppress(Exception):  # whatever the connection does now, the answer is whole
-                async with asyncio.timeout(DRAIN):
-                    await reader.wait_eof()
+            await drained(reader.wait_eof())
         finally:
             reader._waiter = None
 
