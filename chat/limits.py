@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 from .errors import ChatError, RelayUnavailable
@@ -21,6 +22,8 @@ from .settings import Settings
 ANSWER = 0.5  # seconds to wait for Redis before counting alone
 WIDER = 8  # times the limit of a /64 for all of a /48: a university has one as well
 ALIVE = 30.0  # seconds since its last sign of life that a worker's sockets still count
+UNTOLD_MAX = 10_000  # names whose numbers Redis may lack: those of an outage with very many callers
+TOLD_AT_ONCE = 1_000  # of them in one beat: each holds the loop for some microseconds
 
 
 class Shared(Protocol):
@@ -120,10 +123,9 @@ class RateLimits:
         told.add_done_callback(partial(self._told, name))
 
     def _told(self, name: str, answer: asyncio.Future[Any]) -> None:
-        if answer.cancelled() or answer.exception() is not None:
+        self._untold.discard(name)
+        if (answer.cancelled() or answer.exception() is not None) and len(self._untold) < UNTOLD_MAX:
             self._untold.add(name)
-        else:
-            self._untold.discard(name)
 
     async def _places(self, names: list[str]) -> list[int]:
         """How many are in under each name, on every worker that lives; here alone while Redis is away."""
@@ -156,7 +158,7 @@ class RateLimits:
         if self._bus is not None:
             self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
-            for name in list(self._untold):  # who left while Redis was away would count on for a day
+            for name in list(islice(self._untold, TOLD_AT_ONCE)):  # who left while Redis was away would count on
                 self._tell(name)
 
 

@@ -13,8 +13,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin
 
 from chat.callers import address
-from chat.errors import ChatError
-from chat.limits import WIDER, RateLimits, buckets
+from chat.errors import ChatError, RelayUnavailable
+from chat.limits import TOLD_AT_ONCE, UNTOLD_MAX, WIDER, RateLimits, buckets
 from tests.conftest import CLOSED, SECRET, STORES
 from tests.conftest import store as stored
 from tests.harness import minute_with_room, until
@@ -78,6 +78,32 @@ async def test_who_leaves_while_places_are_counted_leaves_none_behind() -> None:
         async with asyncio.timeout(0.05):
             await limits.enter([("address:1.2.3.4", 5)], "too many")
     assert not limits.open
+
+
+class Away(Slow):
+    """Counters that cannot be reached."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def command(self, *command: Any) -> asyncio.Future[Any]:
+        self.asked += 1
+        future = super().command(*command)
+        future.set_exception(RelayUnavailable("Redis is away"))
+        future.exception()
+        return future
+
+
+async def test_an_outage_with_very_many_callers_costs_no_memory_and_no_time() -> None:
+    """Each beat tells some of those who came and left, and not more of them are remembered than a limit."""
+    away = Away()
+    limits = RateLimits("worker", away)
+    for n in range(UNTOLD_MAX + 100):
+        limits.leave(await limits.enter([(f"address:{n}", 5)], "too many"))
+    assert len(limits._untold) <= UNTOLD_MAX
+    away.asked = 0
+    await limits.beat()
+    assert TOLD_AT_ONCE <= away.asked < TOLD_AT_ONCE + 10
 
 
 def service(folder: Path, **environment: str) -> Service:
