@@ -101,10 +101,8 @@ class Follower(Sleeper):
         if len(self._notices) > NOTICES_MAX:
             old = next((n for n, (passes, *_) in enumerate(self._notices) if passes), None)
             if old is None:
-                self.starts_over = True  # a snapshot says all that these events would have
-                self._notices.clear()
-            else:
-                del self._notices[old]
+                self.starts_over = True  # a snapshot says all that these events say
+            del self._notices[old or 0]
         self.rouse()
 
     def catch_up(self, version: int) -> None:
