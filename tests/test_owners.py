@@ -15,11 +15,11 @@ import pytest
 
 from chat.errors import ChatError
 from chat.formats.events import socket_dialect
-from chat.live.answers import Answer, Cursor
+from chat.live.answers import TOLD, Answer, Cursor
 from chat.live.bus import GAP, Gather
 from chat.live.leases import Leases
-from chat.live.rooms import Follower, Room
-from chat.live.voice import Voice
+from chat.live.rooms import NOTICES_MAX, Follower, Room
+from chat.live.voice import Voice, piece, text_key
 from chat.settings import read_settings
 from chat.state import State, open_state
 from chat.store import accounts, operator, sessions, turns
@@ -548,6 +548,19 @@ async def test_a_mistake_with_one_side_ends_the_other_sides_stream(
     assert streams["b"].cancelled()
 
 
+@pytest.mark.parametrize("owner", ["postgres+redis"], indirect=True)
+async def test_a_turn_of_which_readers_saw_text_is_not_asked_again(owner: Owner) -> None:
+    """It has no checkpoint, as Redis has its text: a second answer would be told behind the first one's beginning."""
+    session, bus = await owner.session(), owner.state.relay.bus
+    assert bus is not None
+    turn_id = await owner.orphan(session, Ask(new_id(), "/echo hello", {}), owner.state.generation.worker, 60_000)
+    await bus.command("SET", text_key(bus, turn_id, "a"), piece(0, "shown "))
+    row = await turns.select_latest_turn(owner.state.database, session)
+    assert row is not None
+    await owner.leases.adopt(row)
+    assert await owner.over(turn_id) == {"a": ("interrupted", "interrupted", "shown ")}
+
+
 async def test_a_worker_that_ends_adopts_nothing(owner: Owner) -> None:
     """A turn that was written behind a refused caller's back is left to the other workers."""
     turn_id = await owner.orphan(await owner.session(), Ask(new_id(), "/echo hello", {}), owner.leases.worker, 60_000)
@@ -765,6 +778,23 @@ async def test_a_change_that_no_snapshot_told_is_told(owner: Owner, monkeypatch:
     follower.polls = True
     told = await follower.next()
     assert len(told) == 1 and b'"title":"new"' in told[0]
+
+
+async def test_too_many_changes_for_a_reader_that_resumes(owner: Owner) -> None:
+    """It asks to go on from its cursor, so that no snapshot comes: the newest change is told all the same."""
+    session, database, relay = await owner.session(), owner.state.database, owner.state.relay
+    turn_id = await owner.begin(session, "/echo hello")
+    await owner.over(turn_id)
+    follower = await relay.join(Right(database, session, owner.someone), socket_dialect)
+    for n in range(NOTICES_MAX + 1):
+        changed = await sessions.update_session(database, session.id, owner.someone.id, title=f"title {n}")
+        relay.tell_update(changed, "updated")
+    assert follower.starts_over
+    follower.starts_over = False
+    assert await relay.resume(follower, Cursor(turn_id, (TOLD,), over=True))
+    follower.polls = True
+    told = await follower.next()
+    assert len(told) == NOTICES_MAX and f"title {NOTICES_MAX}".encode() in told[-1]
 
 
 async def _sent_away(followers: list[Follower]) -> bool:

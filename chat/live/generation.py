@@ -253,7 +253,9 @@ class Generation:
         assert turn.stored is not None
         answer = self._answer_of(turn)
         if not turn.stored.fresh:
-            await self.relay.learn_from_redis(answer)  # readers may have seen text that no checkpoint has
+            await self.relay.learn_from_redis(answer)
+            if turn.early is None and any(answer.replies[side].text for side in turn.open):
+                turn.early = "interrupted"  # readers may have seen that text, and a model would say another
         self._speak(turn, room, answer)
         if not (turn.open or turn.stored.fresh):  # only the turn itself is left to end
             await turns.update_endings(self.database, self.worker, list(turn.replies.values()), last=True)

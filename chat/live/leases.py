@@ -129,8 +129,8 @@ class Leases:
     async def adopt(self, row: Row) -> None:
         """Launch a turn that is ours in the database and that nobody here knows.
 
-        Readers may have seen text of the turn, if it was taken over or its row has text: then it ends. Otherwise it was
-        written after its caller had been refused, and is answered: the caller's retry finds it running.
+        A turn that was taken over ends, and so does one of which readers may have seen text. Any other was written
+        after its caller had been refused, and is answered: the caller's retry finds it running.
         """
         if row["id"] in self.turns:
             return
@@ -141,7 +141,7 @@ class Leases:
         turn = self.turns[row["id"]] = Turn(row["id"], session, row["account_id"])
         if row["stop_requested"]:
             turn.early = "stopped"
-        elif row["ended_at"] is not None or any(each["status"] == "streaming" for each in rows):
+        elif row["ended_at"] is not None:
             turn.early = "interrupted"
         stored = StoredTurn(turn.id, session, turn.account_id, row["position"], "", rows, False)
         self.generation.launch(turn, stored, Limits(self.settings.max_tokens))
