@@ -67,12 +67,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Schedule:
     return Schedule(config, log)
 
 
-NOT_TESTED = "NOT TESTED HERE: "
-
-
 def absent(what: str) -> NoReturn:
     """Skip a module this machine has no tool for."""
-    pytest.skip(NOT_TESTED + what, allow_module_level=True)
+    pytest.skip(what, allow_module_level=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -87,10 +84,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One loud line at the very end: a skip among a thousand dots looks like a pass."""
-    skipped = {str(each.longrepr[2]) for each in terminalreporter.stats.get("skipped", [])}
-    missing = {reason.partition(NOT_TESTED)[2] for reason in skipped if NOT_TESTED in reason}
-    if missing:
-        terminalreporter.write_line(f"!!! {NOT_TESTED}{'; '.join(sorted(missing))}", red=True, bold=True)
+    skipped = {str(each.longrepr[2]).removeprefix("Skipped: ") for each in terminalreporter.stats.get("skipped", [])}
+    if skipped:
+        terminalreporter.write_line(f"!!! NOT TESTED HERE: {'; '.join(sorted(skipped))}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")
