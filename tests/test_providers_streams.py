@@ -309,7 +309,7 @@ async def test_an_answer_without_a_body_broke_off(providers: Providers) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 async def test_the_connection_of_a_whole_answer_is_used_again(compressed: bool) -> None:
-    """The body ends a moment after [DONE]."""
+    """The body ends a moment after [DONE], in more than one piece."""
     connections, squeeze = 0, zlib.compressobj(wbits=31 if compressed else -15)
     stream = written("openai", ["one"])
 
@@ -321,14 +321,16 @@ async def test_the_connection_of_a_whole_answer_is_used_again(compressed: bool) 
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
                 whole, coding = squeeze.copy(), b"content-encoding: gzip\r\n" if compressed else b""
-                data, rest = stream, b": bye\n\n"
+                data, parts = stream, [b": good\n\n", b": bye\n\n"]
                 if compressed:
-                    data, rest = whole.compress(stream) + whole.flush(zlib.Z_SYNC_FLUSH), whole.flush()
+                    data, *parts = [whole.compress(each) + whole.flush(zlib.Z_SYNC_FLUSH) for each in (data, *parts)]
+                    parts.append(whole.flush())
                 writer.write(b"HTTP/1.1 200 OK\r\n%btransfer-encoding: chunked\r\n\r\n" % coding)
-                writer.write(b"%x\r\n%b\r\n" % (len(data), data))
-                await writer.drain()
-                await asyncio.sleep(0.02)
-                writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
+                for piece in (data, *parts):
+                    writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                    await writer.drain()
+                    await asyncio.sleep(0.02)
+                writer.write(b"0\r\n\r\n")
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         opened = Providers(Settings(models=(model("openai", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"),)), {"VENDOR_KEY": KEY})

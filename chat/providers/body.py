@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -30,12 +30,17 @@ class Body:
         async with aclosing(self._response.aiter_bytes()) as pieces:
             async for data in pieces:
                 if feed(data):
-                    await drained(anext(pieces, b""))
+                    await drained(read_out(pieces))
                     return
         feed(b"")
 
     async def aclose(self) -> None:
         await self._response.aclose()
+
+
+async def read_out(pieces: AsyncIterator[bytes]) -> None:
+    async for _ in pieces:
+        pass
 
 
 async def drained(end: Awaitable[object]) -> None:
