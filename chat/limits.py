@@ -158,7 +158,7 @@ class RateLimits:
         if self._bus is not None:
             self._bus.command("ZADD", self._bus.name("workers"), int(now), self._worker)
             self._bus.command("ZREMRANGEBYSCORE", self._bus.name("workers"), "-inf", int(now - ALIVE))
-            for name in list(islice(self._untold, TOLD_AT_ONCE)):  # who left while Redis was away would count on
+            for name in list(islice(self._untold, TOLD_AT_ONCE)):  # a place left in an outage would count for a day
                 self._tell(name)
 
 

@@ -50,6 +50,15 @@ class Owner:
         await sessions.insert_session(self.state.database, self.someone.id, mode, models, id=id)
         return await sessions.select_unchecked(self.state.database, id)
 
+    async def used_again(self, session: Session) -> Session:
+        """Delete a session and make another one of the same id."""
+        database = self.state.database
+        await sessions.delete_session(database, session, self.someone.id)
+        await database.set_clock()
+        await until(lambda: database.now() > session.created_at, what="another millisecond")
+        await sessions.insert_session(database, self.someone.id, "direct", ("demo-poet", None), id=session.id)
+        return await sessions.select_unchecked(database, session.id)
+
     async def begin(self, session: Session, content: str, id: str = "") -> str:
         stored = await self.state.generation.begin(session, self.someone, Ask(id or new_id(), content, {}))
         return stored.id
@@ -400,10 +409,7 @@ async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) ->
     """A deletion and a message wait while the session is deleted and its id is used again."""
     database, someone = owner.state.database, owner.someone
     session = await owner.session()
-    await sessions.delete_session(database, session, someone.id)
-    await database.set_clock()
-    await until(lambda: database.now() > session.created_at, what="another millisecond")
-    assert await sessions.insert_session(database, someone.id, "direct", ("demo-poet", None), id=session.id)
+    assert (await owner.used_again(session)).key != session.key
     for late in (sessions.delete_session(database, session, someone.id), owner.begin(session, "/echo hello")):
         with pytest.raises(ChatError) as refused:
             await late
@@ -413,13 +419,8 @@ async def test_a_write_falls_on_no_later_session_of_the_same_id(owner: Owner) ->
 
 async def test_a_reading_finds_no_turn_of_a_later_session_of_the_same_id(owner: Owner) -> None:
     """A worker stood still between the check of a reader and what the reader wants, and the id was used again."""
-    database, someone = owner.state.database, owner.someone
-    session = await owner.session()
-    await sessions.delete_session(database, session, someone.id)
-    await database.set_clock()
-    await until(lambda: database.now() > session.created_at, what="another millisecond")
-    later = await sessions.insert_session(database, someone.id, "direct", ("demo-poet", None), id=session.id)
-    assert later is not None
+    database, session = owner.state.database, await owner.session()
+    later = await owner.used_again(session)
     turn_id = await owner.begin(later, "/echo hello", "message")
     await owner.over(turn_id)
     for each, found in ((session, False), (later, True)):

@@ -324,7 +324,9 @@ def first_words(text: str) -> str | None:
     return words[:49].rsplit(" ", 1)[0] + "…"
 
 
-# -- reading. Of a session that the caller has checked: someone else may use its id again before the statement runs.
+# -- reading
+
+# Between the caller's check of a session and the statement someone else may have used the session's id again.
 SAME = "EXISTS (SELECT 1 FROM sessions s WHERE s.id = :id AND s.created_at = :created_at)"  # with its `identity`
 
 
